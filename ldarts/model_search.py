@@ -1,0 +1,218 @@
+"""`SearchNetwork`, the supernet: every candidate operation on every edge, weighted by softmax(α)."""
+from contextlib import contextmanager
+from typing import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import InputError
+from .genotypes import Genotype, format_arch
+from .mixed_sum import mixed_sum
+from .operations import OPS, FactorizedReduce, ReLUConvBN, ResNetBasicblock, Zero
+from .spaces import get
+
+
+def kept_columns(primitives: Sequence[Sequence[str]]) -> Tensor:
+    """Positions in the flattened [edges, ops] of every operation but `none`, which adds nothing to a sum."""
+    flat = [name for names in primitives for name in names]
+    return torch.tensor([k for k, name in enumerate(flat) if name != "none"])
+
+
+class MixedOp(nn.Module):
+    """The candidate operations of one edge, side by side; `mixed_sum` weighs them, a whole node at a time."""
+
+    def __init__(self, C: int, stride: int, primitives: Sequence[str]):
+        super().__init__()
+        self._ops = nn.ModuleList()
+        for name in primitives:
+            op = OPS[name](C, stride, False)
+            if "pool" in name:  # so that every operation but the identity ends in a batch norm
+                op = nn.Sequential(op, nn.BatchNorm2d(C, affine=False))
+            self._ops.append(op)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [op(x) for op in self._ops if not isinstance(op, Zero)]
+
+
+class MixedOp201(nn.ModuleList):
+    """The same in NAS-Bench-201, where the pool has no batch norm and the operations are the list itself."""
+
+    def __init__(self, C: int, primitives: Sequence[str]):
+        super().__init__(OPS[name](C, 1, False) for name in primitives)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [op(x) for op in self if not isinstance(op, Zero)]
+
+
+class Cell(nn.Module):
+    """A DARTS cell: two inputs, `steps` nodes with an edge from every earlier state, output [N, steps * C, H, W]."""
+
+    def __init__(self, primitives: Sequence[Sequence[str]], C_prev_prev: int, C_prev: int, C: int, reduction: bool,
+                 reduction_prev: bool, steps: int = 4):
+        super().__init__()
+        self.reduction, self.steps = reduction, steps
+        if reduction_prev:
+            self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
+        else:
+            self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
+        self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
+        sources = [j for i in range(steps) for j in range(2 + i)]
+        self._ops = nn.ModuleList(
+            MixedOp(C, 2 if reduction and j < 2 else 1, names) for j, names in zip(sources, primitives, strict=True))
+        self.register_buffer("_kept", kept_columns(primitives), persistent=False)
+
+    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+        weights = weights.flatten()[self._kept]  # [edges * ops] without `none`
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        edge = used = 0
+        for i in range(self.steps):
+            terms = [term for j, state in enumerate(states) for term in self._ops[edge + j](state)]
+            states.append(mixed_sum(weights[used : used + len(terms)], terms))
+            edge, used = edge + len(states) - 1, used + len(terms)
+        return torch.cat(states[-self.steps :], dim=1)
+
+
+class NAS201Cell(nn.Module):
+    """A searched cell of NAS-Bench-201: node i sums an edge from every earlier node; the last node is the output."""
+
+    reduction = False
+
+    def __init__(self, primitives: Sequence[Sequence[str]], C: int):
+        super().__init__()
+        names = iter(primitives)
+        self.edges = nn.ModuleDict(
+            {f"{i}<-{j}": MixedOp201(C, next(names)) for i in range(1, 4) for j in range(i)})
+        self.register_buffer("_kept", kept_columns(primitives), persistent=False)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        weights, used = weights.flatten()[self._kept], 0
+        nodes = [x]
+        for i in range(1, 4):
+            terms = [term for j, node in enumerate(nodes) for term in self.edges[f"{i}<-{j}"](node)]
+            nodes.append(mixed_sum(weights[used : used + len(terms)], terms))
+            used += len(terms)
+        return nodes[-1]
+
+
+class SearchNetwork(nn.Module):
+    """The supernet of a search space, with α initialised to 1e-3 · N(0, 1).
+
+    C: channels of the first cell (a DARTS cell puts out four times as many); layers: cells, or in `nasbench201` cells a
+    stage. Searched cells of one type share α: alphas_normal and alphas_reduce [14, ops], or arch_parameters [6, 5].
+    state_dict keys are the original's, plus α. Raises InputError for an unknown space.
+    """
+
+    def __init__(self, C: int, num_classes: int, layers: int, space: str = "darts"):
+        super().__init__()
+        self.space = space
+        self.primitives = get(space)
+        if layers < 1 or C < 1:
+            raise InputError(f"{layers} cells of {C} channels: both must be positive")
+        if space != "nasbench201" and C % 2:
+            raise InputError(f"{C} channels: must be even, the reduction cells split them in two")
+        build = self._build_nasbench201 if space == "nasbench201" else self._build_darts
+        build(C, num_classes, layers)
+
+    def _build_darts(self, C: int, num_classes: int, layers: int) -> None:
+        C_curr = 3 * C
+        self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
+        self.cells = nn.ModuleList()
+        C_prev_prev, C_prev, C_curr, reduction_prev = C_curr, C_curr, C, False
+        for i in range(layers):
+            reduction = i in (layers // 3, 2 * layers // 3)
+            C_curr *= 2 if reduction else 1
+            primitives = self.primitives.reduce if reduction else self.primitives.normal
+            self.cells.append(Cell(primitives, C_prev_prev, C_prev, C_curr, reduction, reduction_prev))
+            reduction_prev, C_prev_prev, C_prev = reduction, C_prev, 4 * C_curr
+        self.classifier = nn.Linear(C_prev, num_classes)
+        self.alphas_normal, self.alphas_reduce = (
+            nn.Parameter(1e-3 * torch.randn(len(edges), len(edges[0])))
+            for edges in (self.primitives.normal, self.primitives.reduce))
+
+    def _build_nasbench201(self, C: int, num_classes: int, layers: int) -> None:
+        self.stem = nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
+        stages = [[NAS201Cell(self.primitives.normal, c) for _ in range(layers)] for c in (C, 2 * C, 4 * C)]
+        self.cells = nn.ModuleList(
+            [*stages[0], ResNetBasicblock(C, 2 * C), *stages[1], ResNetBasicblock(2 * C, 4 * C), *stages[2]])
+        self.lastact = nn.Sequential(nn.BatchNorm2d(4 * C), nn.ReLU())
+        self.classifier = nn.Linear(4 * C, num_classes)
+        # Under the original's key, which is also the name of a method here: so not as an attribute.
+        self._parameters["arch_parameters"] = nn.Parameter(1e-3 * torch.randn(6, len(self.primitives.normal[0])))
+
+    def _alpha_names(self) -> tuple[str, ...]:
+        return ("arch_parameters",) if self.space == "nasbench201" else ("alphas_normal", "alphas_reduce")
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        """α of each type of cell."""
+        return [self._parameters[name] for name in self._alpha_names()]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """w: every parameter but α."""
+        return [p for name, p in self.named_parameters() if name not in self._alpha_names()]
+
+    def searched_cells(self) -> list[nn.Module]:
+        """The cells that α weighs, in order."""
+        return [cell for cell in self.cells if not isinstance(cell, ResNetBasicblock)]
+
+    def cell_weights(self) -> list[Tensor]:
+        """p = softmax(α), [edges, ops] for each searched cell; cells of one type share one tensor."""
+        p = [F.softmax(alpha, dim=-1) for alpha in self.arch_parameters()]
+        return [p[cell.reduction] for cell in self.searched_cells()]
+
+    def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
+        """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights()."""
+        weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
+        if self.space == "nasbench201":
+            x = self.stem(x)
+            for cell in self.cells:
+                x = cell(x) if isinstance(cell, ResNetBasicblock) else cell(x, next(weights))
+            x = self.lastact(x)
+        else:
+            s0 = x = self.stem(x)
+            for cell in self.cells:
+                s0, x = x, cell(s0, x, next(weights))
+        return self.classifier(x.mean((2, 3)))
+
+    @torch.no_grad()
+    def genotype(self) -> "Genotype | str":
+        """The strongest operation of the two strongest incoming edges of each node, never `none`; in `nasbench201`
+        the strongest operation of every edge, as the benchmark's arch string."""
+        p = [F.softmax(alpha, dim=-1).tolist() for alpha in self.arch_parameters()]
+        if self.space == "nasbench201":
+            rows = iter(zip(p[0], self.primitives.normal))
+            best = [[(max(zip(row, names), key=lambda o: o[0])[1], j) for j, (row, names) in zip(range(i), rows)] for i in range(1, 4)]
+            return format_arch(best)
+        concat = tuple(range(2, 6))
+        return Genotype(derive(p[0], self.primitives.normal), concat, derive(p[1], self.primitives.reduce), concat)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        for name, alpha in zip(self._alpha_names(), self.arch_parameters()):
+            state_dict.setdefault(prefix + name, alpha.detach())  # the original keeps α outside its state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def derive(p: Sequence[Sequence[float]], primitives: Sequence[Sequence[str]]) -> tuple[tuple[str, int], ...]:
+    """Two (operation, input state) for each node of a cell, the stronger edge first. p: [edges, ops]"""
+    chosen, first, states = [], 0, 2
+    while first < len(p):
+        best = []  # (p of the strongest operation but `none`, its name) of each edge into this node
+        for row, names in zip(p[first : first + states], primitives[first : first + states]):
+            best.append(max(((value, name) for value, name in zip(row, names) if name != "none"), key=lambda o: o[0]))
+        strongest = sorted(range(states), key=lambda j: -best[j][0])[:2]
+        chosen += [(best[j][1], j) for j in strongest]
+        first, states = first + states, states + 1
+    return tuple(chosen)
+
+
+@contextmanager
+def frozen_statistics(net: nn.Module) -> Iterator[None]:
+    """Within, batch norms in training mode normalise by their batch and leave their running statistics alone."""
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

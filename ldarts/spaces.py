@@ -1,0 +1,53 @@
+"""The search spaces, as data."""
+from typing import NamedTuple
+
+from .errors import InputError
+
+
+class Space(NamedTuple):
+    """Candidate operations of each edge, in the order of the nodes: 14 edges in a DARTS cell, 6 in NAS-Bench-201."""
+
+    normal: tuple[tuple[str, ...], ...]
+    reduce: tuple[tuple[str, ...], ...]  # empty where the reduction cells are fixed
+
+
+_SHORT = {
+    "skip": "skip_connect", "max": "max_pool_3x3", "avg": "avg_pool_3x3", "sep3": "sep_conv_3x3",
+    "dil3": "dil_conv_3x3", "dil5": "dil_conv_5x5",
+}
+
+
+def _edges(table: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(_SHORT[name] for name in edge.split("|")) for edge in table.split())
+
+
+def _uniform(*names: str) -> Space:
+    return Space((names,) * 14, (names,) * 14)
+
+
+_S1 = Space(  # Zela et al., 2020: the two operations with the largest α of each edge after a plain DARTS search
+    _edges("skip|dil3 skip|dil5 skip|dil5 skip|sep3 skip|dil3 max|skip skip|sep3 "
+           "skip|sep3 skip|dil3 skip|sep3 max|skip skip|dil3 dil3|dil5 dil3|dil5"),
+    _edges("max|avg max|dil3 max|avg max|avg skip|dil5 max|avg max|sep3 "
+           "skip|dil3 skip|dil5 max|avg max|avg skip|dil5 skip|dil5 skip|dil5"),
+)
+# No `none`, as in the published Λ-DARTS code.
+_DARTS = _uniform("max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3",
+                  "dil_conv_5x5")
+
+SPACES = {
+    "darts": _DARTS,
+    "s5": _DARTS,  # the name it has in the published code
+    "s1": _S1,
+    "s2": _uniform("skip_connect", "sep_conv_3x3"),
+    "s3": _uniform("none", "skip_connect", "sep_conv_3x3"),
+    "s4": _uniform("noise", "sep_conv_3x3"),
+    "nasbench201": Space((("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"),) * 6, ()),
+}
+
+
+def get(name: str) -> Space:
+    """The space called `name`. Raises InputError that lists the known ones."""
+    if name not in SPACES:
+        raise InputError(f"unknown search space {name!r}: use one of {', '.join(SPACES)}")
+    return SPACES[name]

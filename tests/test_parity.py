@@ -1,0 +1,220 @@
+"""The mathematics, in float64, against arrays computed by the published code."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ldarts
+from conftest import GOLDEN
+from ldarts.model_search import frozen_statistics
+
+CASES = ["s5_cosine", "s2_sign_unrolled"]
+KINDS = {"corr": "cosine", "signcorr": "sign"}
+
+
+def relative(found, expected):
+    """Largest error relative to the largest magnitude, over a tensor or a list of them."""
+    found, expected = (torch.cat([t.detach().flatten() for t in ts]) if isinstance(ts, (list, tuple)) else ts.detach()
+                       for ts in (found, expected))
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def supernet(case):
+    c = case.config
+    net = ldarts.SearchNetwork(c["C"], c["num_classes"], c["layers"], c["space"]).double()
+    state = case.group("state")
+    missing, unexpected = net.load_state_dict(
+        state | {"alphas_normal": case["alphas_normal"], "alphas_reduce": case["alphas_reduce"]}, strict=False)
+    assert not unexpected and all(k.endswith(("running_mean", "running_var", "num_batches_tracked")) for k in missing)
+    arch = ldarts.Architect(net, F.cross_entropy, c["arch_learning_rate"], c["arch_betas"], c["arch_weight_decay"],
+                            c["momentum"], c["weight_decay"])
+    return net, arch
+
+
+def batch(case, stream, step=0):
+    return case[f"x_{stream}"][step], case[f"y_{stream}"][step]
+
+
+def named(net, tensors):
+    """Gradients in the order of weight_parameters() -> in the order of the golden names."""
+    names = {id(p): name for name, p in net.named_parameters()}
+    return {names[id(p)]: t for p, t in zip(net.weight_parameters(), tensors)}
+
+
+def compare(net, tensors, expected, tolerance):
+    found = named(net, tensors)
+    assert set(found) == set(expected)
+    assert relative([found[k] for k in expected], list(expected.values())) < tolerance
+
+
+@pytest.fixture(params=CASES)
+def case(request, golden):
+    return golden(request.param)
+
+
+def test_logits_and_loss(case):
+    net, _ = supernet(case)
+    x, y = batch(case, "train")
+    logits = net(x)
+    assert relative(logits, case["logits"]) < 1e-8
+    assert relative(F.cross_entropy(logits, y), case["loss"]) < 1e-8
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_alpha_gradients(case, unrolled):
+    net, arch = supernet(case)
+    found = arch.alpha_grads(batch(case, "train"), batch(case, "valid"), case.config["learning_rate"], None, unrolled)
+    order = "second" if unrolled else "first"
+    for g, which in zip(found, ("normal", "reduce")):
+        assert relative(g, case[f"dalpha_{order}_{which}"]) < 1e-8
+
+
+def test_layer_gradients_alignment_and_direction(case):
+    net, arch = supernet(case)
+    p = arch.cell_leaves()
+    x, y = batch(case, "train")
+    grads = torch.autograd.grad(F.cross_entropy(net(x, p), y), p)
+    for which, reduction in (("normal", False), ("reduce", True)):
+        found = torch.stack([g.flatten() for g, cell in zip(grads, net.cells) if cell.reduction == reduction])
+        assert relative(found, case[f"layer_grads_{which}"]) < 1e-8
+    value, _ = arch.alignment(grads, "cosine")
+    assert relative(value, case["alignment_normal"]) < 1e-8
+    for prefix, kind in KINDS.items():
+        _, u = arch.alignment(grads, kind)
+        assert [d is None for d in u] == [cell.reduction for cell in net.cells]
+        u = torch.stack([d for d in u if d is not None])
+        assert relative(u, case[f"{prefix}/direction_normal"]) < 1e-8
+        assert relative(case.config["epsilon_0"] / u.norm(), case[f"{prefix}/epsilon"]) < 1e-8
+
+
+@pytest.mark.parametrize("prefix", KINDS)
+def test_lambda_gradient(case, prefix):
+    net, arch = supernet(case)
+    loss, dw, d_lambda, _ = arch.lambda_grads(
+        batch(case, "train"), KINDS[prefix], case.config["epsilon_0"], "central")
+    assert relative(loss, case["loss"]) < 1e-8
+    compare(net, dw, case.group("dweight"), 1e-6)  # stored in float32
+    compare(net, d_lambda, case.group(f"{prefix}/alignment_grad"), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "sign"])
+def test_exact_equals_central_at_a_small_radius(case, kind):
+    net, arch = supernet(case)
+    exact, central, forward = (arch.lambda_grads(batch(case, "train"), kind, epsilon, method)[2]
+                               for method, epsilon in (("exact", 0.0), ("central", 1e-7), ("forward", 1e-8)))
+    assert relative(central, exact) < 1e-5
+    assert relative(forward, exact) < 1e-4  # of first order in ε
+
+
+def test_exact_second_order_equals_central_at_a_small_radius(case, monkeypatch):
+    """The published radius crosses kinks of the ReLUs; at a thousandth of it both products agree."""
+    net, arch = supernet(case)
+    arguments = batch(case, "train"), batch(case, "valid"), case.config["learning_rate"], None, True
+    first = arch.alpha_grads(*arguments[:-1], False)
+    exact = arch.alpha_grads(*arguments, hessian="exact")
+    # The product alone, as d/dr of ∂L_train/∂α along ∇_w' L_valid, by a difference of our own.
+    w = net.weight_parameters()
+    loss = lambda b: F.cross_entropy(net(b[0]), b[1])
+    saved = [p.detach().clone() for p in w]
+    with frozen_statistics(net):
+        dw = torch.autograd.grad(loss(arguments[0]), w)
+        with torch.no_grad():
+            for p, g in zip(w, dw):
+                p -= arguments[2] * (g + 3e-4 * p)
+        grads = torch.autograd.grad(loss(arguments[1]), [*net.arch_parameters(), *w])
+        r, sides = 1e-7, []
+        for s in (1, -1):
+            with torch.no_grad():
+                for p, q, v in zip(w, saved, grads[2:]):
+                    p.copy_(q + s * r * v)
+            sides.append(torch.autograd.grad(loss(arguments[0]), net.arch_parameters()))
+    expected = [d - arguments[2] * (a - b) / (2 * r) for d, a, b in zip(grads, *sides)]
+    assert relative(exact, expected) < 1e-5
+    assert relative(first, expected) > 1e-2  # the ξ term is not a detail
+
+
+def run_steps(case, lambda_sign=1, alpha_first=True, unrolled=None):
+    """Three search steps as the training script takes them."""
+    from train_search import search_step
+    c = case.config
+    net, arch = supernet(case)
+    optimizer = torch.optim.SGD(net.weight_parameters(), c["learning_rate"], c["momentum"], weight_decay=c["weight_decay"])
+    losses, alphas = [], []
+    for i in range(3):
+        loss, *_ = search_step(net, arch, optimizer, batch(case, "train", i), batch(case, "valid", i),
+                               unrolled=c["unrolled_steps"] if unrolled is None else unrolled, alpha_first=alpha_first,
+                               lambda_t=lambda_sign * c["lambda_reg"], kind=KINDS[c["kind"]], epsilon=c["epsilon_0"],
+                               method="central", grad_clip=c["grad_clip"])[0:1]
+        losses.append(loss)
+        alphas.append([a.detach().clone() for a in net.arch_parameters()])
+    final = case.group("steps/final")
+    weights = dict(net.named_parameters())
+    return (relative(torch.stack(losses), case["steps/loss"]),
+            max(relative(torch.stack([a[k] for a in alphas]), case[f"steps/alphas_{which}"])
+                for k, which in enumerate(("normal", "reduce"))),
+            relative([weights[k] for k in final], list(final.values())))
+
+
+def test_three_steps(case):
+    loss, alphas, weights = run_steps(case)
+    assert loss < 1e-5 and alphas < 1e-8 * 1e3 and weights < 1e-5
+
+
+def test_three_steps_notice_the_sign_of_lambda(case):
+    assert run_steps(case, lambda_sign=-1)[2] > 1e-4
+
+
+def test_three_steps_notice_the_order_of_alpha_and_weights(case):
+    assert run_steps(case, alpha_first=False)[1] > 1e-5
+
+
+def test_three_steps_notice_the_second_order_term(golden):
+    assert run_steps(golden("s2_sign_unrolled"), unrolled=False)[1] > 1e-5
+
+
+def test_nasbench201(golden):
+    case = golden("nb201_cosine")
+    c = case.config
+    net = ldarts.SearchNetwork(c["C"], 10, c["N"], "nasbench201").double()
+    net.load_state_dict(case.group("state"), strict=False)
+    assert relative(net.arch_parameters()[0], case.group("state")["arch_parameters"]) == 0
+    assert list(net.cells[0].edges) == list(c["edge_order"])
+    arch = ldarts.Architect(net, F.cross_entropy)
+    train = case["x_train"], case["y_train"]
+    assert relative(net(train[0]), case["logits"]) < 1e-8
+    assert relative(arch.alpha_grads(train, train, 0.0, None, False), [case["dalpha_first"]]) < 1e-8
+    p = arch.cell_leaves()
+    grads = torch.autograd.grad(F.cross_entropy(net(train[0], p), train[1]), p)
+    assert relative([g.flatten() for g in grads], [g for g in case["layer_grads"]]) < 1e-8
+    value, u = arch.alignment(grads, "cosine")
+    assert relative(value, case["alignment"]) < 1e-8 and relative(list(u), list(case["direction"])) < 1e-8
+    loss, _, d_lambda, _ = arch.lambda_grads(train, "cosine", c["epsilon_0"], "central")
+    assert relative(loss, case["loss"]) < 1e-8
+    compare(net, d_lambda, case.group("alignment_grad"), 1e-5)
+    assert net.genotype() == str(case.arrays["genotype"])
+
+
+def test_derived_network(golden):
+    case = golden("eval_corr3")
+    c = case.config
+    net = ldarts.Network(c["C"], c["num_classes"], c["layers"], c["auxiliary"], ldarts.genotypes.load(c["genotype"]))
+    state = case.group("state")
+    net.double().load_state_dict(state)  # strict: the original's keys, all of them and no other
+    assert list(net.state_dict()) == list(state)
+    assert relative(net.eval()(case["x"])[0], case["logits_eval"]) < 1e-8
+    logits, aux = net.train()(case["x"])
+    assert relative(logits, case["logits_train"]) < 1e-8 and relative(aux, case["logits_aux"]) < 1e-8
+
+
+def test_published_cells_and_their_parameter_counts(golden):
+    stored = json.loads((GOLDEN / "genotypes.json").read_text())
+    counts = json.loads(str(golden("eval_corr3").arrays["param_counts_C36_L20"]))
+    for name, expected in stored.items():
+        genotype = ldarts.genotypes.load(name)
+        assert json.loads(ldarts.genotypes.to_json(genotype)) == expected
+        if name in counts:
+            with torch.device("meta"):
+                assert ldarts.model.count_parameters(ldarts.Network(36, 10, 20, True, genotype)) == counts[name]
+    assert ldarts.genotypes.load("LAMBDA_DARTS") == ldarts.genotypes.load("lambdadarts_corr_3")
+    assert counts["lambdadarts_corr_3"] == 3_604_438
