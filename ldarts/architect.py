@@ -1,5 +1,5 @@
 """`Architect`: the gradients with respect to α, and the gradient of Λ with respect to the weights."""
-from typing import Callable, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,14 @@ from .operations import NoiseOp
 
 Batch = tuple[Tensor, Tensor]  # x [N, 3, H, W], y [N]
 METHODS = ("central", "forward", "exact")
+
+
+class WeightGrads(NamedTuple):
+    loss: Tensor
+    logits: Tensor  # [N, num_classes], of the training pass
+    dw: Sequence[Tensor]  # ∇_w L
+    d_lambda: Sequence[Tensor] | None  # ∇_w Λ
+    alignment: Tensor | None  # Λ
 
 
 class Architect:
@@ -84,21 +92,27 @@ class Architect:
         """
         if method not in METHODS:
             raise InputError(f"unknown method {method!r} for the gradient of Λ: use one of {', '.join(METHODS)}")
+        grads = self.weight_grads(batch, kind, epsilon, method)
+        return grads.loss, grads.dw, grads.d_lambda, grads.alignment
+
+    def weight_grads(self, batch: Batch, kind: str, epsilon: float, method: str | None) -> "WeightGrads":
+        """lambda_grads with the logits of the training pass; method None: ∇_w L alone, without Λ."""
         w = self.net.weight_parameters()
         rng = self._rng(batch[0].device)
         p = self.cell_leaves()
-        loss = self._loss(batch, p)
+        logits = self.net(batch[0], p)
+        loss = self.criterion(logits, batch[1])
+        if method is None:
+            return WeightGrads(loss.detach(), logits.detach(), torch.autograd.grad(loss, w), None, None)
         grads = torch.autograd.grad(loss, [*w, *p], create_graph=method == "exact")
         dw, g = grads[: len(w)], grads[len(w) :]
         value, u = self.alignment(g, kind)
         if method == "exact":
             normal = [layer for layer, direction in zip(g, u) if direction is not None]
-            d_lambda = torch.autograd.grad(normal, w, [d for d in u if d is not None], allow_unused=True)
-            # A weight behind the last cell acts on no g_l: its gradient is 0.
-            d_lambda = [torch.zeros_like(q) if d is None else d for q, d in zip(w, d_lambda)]
-            return loss.detach(), [d.detach() for d in dw], d_lambda, value
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(d) for d in u if d is not None]))
-        eps = epsilon / norm
+            # The last weights (the classifier's bias) may act on no g_l: their gradient is 0.
+            d_lambda = torch.autograd.grad(normal, w, [d for d in u if d is not None], materialize_grads=True)
+            return WeightGrads(loss.detach(), logits.detach(), [d.detach() for d in dw], d_lambda, value)
+        eps = epsilon / torch.linalg.vector_norm(torch.cat([d.flatten() for d in u if d is not None]))
 
         def shifted(sign: int) -> tuple[Tensor, ...]:  # ∇_w L at p + sign ε u
             at = [q.detach() if d is None else q.detach() + sign * eps * d for q, d in zip(p, u)]
@@ -109,7 +123,7 @@ class Architect:
             d_lambda = [(up - d) / eps for up, d in zip(shifted(1), dw)]
         else:
             d_lambda = [(up - down) / (2 * eps) for up, down in zip(shifted(1), shifted(-1))]
-        return loss.detach(), list(dw), d_lambda, value
+        return WeightGrads(loss.detach(), logits.detach(), dw, d_lambda, value)
 
     def cell_leaves(self) -> list[Tensor]:
         """A copy p_l of p = softmax(α) for every searched cell, each a leaf of its own."""

@@ -1,8 +1,8 @@
 """Data sets as uint8 tensors on the device, with batched crop, flip and cutout.
 
-CIFAR-10/100 are read from the original Python archives, SVHN from its cropped-digits .mat files (needs scipy), and
-`synthetic` is generated from a seed. Every batch is a function of (seed, tag, epoch, step) alone, whatever the device
-and the number of processes: all random numbers of an epoch come from one CPU generator, as tables over its images.
+CIFAR-10/100 come from the original Python archives, SVHN from its cropped-digits .mat files (needs scipy), and
+`synthetic` from a seed. A batch is a function of (seed, tag, epoch, step) alone, whatever the device and the number of
+processes: one CPU generator draws all random numbers of an epoch, as tables over its images.
 """
 import hashlib
 import http.client
@@ -38,25 +38,25 @@ class _Source(NamedTuple):
     num_classes: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    folder: str  # below root; "" is root itself
+    folder: str  # of the archive; "": the downloads are the files themselves
     train: tuple[str, ...]
     test: tuple[str, ...]
-    downloads: tuple[tuple[str, str], ...]  # (URL, MD5)
+    url: str
+    md5: tuple[str, ...]  # one a download
 
 
-_TORONTO, _STANFORD = "https://www.cs.toronto.edu/~kriz/", "http://ufldl.stanford.edu/housenumbers/"
 _SOURCES = {
     "cifar10": _Source(
         10, (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768), "cifar-10-batches-py",
         tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",),
-        ((_TORONTO + "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),)),
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", ("c58f30108f718f92721af3b95e74349a",)),
     "cifar100": _Source(
         100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), "cifar-100-python", ("train",), ("test",),
-        ((_TORONTO + "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),)),
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", ("eb9058c3a382ffc7106e4002c42a8d85",)),
     "svhn": _Source(
         10, (0.4377, 0.4438, 0.4728), (0.198, 0.201, 0.197), "", ("train_32x32.mat",), ("test_32x32.mat",),
-        ((_STANFORD + "train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
-         (_STANFORD + "test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"))),
+        "http://ufldl.stanford.edu/housenumbers/",
+        ("e26dedcc434d2e4c54c9b2d4a06d8373", "eb5a983be6a315427106f1b164d9cef3")),
 }
 DATASETS = (*_SOURCES, "synthetic")
 
@@ -66,15 +66,14 @@ def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0,
     """The training and the test set called `name`, on `device`.
 
     root: the folder that holds (or receives) the unpacked archive, or the unpacked folder itself. seed: of
-    `synthetic`, unused otherwise. Raises InputError for an unknown name and for missing or damaged files.
+    `synthetic` alone. Raises InputError for an unknown name and for missing or damaged files.
     """
     if name == "synthetic":
         return tuple(part._replace(images=part.images.to(device), labels=part.labels.to(device))
                      for part in synthetic(seed))
     if name not in _SOURCES:
         raise InputError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
-    source = _SOURCES[name]
-    read = _read_svhn if name == "svhn" else _read_cifar
+    source, read = _SOURCES[name], _read_svhn if name == "svhn" else _read_cifar
     folder = _locate(source, Path(root).expanduser(), download)
 
     def image_set(files: tuple[str, ...]) -> ImageSet:
@@ -84,19 +83,17 @@ def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0,
     return image_set(source.train), image_set(source.test)
 
 
-# ---------------------------------------------------------------------------------------------- files and downloads
-
 def _locate(source: _Source, root: Path, download: bool) -> Path:
-    """The folder with all of the source's files; fetched and unpacked into root when there is none."""
+    """The folder of the source's files; they are fetched into root when the folder (SVHN: the file) is not there."""
     files = source.train + source.test
     folder = root if any((root / file).is_file() for file in files) else root / source.folder
-    if source.folder and not folder.is_dir():
-        url, md5 = source.downloads[0]
-        _unpack(_fetch(url, md5, root, download), root, source)
-    elif not source.folder:
-        for url, md5 in source.downloads:
-            if not (folder / Path(url).name).is_file():
-                _fetch(url, md5, folder, download)
+    if not source.folder:
+        for file, md5 in zip(files, source.md5):
+            _fetch(source.url + file, md5, folder / file, download)
+    elif not folder.is_dir():
+        archive = root / Path(source.url).name
+        _fetch(source.url, source.md5[0], archive, download)
+        _unpack(archive, root, source.folder)
     for file in files:
         if not (folder / file).is_file():
             raise InputError(f"{folder / file}: no such file; {_remedy(source)}")
@@ -104,113 +101,78 @@ def _locate(source: _Source, root: Path, download: bool) -> Path:
 
 
 def _remedy(source: _Source) -> str:
-    urls = " and ".join(url for url, _ in source.downloads)
-    where = f"unpack {urls} again" if source.folder else f"delete it to have it fetched again from {_STANFORD}"
-    return f"{where}, or use --dataset synthetic"
-
-
-def _fetch(url: str, md5: str, root: Path, download: bool) -> Path:
-    """root / the URL's file name, downloaded unless it is there already; a download appears whole or not at all."""
-    path = root / Path(url).name
-    by_hand = f"put {url} at {path}, or use --dataset synthetic"
-    try:
-        if path.exists():
-            if (found := _md5(path)) != md5:
-                raise InputError(f"{path}: MD5 {found} instead of {md5}; delete it, or {by_hand}")
-            return path
-        if not download:
-            raise InputError(f"{path}: no such file, and downloading is off; {by_hand}")
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as scratch:
-            partial = Path(scratch, path.name)
-            _download(url, partial)
-            if (found := _md5(partial)) != md5:
-                raise InputError(f"{path}: {url} sent MD5 {found} instead of {md5}; try again, or {by_hand}")
-            os.replace(partial, path)
-    except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"{path}: cannot be fetched ({_brief(error)}); {by_hand}") from error
-    return path
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _download(url: str, path: Path) -> None:
-    with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
-        total, done = int(response.headers.get("Content-Length") or 0), 0
-        while block := response.read(1 << 20):
-            done += file.write(block)
-            print(f"\r{url}: {done / 1e6:.0f} of {total / 1e6:.0f} MB", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-
-
-def _unpack(archive: Path, root: Path, source: _Source) -> None:
-    """Unpack the regular files of the source's folder; the folder appears whole or not at all."""
-    try:
-        with tempfile.TemporaryDirectory(dir=root) as scratch, tarfile.open(archive) as tar:
-            members = [m for m in tar if m.isreg() and m.name.startswith(source.folder + "/")]
-            tar.extractall(scratch, members, filter="data")
-            unpacked = Path(scratch, source.folder)
-            if not unpacked.is_dir():
-                raise InputError(f"{archive}: has no folder {source.folder}; delete it to have it fetched again")
-            try:
-                os.rename(unpacked, root / source.folder)
-            except OSError:  # another process of this run was faster
-                if not (root / source.folder).is_dir():
-                    raise
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{archive}: cannot be unpacked ({_brief(error)}); delete it to have it fetched again, "
-                         "or use --dataset synthetic") from error
-
-
-# ---------------------------------------------------------------------------------------------------------- readers
-
-# What damaged bytes make an unpickler or scipy's reader raise; nothing of ours is called inside those two calls.
-_DAMAGE = (pickle.UnpicklingError, zlib.error, struct.error, ArithmeticError, AssertionError, AttributeError, EOFError,
-           ImportError, LookupError, MemoryError, NotImplementedError, OSError, RecursionError, TypeError, ValueError)
+    return f"get it again from {source.url}, or use --dataset synthetic"
 
 
 def _brief(error: BaseException) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 120)
 
 
-class _Dtype:
-    """Takes what a pickle hands to numpy.dtype."""
-    name = None
+def _fetch(url: str, md5: str, path: Path, download: bool) -> None:
+    """Download url to path unless path is there; it appears whole and with the right MD5, or not at all."""
+    by_hand = f"put {url} at {path}, or use --dataset synthetic"
+    if path.is_file():
+        return
+    if not download:
+        raise InputError(f"{path}: no such file, and downloading is off; {by_hand}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            partial, digest, done = Path(scratch, path.name), hashlib.md5(usedforsecurity=False), 0
+            with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as file:
+                while block := response.read(1 << 20):
+                    digest.update(block)
+                    done += file.write(block)
+                    print(f"\r{url}: {done / 1e6:.1f} MB", end="", file=sys.stderr, flush=True)
+            print(file=sys.stderr)
+            if digest.hexdigest() != md5:
+                raise InputError(f"{path}: {url} sent MD5 {digest.hexdigest()}, not {md5}; try again, or {by_hand}")
+            os.replace(partial, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(f"{path}: cannot be fetched ({_brief(error)}); {by_hand}") from error
 
-    def __init__(self, name, *flags):
-        self.name = name
 
-    def __setstate__(self, state):
-        pass
+def _unpack(archive: Path, root: Path, folder: str) -> None:
+    """Unpack the regular files of `folder`, which appears whole or not at all."""
+    try:
+        with tempfile.TemporaryDirectory(dir=root) as scratch, tarfile.open(archive) as tar:
+            members = [member for member in tar if member.isreg() and member.name.startswith(folder + "/")]
+            tar.extractall(scratch, members, filter="data")
+            try:
+                os.rename(Path(scratch, folder), root / folder)
+            except OSError:  # another process of this run may have been faster
+                if not (root / folder).is_dir():
+                    raise
+    except (tarfile.TarError, *_DAMAGE) as error:
+        raise InputError(f"{archive}: cannot be unpacked ({_brief(error)}); delete it to have it fetched again, "
+                         "or use --dataset synthetic") from error
 
 
-class _Array:
-    """Takes what a pickle hands to a NumPy array, and builds none."""
-    state = None
+# What damaged bytes make tarfile, an unpickler or scipy's reader raise; these calls run no code of ours.
+_DAMAGE = (pickle.UnpicklingError, zlib.error, struct.error, ArithmeticError, AssertionError, AttributeError, EOFError,
+           ImportError, LookupError, MemoryError, NotImplementedError, OSError, RecursionError, TypeError, ValueError)
+
+
+class _Standin:
+    """Keeps what a pickle would hand to numpy.dtype or to an array, and calls neither."""
+    args, state = (), None
 
     def __init__(self, *args):
-        pass
+        self.args = args
 
     def __setstate__(self, state):
         self.state = state
 
 
 class _CifarUnpickler(pickle._Unpickler):
-    """Admits the four names of a pickled array, each as a stand-in: neither NumPy nor anything else is called.
+    """Admits the names in a pickled array and nothing else: no code that a file asks for is run.
 
-    The unpickler in Python, because the one in C allocates whatever a damaged memo index asks for.
+    It is the unpickler in Python because the one in C allocates whatever memo index a damaged file has.
     """
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
-    admitted = {
-        ("numpy.core.multiarray", "_reconstruct"): _Array, ("numpy._core.multiarray", "_reconstruct"): _Array,
-        ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): str.encode,
-    }
+    admitted = {("numpy", "ndarray"): _Standin, ("numpy", "dtype"): _Standin, ("_codecs", "encode"): str.encode,
+                ("numpy.core.multiarray", "_reconstruct"): _Standin,
+                ("numpy._core.multiarray", "_reconstruct"): _Standin}
 
     def find_class(self, module, name):
         if (module, name) not in self.admitted:
@@ -220,22 +182,21 @@ class _CifarUnpickler(pickle._Unpickler):
 
 def _read_cifar(path: Path, source: _Source) -> tuple[Tensor, Tensor]:
     """One batch file -> uint8 [N, 3, 32, 32], int64 [N]."""
-    try:
-        batch = _CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except _DAMAGE as error:
-        raise InputError(f"{path}: truncated or not a CIFAR batch ({_brief(error)}); {_remedy(source)}") from error
-
     def require(fine: bool, what: str) -> None:
         if not fine:
             raise InputError(f"{path}: {what}; {_remedy(source)}")
 
+    try:
+        batch = _CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+    except _DAMAGE as error:
+        raise InputError(f"{path}: truncated or not a CIFAR batch ({_brief(error)}); {_remedy(source)}") from error
     require(type(batch) is dict, "not a dictionary")
     key = "labels" if source.num_classes == 10 else "fine_labels"
     data, labels = batch.get(b"data"), batch.get(key.encode())
-    require(type(data) is _Array and type(data.state) is tuple and len(data.state) == 5, "no array under 'data'")
+    require(type(data) is _Standin and type(data.state) is tuple and len(data.state) == 5, "no array under 'data'")
     _, shape, dtype, fortran, raw = data.state
-    require(type(dtype) is _Dtype and dtype.name in (b"u1", "u1") and fortran in (False, 0) and type(raw) is bytes,
-            "'data' is not a row-major array of uint8")
+    require(type(dtype) is _Standin and dtype.args[:1] in ((b"u1",), ("u1",)) and fortran in (False, 0)
+            and type(raw) is bytes, "'data' is not a row-major array of uint8")
     require(type(shape) is tuple and len(shape) == 2 and type(shape[0]) is int and shape[0] > 0 and shape[1] == 3072
             and len(raw) == shape[0] * 3072, "'data' is not [rows, 3072] with at least one row")
     require(type(labels) is list and len(labels) == shape[0], f"'{key}' is not a list of {shape[0]} labels")
@@ -264,8 +225,6 @@ def _read_svhn(path: Path, source: _Source) -> tuple[Tensor, Tensor]:
             torch.from_numpy(labels.astype("int64").ravel()) % 10)
 
 
-# -------------------------------------------------------------------------------------------------------- synthetic
-
 def _generator(*key: int | str) -> torch.Generator:
     """A CPU generator of its own for every key."""
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -273,16 +232,16 @@ def _generator(*key: int | str) -> torch.Generator:
 
 
 # The three horizontal (top, middle, bottom) and four vertical strokes of a seven-segment display.
-_STROKES = torch.tensor([  # centre x, centre y, half width, half height
-    [0, -1, .6, 0], [0, 0, .6, 0], [0, 1, .6, 0], [-.6, -.5, 0, .5], [.6, -.5, 0, .5], [-.6, .5, 0, .5], [.6, .5, 0, .5]])
-# Two horizontal and two vertical strokes each, so that neither ink nor directions tell the class: only the arrangement
-# does. No two are mirror images (the training set is flipped) or shifts of one another.
-_FIGURES = torch.tensor([[a, b, c, d] for a, b in ((0, 1), (1, 2), (0, 2)) for c, d in ((3, 4), (5, 6), (3, 5), (3, 6))
-                         if (a, b, c, d) not in ((1, 2, 5, 6), (0, 2, 3, 5))])
+_STROKES = torch.tensor([[0, -1, .6, 0], [0, 0, .6, 0], [0, 1, .6, 0],  # centre x and y, half width and height
+                         [-.6, -.5, 0, .5], [.6, -.5, 0, .5], [-.6, .5, 0, .5], [.6, .5, 0, .5]])
+# U Π, F t, S E, P b, 0 A: the two of a pair have equally many horizontal and equally many vertical strokes, so that
+# counting leaves a pair and only the arrangement tells the class. None is a mirror image (training flips) of another.
+_FIGURES = ((1, 3, 4), (0, 3, 4), (0, 1, 3, 5), (1, 2, 3, 5), (0, 1, 2, 3, 6), (0, 1, 2, 3, 5), (0, 1, 3, 4, 5),
+            (1, 2, 3, 5, 6), (0, 2, 3, 4, 5, 6), (0, 1, 3, 4, 5, 6))
 
 
 def synthetic(seed: int, n_train: int = 5000, n_test: int = 1000) -> tuple[ImageSet, ImageSet]:
-    """Ten figures of four strokes, distorted and in random colours among stray strokes, 32x32, classes balanced."""
+    """Ten figures of a few strokes, distorted and in random colours among stray strokes, 32x32, classes balanced."""
     generator = _generator(seed, "synthetic")
     labels = torch.arange(n_train + n_test) % 10
     images = torch.cat([_draw(part, generator) for part in labels.split(500)])
@@ -306,8 +265,8 @@ def _draw(labels: Tensor, generator: torch.Generator) -> Tensor:
     x, y = (pixels - uniform(-3, 3, 2, 1)).unbind(1)  # [B, P] each
     y, x = y * cos[:, None] - x * sin[:, None], x * cos[:, None] + y * sin[:, None]
     point = torch.stack([x + shear[:, None] * y, y], 1) / scale[:, None]  # [B, 2, P]
-    stroke = _STROKES[_FIGURES[labels]]  # [B, 4, 4]
-    outside = ((point[:, None] - stroke[:, :, :2, None]).abs() - stroke[:, :, 2:, None]).clamp_(min=0)  # [B, 4, 2, P]
+    strokes = _STROKES[torch.tensor([(figure * 2)[:6] for figure in _FIGURES])][labels]  # [B, 6, 4], some twice
+    outside = ((point[:, None] - strokes[:, :, :2, None]).abs() - strokes[:, :, 2:, None]).clamp_(min=0)  # [B, 6, 2, P]
     distance = outside.square().sum(2).sqrt().amin(1) * scale  # [B, P], pixels
     figure = (uniform(.8, 1.6, 1) + .5 - distance).clamp(0, 1)[:, None]  # [B, 1, P]
 
@@ -318,17 +277,14 @@ def _draw(labels: Tensor, generator: torch.Generator) -> Tensor:
     distance = (offset - t * along).square().sum(2).sqrt().amin(1)
     stray = (1.2 - distance).clamp(0, 1)[:, None]  # [B, 1, P]
 
-    # The background varies slowly; figure and strays differ from its mean by a contrast in a random direction.
-    background = uniform(.25, .75, 3, 1)
+    # The background varies slowly; figure and strays are brighter, in a colour of their own.
+    background = uniform(.1, .45, 3, 1)
     ground = background + F.interpolate(uniform(-.12, .12, 3, 4, 4), size=(32, 32), mode="bilinear").flatten(2)
-    towards = torch.where(background > .5, -1., 1.)
-    image = torch.lerp(ground, background + towards * uniform(.1, .4, 3, 1), stray)
-    image = torch.lerp(image, background + towards * uniform(.3, .6, 3, 1), figure)
-    image += uniform(-.08, .08, 3, 1024)
+    image = torch.lerp(ground, background + uniform(.1, .4, 3, 1), stray)
+    image = torch.lerp(image, background + uniform(.3, .55, 3, 1), figure)
+    image += uniform(-.06, .06, 3, 1024)
     return image.clamp_(0, 1).mul_(255).round_().byte().view(n, 3, 32, 32)
 
-
-# ---------------------------------------------------------------------------------------------------------- batches
 
 def crop_flip(images: Tensor, shift: Tensor, flip: Tensor, padding: int = 4) -> Tensor:
     """Crop each image at `shift` out of its zero-padded self, then mirror it where `flip`.
@@ -345,7 +301,7 @@ def crop_flip(images: Tensor, shift: Tensor, flip: Tensor, padding: int = 4) -> 
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """(images / 255 - mean) / std in float32 or wider, then `dtype`. images: uint8 [n, 3, H, W]; mean, std: [3, 1, 1]"""
+    """(images / 255 - mean) / std, then `dtype`. images: uint8 [n, 3, H, W]; mean, std: [3, 1, 1], float32 or wider"""
     return images.to(mean.dtype).div_(255).sub_(mean).div_(std).to(dtype)
 
 

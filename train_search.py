@@ -1,0 +1,205 @@
+"""Search for a cell with Λ-DARTS.
+
+    python train_search.py --unrolled --lambda_reg 0.125                      # CIFAR-10, the published settings
+    python train_search.py --dataset synthetic --init_channels 4 --layers 5 --epochs 3    # no download, minutes
+    python train_search.py --search_space s2 --dataset svhn                   # λ and ε as published for SVHN
+    python train_search.py --lambda_reg 0                                     # plain DARTS
+
+Writes runs/<name>/ and prints the genotype and the command that trains it. Movahedi et al., ICLR 2023.
+"""
+import math
+import time
+
+import torch
+from torch import nn
+
+from ldarts import Architect, InputError, SearchNetwork, spaces
+from ldarts.alignment import KINDS
+from ldarts.architect import METHODS
+from ldarts.data import DATASETS, Batches, eval_batches, load
+from ldarts.genotypes import to_json
+from ldarts.runs import Clock, Meter, Parser, Run, evaluate, pick_device, script, seed_everything
+
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", default="data", help="folder of the data set")
+    add("--dataset", default="cifar10", help=", ".join(DATASETS))
+    add("--search_space", default="darts", help=", ".join(spaces.SPACES))
+    add("--batch_size", type=int, default=64)
+    add("--learning_rate", type=float, default=0.025, help="of SGD on w at the start; cosine down to the next")
+    add("--learning_rate_min", type=float, default=0.001)
+    add("--momentum", type=float, default=0.9)
+    add("--weight_decay", type=float, default=3e-4)
+    add("--report_freq", type=int, default=50, help="steps between two lines")
+    add("--epochs", type=int, default=50)
+    add("--init_channels", type=int, default=16)
+    add("--layers", type=int, help="cells (default 8), or cells a stage in nasbench201 (default 5)")
+    add("--cutout", action="store_true", help="cutout with a probability that grows to --cutout_prob")
+    add("--cutout_length", type=int, default=16)
+    add("--cutout_prob", type=float, default=1.0)
+    add("--save", help="name of the run (default: search- and the time)")
+    add("--seed", type=int, default=0)
+    add("--grad_clip", type=float, default=5.0)
+    add("--train_portion", type=float, default=0.5, help="share of the training set for w; the rest is for α")
+    add("--unrolled", action="store_true", help="second-order α gradients")
+    add("--hessian", choices=("central", "exact"), default="central", help="the second order's product")
+    add("--arch_learning_rate", type=float, help="default 3e-4, in nasbench201 1e-4")
+    add("--arch_weight_decay", type=float, default=1e-3)
+    add("--lambda_reg", type=float, help="λ, reached in the last epoch; 0: plain DARTS "
+                                         "(default 0.125, 0.25 on SVHN and in nasbench201)")
+    add("--lambda_kind", choices=KINDS, default="cosine")
+    add("--lambda_grad", choices=METHODS, default="central", help="how ∇Λ is computed")
+    add("--epsilon", type=float, help="ε₀ of central and forward (default 1e-4, 1e-3 on SVHN)")
+    add("--device", default="auto")
+    args = parser.parse_args()
+    in_201, on_svhn = args.search_space == "nasbench201", args.dataset == "svhn"
+    defaults = {"layers": 5 if in_201 else 8, "arch_learning_rate": 1e-4 if in_201 else 3e-4,
+                "lambda_reg": 0.25 if in_201 or on_svhn else 0.125, "epsilon": 1e-3 if on_svhn and not in_201 else 1e-4}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check(args)
+    return args
+
+
+def check(args) -> None:
+    """Raises InputError for values that make no search."""
+    spaces.get(args.search_space)
+    if args.search_space == "nasbench201" and args.unrolled:
+        raise InputError("--unrolled: nasbench201 is searched by first order only, as published; leave it out")
+    if args.hessian == "exact" and not args.unrolled:
+        raise InputError("--hessian exact: only the second order has one; add --unrolled")
+    if not 0 < args.train_portion < 1:
+        raise InputError(f"--train_portion {args.train_portion}: both w and α need images; use a share between 0 and 1")
+    for name in ("batch_size", "epochs", "report_freq", "init_channels", "layers", "cutout_length"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("learning_rate", "arch_learning_rate", "epsilon", "grad_clip"):
+        if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
+            raise InputError(f"--{name} {getattr(args, name)}: must be positive")
+    for name in ("learning_rate_min", "momentum", "weight_decay", "arch_weight_decay", "lambda_reg"):
+        if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
+            raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
+    if not 0 <= args.cutout_prob <= 1:
+        raise InputError(f"--cutout_prob {args.cutout_prob}: must be from 0 to 1")
+
+
+def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, lambda_t, kind, epsilon, method, grad_clip,
+                hessian="central"):
+    """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
+
+    Returns the WeightGrads of the training batch.
+    """
+    def alpha_step():
+        arch.step(arch.alpha_grads(train, valid, optimizer.param_groups[0]["lr"], optimizer, unrolled, hessian))
+
+    if alpha_first:
+        alpha_step()
+    w = net.weight_parameters()
+    grads = arch.weight_grads(train, kind, epsilon, method if lambda_t else None)
+    for i, p in enumerate(w):
+        p.grad = grads.dw[i] - lambda_t * grads.d_lambda[i] if lambda_t else grads.dw[i]  # w minimises L_train - λ Λ
+    nn.utils.clip_grad_norm_(w, grad_clip)
+    optimizer.step()
+    if not alpha_first:
+        alpha_step()
+    return grads
+
+
+def skip_connections(genotype) -> int:
+    """Number of skip connections in the normal cell (in nasbench201: in the cell)."""
+    return str(genotype if isinstance(genotype, str) else genotype.normal).count("skip_connect")
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    train_set, _ = load(args.dataset, args.data, device, args.seed)
+    images = len(train_set.labels)
+    split = int(args.train_portion * images)
+    augment = dict(augment=True, cutout_length=args.cutout_length if args.cutout else 0)
+    train_batches = Batches(train_set, torch.arange(split), args.batch_size, args.seed, tag="train", **augment)
+    valid_batches = Batches(train_set, torch.arange(split, images), args.batch_size, args.seed, tag="valid", **augment)
+
+    seed_everything(args.seed)
+    net = SearchNetwork(args.init_channels, train_set.num_classes, args.layers, args.search_space).to(device)
+    normal_cells = sum(not cell.reduction for cell in net.searched_cells())
+    if args.lambda_reg and normal_cells < 2:
+        raise InputError(f"--lambda_reg {args.lambda_reg} with {args.layers} cells: Λ compares normal cells and here is "
+                         f"{normal_cells}; use --layers 4 or more, or --lambda_reg 0")
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(net.weight_parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, args.learning_rate_min)
+    arch = Architect(net, criterion, args.arch_learning_rate, (0.5, 0.999), args.arch_weight_decay, args.momentum,
+                     args.weight_decay)
+
+    run = Run("search", args.save, vars(args), device)
+    run.log(f"{run.path}: {args.search_space} on {args.dataset}, {split} images for w and {images - split} for α, "
+            f"{sum(p.numel() for p in net.weight_parameters()):,} weights, on {device}")
+    clock = Clock(args.epochs * len(train_batches))
+    history = []
+    for epoch in range(args.epochs):
+        started = time.perf_counter()
+        lambda_t = args.lambda_reg * epoch / max(1, args.epochs - 1)
+        grown = args.cutout_prob * epoch / max(1, args.epochs - 1)
+        meter = Meter()
+        valid_stream = valid_batches.epoch(epoch, grown)
+        net.train()
+        for step, train in enumerate(train_batches.epoch(epoch, grown)):
+            if (valid := next(valid_stream, None)) is None:  # the α half is the smaller one: start over
+                valid_stream = valid_batches.epoch(epoch, grown)
+                valid = next(valid_stream)
+            grads = search_step(net, arch, optimizer, train, valid, unrolled=args.unrolled,
+                                alpha_first=args.search_space != "nasbench201", lambda_t=lambda_t, kind=args.lambda_kind,
+                                epsilon=args.epsilon, method=args.lambda_grad, grad_clip=args.grad_clip,
+                                hessian=args.hessian)
+            meter.update(grads.loss, grads.logits, train[1])
+            clock.tick()
+            if step % args.report_freq == 0 or step == len(train_batches) - 1:
+                loss, accuracy = meter.read()
+                run.log(f"epoch {epoch} step {step}/{len(train_batches)}: loss {loss:.4f}, accuracy {accuracy:.2f} %, {clock}")
+        scheduler.step()
+
+        train_loss, train_accuracy = meter.read()
+        alignment = {}
+        if normal_cells > 1:
+            alignment = {f"lambda_{name}": float(arch.batch_alignment(batch, args.lambda_kind))
+                         for name, batch in (("train", train), ("valid", valid))}
+        net.eval()
+        valid_loss, valid_accuracy = evaluate(
+            net, criterion, eval_batches(train_set, valid_batches.indices, args.batch_size))
+        genotype = net.genotype()
+        p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in net.arch_parameters()])
+        values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "valid_loss": valid_loss,
+                  "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t, **alignment,
+                  "entropy": float(torch.special.entr(p).sum(-1).mean()), "skip_connections": skip_connections(genotype),
+                  "seconds": round(time.perf_counter() - started, 3)}
+        history.append(values)
+        run.metrics(values)
+        run.write("genotype.json", to_json(genotype))
+        run.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "arch": arch.optimizer.state_dict(),
+                  "scheduler": scheduler.state_dict(), "epoch": epoch})
+        shown = ", ".join(f"Λ {name[7:]} {value:+.3f}" for name, value in alignment.items())
+        run.log(f"epoch {epoch}: valid loss {valid_loss:.4f}, accuracy {valid_accuracy:.2f} %, {shown or 'no Λ'}, "
+                f"entropy {values['entropy']:.3f}, {values['skip_connections']} skip connections, {values['seconds']:.0f} s")
+    report(run, genotype, history, args)
+
+
+def report(run, genotype, history, args):
+    """What a search ends in."""
+    if isinstance(genotype, str):
+        run.log(f"genotype: {genotype}")
+    else:
+        for name in ("normal", "reduce"):
+            run.log(f"{name}: " + ", ".join(f"{op} {state}" for op, state in getattr(genotype, name)))
+    run.log(f"skip connections: {history[-1]['skip_connections']}")
+    if "lambda_train" in history[-1]:
+        shown = history[:: max(1, len(history) // 10)]
+        run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))
+    run.log(f"train it: python train_eval.py --arch {run.path} --dataset {args.dataset} --data {args.data}")
+
+
+if __name__ == "__main__":
+    script(main)
