@@ -1,0 +1,146 @@
+"""The two commands as a user types them: real processes, real folders."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_search
+from ldarts import Genotype, Network, genotypes
+from ldarts.runs import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dataset", "synthetic", "--init_channels", "2", "--layers", "4", "--search_space", "s2", "--report_freq", "3",
+        "--batch_size", "500"]
+
+
+def run(folder, script, *args):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=folder, text=True, capture_output=True,
+                          timeout=300)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """The folder and the output of one small search."""
+    folder = tmp_path_factory.mktemp("search")
+    result = run(folder, "train_search.py", *TINY, "--epochs", 2, "--save", "one")
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_a_search_leaves_a_whole_run_folder(searched):
+    folder, printed = searched
+    path = folder / "runs" / "one"
+    assert {"checkpoint.pt", "config.json", "genotype.json", "log.txt", "metrics.jsonl"} <= set(os.listdir(path))
+    config = json.loads((path / "config.json").read_text())
+    assert config["search_space"] == "s2" and config["lambda_reg"] == 0.125 and config["versions"]["torch"] == torch.__version__
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in metrics] == [0, 1] and [line["lambda_reg"] for line in metrics] == [0, 0.125]
+    for name in ("lambda_train", "lambda_valid", "entropy", "skip_connections", "valid_accuracy", "seconds"):
+        assert name in metrics[1]
+    assert isinstance(genotypes.load(str(path)), Genotype)
+    for shown in ("s/step", " left", "loss", "accuracy", "normal: ", "reduce: ", "skip connections: ", "Λ by epoch: ",
+                  "train it: python train_eval.py --arch runs/one --dataset synthetic"):
+        assert shown in printed, shown
+
+
+def test_the_genotype_of_a_search_is_trained_then_tested(searched):
+    folder, _ = searched
+    small = ["--arch", "runs/one", "--dataset", "synthetic", "--init_channels", 2, "--layers", 3, "--batch_size", 500]
+    result = run(folder, "train_eval.py", *small, "--epochs", 1, "--save", "eval")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((folder / "runs/eval/metrics.jsonl").read_text())
+    assert 0 <= metrics["test_accuracy"] <= 100
+    again = run(folder, "train_eval.py", *small, "--evaluate", "runs/eval/checkpoint.pt")
+    assert again.returncode == 0 and f"accuracy {metrics['test_accuracy']:.2f} %" in again.stdout
+    assert sorted(os.listdir(folder / "runs")) == ["eval", "one"]  # testing alone writes nothing
+
+
+def test_the_command_that_a_search_prints_is_accepted(searched):
+    folder, printed = searched
+    command = printed.split("train it: python ")[1].split()
+    result = run(folder, *command, "--batch_size", 10**6)  # stops before the first step
+    assert result.returncode == 2 and "batch size 1000000" in result.stderr
+
+
+BAD_SEARCH = {
+    "unknown space": (["--search_space", "s9"], "darts, s5, s1, s2, s3, s4"),
+    "unknown data set": (["--dataset", "mnist"], "cifar10, cifar100, svhn, synthetic"),
+    "second order in nasbench201": (["--search_space", "nasbench201", "--unrolled"], "--unrolled"),
+    "exact Hessian without second order": (["--hessian", "exact"], "--unrolled"),
+    "nothing left for α": (["--train_portion", "1"], "--train_portion"),
+    "batch larger than the split": (["--batch_size", "3000"], "batch size 3000"),
+    "one normal cell": (["--layers", "3"], "--layers 4"),
+    "odd channels": (["--init_channels", "3"], "3 channels"),
+    "no such device": (["--device", "gpu"], "--device gpu"),
+    "not a number": (["--lambda_reg", "nan"], "--lambda_reg"),
+    "unknown flag": (["--lambda", "1"], "--lambda"),
+    "no data": (["--dataset", "svhn", "--data", "/nonexistent/x"], "/nonexistent/x"),
+}
+
+
+@pytest.mark.parametrize("args, named", BAD_SEARCH.values(), ids=BAD_SEARCH)
+def test_a_bad_search_is_one_line_and_leaves_nothing(tmp_path, args, named, monkeypatch, capsys):
+    assert_refused(train_search, [*TINY, *args], named, tmp_path, monkeypatch, capsys)
+
+
+def bad_genotypes(folder):
+    (folder / "not.json").write_text("{")
+    (folder / "other.json").write_text('{"normal": [["sep_conv_9x9", 0]]}')
+    (folder / "code.json").write_text("__import__('os').mkdir('made')")
+    torch.save({"model": {"stem.0.weight": torch.zeros(1)}}, folder / "other.pt")
+    (folder / "cut.pt").write_bytes((folder / "other.pt").read_bytes()[:300])
+
+
+BAD_EVAL = {
+    "unknown architecture": (["--arch", "DARTS_V3"], "LAMBDA_DARTS"),
+    "not JSON": (["--arch", "not.json"], "not.json"),
+    "not a genotype": (["--arch", "other.json"], "other.json"),
+    "code": (["--arch", "code.json"], "code.json"),
+    "weights of another network": (["--evaluate", "other.pt"], "other.pt"),
+    "truncated checkpoint": (["--evaluate", "cut.pt"], "cut.pt"),
+    "no checkpoint": (["--evaluate", "none.pt"], "none.pt"),
+    "auxiliary tower in nasbench201": (["--arch", "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|none~1|none~2|",
+                                        "--auxiliary"], "--auxiliary"),
+}
+
+
+@pytest.mark.parametrize("args, named", BAD_EVAL.values(), ids=BAD_EVAL)
+def test_a_bad_evaluation_is_one_line_and_leaves_nothing(tmp_path, args, named, monkeypatch, capsys):
+    import train_eval
+    bad_genotypes(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    assert_refused(train_eval, ["--dataset", "synthetic", "--init_channels", "4", "--layers", "3", *args], named, tmp_path,
+                   monkeypatch, capsys, before)
+
+
+def assert_refused(script, args, named, folder, monkeypatch, capsys, before=()):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [script.__name__, *args])
+    with pytest.raises(SystemExit) as stopped:
+        train_search.script(script.main)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(message.strip().splitlines()) == 1 and named in message
+    assert sorted(os.listdir(folder)) == list(before)
+
+
+def test_an_existing_run_is_not_written_over(searched):
+    folder, _ = searched
+    result = run(folder, "train_search.py", *TINY, "--epochs", 2, "--save", "one")
+    assert result.returncode == 2 and "runs/one exists" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_checkpoint_is_a_plain_dictionary_of_the_network(searched):
+    folder, _ = searched
+    state = load_checkpoint(str(folder / "runs/one/checkpoint.pt"))
+    net = train_search.SearchNetwork(2, 10, 4, "s2")
+    net.load_state_dict(state["model"])
+
+
+def test_an_original_checkpoint_of_a_derived_network_comes_back_out():
+    net = Network(4, 10, 3, True, genotypes.load("LAMBDA_DARTS"))
+    assert {"stem.0.weight", "cells.0.preprocess0.op.1.weight", "auxiliary_head.features.2.weight",
+            "classifier.bias"} <= set(net.state_dict())
