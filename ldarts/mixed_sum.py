@@ -1,24 +1,41 @@
-"""The weighted sum of a mixed operation, Σ_m weights[m] · terms[m], on which every supernet here is built."""
+"""The weighted sum of a mixed operation, Σ_m weights[m] · terms[m], on which every supernet here is built.
+
+Three operators of csrc/ are each other's derivatives, to any order:
+
+    mixed_sum(w, t)   = Σ_m w_m t_m         by w: mixed_dot(g, t)      by t: mixed_scale(g, w)
+    mixed_scale(g, w) = (w_m g)_m           by g: mixed_sum(w, G)      by w: mixed_dot(g, G)
+    mixed_dot(g, t)   = (⟨g, t_m⟩)_m        by g: mixed_sum(G, t)      by t: mixed_scale(g, G)
+
+where G is the gradient of the result. They are compiled on first use where `pip install .` did not; without a compiler, or
+with LDARTS_MIXED_SUM=reference in the environment, mixed_sum_ref runs instead.
+"""
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
 from typing import Sequence
 
 import torch
 from torch import Tensor
 
+PACKAGE = Path(__file__).parent
+
 
 def mixed_sum(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
     """Σ_m weights[m] * terms[m] -> a tensor like the terms.
 
-    weights: [M], of the terms' dtype or a wider one; terms: M tensors of one shape, dtype and device. Accumulates in
-    float32 or wider. Raises ValueError that names the term and the property where they differ.
+    weights: [M], of the terms' dtype or a wider one; terms: M tensors of one shape, dtype (float32, float64, bfloat16,
+    float16), device and memory format (contiguous or channels-last). Accumulates in float32 or wider; the same bits on
+    every call. Differentiable any number of times. Raises ValueError that names the term and the property.
     """
-    if len(terms) == 0 or weights.shape != (len(terms),):
-        raise ValueError(f"mixed_sum: weights of shape {list(weights.shape)} for {len(terms)} terms; "
-                         "it takes one weight a term and at least one term")
-    first = terms[0]
-    for m, term in enumerate(terms):
-        for name in ("shape", "dtype", "device"):
-            if getattr(term, name) != getattr(first, name):
-                raise ValueError(f"mixed_sum: term {m} has {name} {getattr(term, name)}, term 0 has {getattr(first, name)}")
+    if terms and compiled_for(terms[0].device.type):
+        return torch.ops.ldarts.mixed_sum(weights, terms)
+    check_terms(weights, terms)
     return mixed_sum_ref(weights, terms)
 
 
@@ -26,3 +43,158 @@ def mixed_sum_ref(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
     """The same as a Python sum: what the fused one is tested against."""
     wide = torch.promote_types(terms[0].dtype, torch.float32)
     return sum(w * term.to(wide) for w, term in zip(weights.to(wide).unbind(), terms)).to(terms[0].dtype)
+
+
+def check_terms(weights: Tensor, terms: Sequence[Tensor]) -> None:
+    """The checks of csrc/mixed_sum.cpp, for the reference and for tracing."""
+    if len(terms) == 0 or weights.shape != (len(terms),):
+        raise ValueError(f"mixed_sum: weights have shape {list(weights.shape)}, expected [{len(terms)}], one for each "
+                         "term, and at least one term")
+    if weights.dtype.itemsize < terms[0].dtype.itemsize:
+        raise ValueError(f"mixed_sum: weights have dtype {weights.dtype}, expected {terms[0].dtype} or wider")
+    formats = [torch.contiguous_format, torch.channels_last]
+    for m, term in enumerate(terms):
+        for name in ("shape", "dtype", "device"):
+            if getattr(term, name) != getattr(terms[0], name):
+                raise ValueError(
+                    f"mixed_sum: term {m} has {name} {getattr(term, name)}, expected {getattr(terms[0], name)}")
+        formats = [f for f in formats if (f is torch.contiguous_format or term.dim() == 4)
+                   and term.is_contiguous(memory_format=f)]
+        if not formats:
+            raise ValueError(f"mixed_sum: term {m} has memory format of strides {term.stride()}, expected "
+                             f"{'contiguous or channels-last' if m == 0 else f'that of term 0, {terms[0].stride()}'}")
+
+
+@torch.compiler.assume_constant_result
+def compiled_for(device: str) -> bool:
+    """Whether the operators are compiled for devices of this type; loads or compiles them on the first call."""
+    return _extension() and _has_kernel(device)
+
+
+@functools.cache
+def _has_kernel(device: str) -> bool:
+    found = device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "ldarts::mixed_sum", device.upper())
+    if not found:
+        warnings.warn(f"ldarts: mixed_sum is not compiled for {device}; its slower reference runs there. For CUDA, install "
+                      "nvcc of PyTorch's CUDA version", stacklevel=3)
+    return found
+
+
+@functools.cache
+def _extension() -> bool:
+    if os.environ.get("LDARTS_MIXED_SUM") == "reference":
+        return False
+    try:
+        torch.ops.load_library(_built_ahead() or _build())
+    except Exception as error:  # a compiler fails in more ways than can be listed
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if " error: " in line or line.startswith("error")), lines[0][:200])
+        warnings.warn(f"ldarts: the fused mixed_sum could not be compiled ({reason.strip()}); its slower reference runs. "
+                      "Install a C++20 compiler, such as g++ 11 or later, and ninja; LDARTS_MIXED_SUM=reference chooses "
+                      "the reference silently", stacklevel=3)
+        return False
+    _register()
+    return True
+
+
+def build_options() -> dict:
+    """Sources and flags of the extension on this machine, for setup.py and for the build on first use."""
+    from torch.utils import cpp_extension
+    csrc = PACKAGE.parent / "csrc" if (PACKAGE.parent / "csrc").is_dir() else PACKAGE / "csrc"
+    cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    sources = [csrc / "mixed_sum.cpp"] + ([csrc / "mixed_sum.cu"] if cuda else [])
+    level = torch.backends.cpu.get_cpu_capability()  # what at::vec is to be compiled for
+    cflags = ["-O3", "-std=c++20", "-march=native", f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}", "-fopenmp"]
+    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+    if sys.platform == "darwin":
+        cflags.remove("-fopenmp")
+    arch = str(torch.cuda.get_device_capability()) if cuda and torch.cuda.is_available() else ""
+    digest = hashlib.sha256(repr((torch.__version__, sys.platform, cflags, nvcc, arch)).encode())
+    for path in sorted(csrc.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    build = digest.hexdigest()[:16]
+    cflags.append(f"-DLDARTS_BUILD={build}")
+    return {"sources": [str(path) for path in sources], "cuda": cuda, "cflags": cflags, "nvcc": nvcc, "build": build}
+
+
+def _built_ahead() -> str | None:
+    """The library that `pip install` compiled, if it was compiled from these sources for this PyTorch."""
+    marker = f"ldarts-build:{build_options()['build']};".encode()
+    return next((str(path) for path in PACKAGE.glob("_C*.so") if marker in path.read_bytes()), None)
+
+
+def _build() -> str:
+    """Compile once into the user's cache -> the library. Concurrent processes wait for the first."""
+    from torch.utils import cpp_extension
+    options = build_options()
+    name = f"ldarts_{options['build']}"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldarts" / options["build"]
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{name}.so"
+    with open(folder / ".flock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel even when its holder is killed
+        if not (folder / "done").exists():
+            if not shutil.which(cpp_extension.get_cxx_compiler()):
+                raise RuntimeError(f"error: no compiler {cpp_extension.get_cxx_compiler()!r}")
+            print(f"ldarts: compiling the fused mixed_sum, once, for about {'three minutes' if options['cuda'] else 'a minute'} "
+                  f"({folder})", file=sys.stderr, flush=True)
+            started = time.perf_counter()
+            (folder / "lock").unlink(missing_ok=True)  # PyTorch's own lock, left by a build that was killed
+            cpp_extension.load(name, options["sources"], extra_cflags=options["cflags"], extra_cuda_cflags=options["nvcc"],
+                               extra_ldflags=["-fopenmp"] if "-fopenmp" in options["cflags"] else [],
+                               build_directory=str(folder), with_cuda=options["cuda"], is_python_module=False)
+            (folder / "done").touch()
+            print(f"ldarts: compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return str(library)
+
+
+def _register() -> None:
+    """Shapes for tracing, and derivatives."""
+    ops = torch.ops.ldarts
+
+    @torch.library.register_fake("ldarts::mixed_sum")
+    def _(weights, terms):
+        check_terms(weights, terms)
+        return torch.empty_like(terms[0])
+
+    @torch.library.register_fake("ldarts::mixed_scale")
+    def _(grad, weights):
+        return [torch.empty_like(grad.contiguous(memory_format=_dense(grad))) for _ in range(weights.shape[0])]
+
+    @torch.library.register_fake("ldarts::mixed_dot")
+    def _(grad, terms):
+        return grad.new_empty(len(terms), dtype=torch.promote_types(grad.dtype, torch.float32))
+
+    def keep(ctx, inputs, output):
+        tensor, other = inputs
+        ctx.many = isinstance(other, (list, tuple))
+        ctx.save_for_backward(tensor, *(other if ctx.many else [other]))
+
+    def sum_backward(ctx, grad):
+        weights, *terms = ctx.saved_tensors
+        by_weights, by_terms = ctx.needs_input_grad
+        return (ops.mixed_dot(grad, terms).to(weights.dtype) if by_weights else None,
+                ops.mixed_scale(grad, weights) if any(by_terms) else [None] * len(terms))
+
+    def scale_backward(ctx, grads):
+        grad, weights = ctx.saved_tensors
+        layout = _dense(grad)
+        grads = [(torch.zeros_like(grad) if g is None else g).contiguous(memory_format=layout) for g in grads]
+        by_grad, by_weights = ctx.needs_input_grad
+        return (ops.mixed_sum(weights, grads) if by_grad else None,
+                ops.mixed_dot(grad, grads).to(weights.dtype) if by_weights else None)
+
+    def dot_backward(ctx, grad_dots):
+        grad, *terms = ctx.saved_tensors
+        by_grad, by_terms = ctx.needs_input_grad
+        return (ops.mixed_sum(grad_dots, terms) if by_grad else None,
+                ops.mixed_scale(grad, grad_dots) if any(by_terms) else [None] * len(terms))
+
+    for name, backward in (("sum", sum_backward), ("scale", scale_backward), ("dot", dot_backward)):
+        torch.library.register_autograd(f"ldarts::mixed_{name}", backward, setup_context=keep)
+
+
+def _dense(grad: Tensor) -> torch.memory_format:
+    last = grad.dim() == 4 and not grad.is_contiguous() and grad.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format

@@ -1,0 +1,269 @@
+// The fused mixed-operation sum: schema, argument checks and CPU kernels (gradients: ldarts/mixed_sum.py).
+#include "mixed_sum.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/core/ScalarType.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <sstream>
+#include <vector>
+
+#ifndef LDARTS_BUILD
+#define LDARTS_BUILD unknown
+#endif
+#define LDARTS_TEXT_(x) #x
+#define LDARTS_TEXT(x) LDARTS_TEXT_(x)
+// Read back from the file by ldarts/mixed_sum.py, which tells a stale build by it.
+extern "C" __attribute__((used, visibility("default"))) const char ldarts_build[] = "ldarts-build:" LDARTS_TEXT(LDARTS_BUILD) ";";
+
+namespace ldarts {
+
+template <typename Value>
+static void check_equal(bool equal, const char* who, int64_t m, const char* what, const Value& want, const Value& got) {
+  TORCH_CHECK_VALUE(equal, who, m, " has ", what, " ", got, ", expected ", want);
+}
+
+static std::string name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
+static std::string layout(const at::Tensor& t) {
+  if (t.is_contiguous()) return "contiguous";
+  if (t.is_contiguous(at::MemoryFormat::ChannelsLast)) return "channels-last";
+  std::ostringstream strides;
+  strides << "strides " << t.strides();
+  return strides.str();
+}
+
+static void check_dtype(const char* who, const at::Tensor& t) {
+  const auto dtype = t.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, who,
+                    " has dtype ", name(dtype), ", expected float32, float64, bfloat16 or float16");
+}
+
+at::MemoryFormat check_terms(at::TensorList terms) {
+  TORCH_CHECK_VALUE(!terms.empty(), "mixed_sum: expected at least one term");
+  const at::Tensor& first = terms[0];
+  check_dtype("mixed_sum: term 0", first);
+  bool contiguous = true, channels_last = true;
+  for (size_t m = 0; m < terms.size(); ++m) {
+    const at::Tensor& t = terms[m];
+    const char* who = "mixed_sum: term ";
+    check_equal(t.sizes() == first.sizes(), who, m, "shape", first.sizes(), t.sizes());
+    check_equal(t.scalar_type() == first.scalar_type(), who, m, "dtype", name(first.scalar_type()), name(t.scalar_type()));
+    check_equal(t.device() == first.device(), who, m, "device", first.device(), t.device());
+    const bool is_contiguous = contiguous && t.is_contiguous();
+    const bool is_channels_last = channels_last && t.is_contiguous(at::MemoryFormat::ChannelsLast);
+    TORCH_CHECK_VALUE(is_contiguous || is_channels_last, who, m, " has memory format ", layout(t), ", expected ",
+                      m == 0 ? "contiguous or channels-last" : layout(first));
+    contiguous = is_contiguous;
+    channels_last = is_channels_last;
+  }
+  return contiguous ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+}
+
+at::Tensor check_weights(const at::Tensor& weights, int64_t count, const at::Tensor& like) {
+  check_dtype("mixed_sum: weights", weights);
+  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == count, "mixed_sum: weights have shape ", weights.sizes(),
+                    ", expected [", count, "], one for each term");
+  TORCH_CHECK_VALUE(weights.device() == like.device(), "mixed_sum: weights have device ", weights.device(),
+                    ", expected ", like.device());
+  TORCH_CHECK_VALUE(weights.element_size() >= like.element_size(), "mixed_sum: weights have dtype ",
+                    name(weights.scalar_type()), ", expected ", name(like.scalar_type()), " or wider");
+  return weights.to(at::toOpMathType(like.scalar_type())).contiguous();
+}
+
+at::Tensor check_grad(const at::Tensor& grad, const at::Tensor& like, at::MemoryFormat format) {
+  TORCH_CHECK_VALUE(grad.sizes() == like.sizes(), "mixed_sum: grad has shape ", grad.sizes(), ", expected ", like.sizes());
+  TORCH_CHECK_VALUE(grad.scalar_type() == like.scalar_type(), "mixed_sum: grad has dtype ", name(grad.scalar_type()),
+                    ", expected ", name(like.scalar_type()));
+  TORCH_CHECK_VALUE(grad.device() == like.device(), "mixed_sum: grad has device ", grad.device(), ", expected ",
+                    like.device());
+  return grad.contiguous(format);
+}
+
+at::MemoryFormat dense_format(const at::Tensor& grad) {
+  const auto channels_last = at::MemoryFormat::ChannelsLast;
+  return !grad.is_contiguous() && grad.is_contiguous(channels_last) ? channels_last : at::MemoryFormat::Contiguous;
+}
+
+namespace {
+
+// Fixed, so that the partial sums of mixed_dot do not depend on the number of threads; a block of the accumulator
+// stays in the L1 cache while the terms stream past it.
+constexpr int64_t kBlock = 2048;
+// Terms read side by side: enough to hide the accumulator's traffic, few enough for the hardware prefetchers.
+constexpr int64_t kGroup = 8;
+
+template <typename T>
+struct Lanes {
+  using Acc = at::opmath_type<T>;
+  static constexpr int kRegisters = sizeof(Acc) / sizeof(T);
+  using Vec = at::vec::VectorizedN<Acc, kRegisters>;
+  static constexpr int64_t kSize = Vec::size();
+  using Full = std::integral_constant<int64_t, kSize>;
+
+  template <typename Count>
+  static Vec load(const T* from, Count count) {
+    using Raw = at::vec::VectorizedN<T, 1>;
+    if constexpr (std::is_same_v<Count, Full>) return at::vec::convert<Acc, kRegisters, T, 1>(Raw::loadu(from));
+    else return at::vec::convert<Acc, kRegisters, T, 1>(Raw::loadu(from, count));
+  }
+  template <typename Count>
+  static void store(T* to, const Vec& vec, Count count) {
+    const auto raw = at::vec::convert<T, 1, Acc, kRegisters>(vec);
+    if constexpr (std::is_same_v<Count, Full>) raw.store(to);
+    else raw.store(to, static_cast<int>(count));
+  }
+  // visit(offset, count) for each vector of `size` elements; the count is a constant but for the last one.
+  template <typename Visit>
+  static void each(int64_t size, const Visit& visit) {
+    int64_t i = 0;
+    for (; i + kSize <= size; i += kSize) visit(i, Full{});
+    if (i < size) visit(i, size - i);
+  }
+};
+
+// visit(begin, size, block) for each block of `numel` elements, each of which costs `work` reads or writes.
+template <int64_t B = kBlock, typename Visit>
+void each_block(int64_t numel, int64_t work, const Visit& visit) {
+  const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / (B * work));
+  at::parallel_for(0, (numel + B - 1) / B, grain, [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b) visit(b * B, std::min(B, numel - b * B), b);
+  });
+}
+
+// run(first term, constant number of terms) for groups of kGroup terms; the first takes what does not divide.
+template <int64_t G = kGroup, typename Run>
+void each_group(int64_t count, const Run& run) {
+  const int64_t head = (count - 1) % G + 1;
+  auto run_head = [&]<int64_t... I>(std::integer_sequence<int64_t, I...>) {
+    ((head == I + 1 ? run(int64_t{0}, std::integral_constant<int64_t, I + 1>{}) : void()), ...);
+  };
+  run_head(std::make_integer_sequence<int64_t, G>{});
+  for (int64_t m = head; m < count; m += G) run(m, std::integral_constant<int64_t, G>{});
+}
+
+template <typename T>
+std::vector<const T*> pointers(at::TensorList tensors) {
+  std::vector<const T*> result;
+  for (const auto& t : tensors) result.push_back(t.const_data_ptr<T>());
+  return result;
+}
+
+template <typename T>
+void sum_kernel(const at::Tensor& weights, at::TensorList terms, const at::Tensor& out) {
+  using L = Lanes<T>;
+  using Acc = typename L::Acc;
+  const int64_t M = terms.size();
+  const auto term = pointers<T>(terms);
+  const Acc* w = weights.const_data_ptr<Acc>();
+  T* result = out.mutable_data_ptr<T>();
+  each_block(out.numel(), M, [&](int64_t begin, int64_t size, int64_t) {
+    alignas(64) Acc acc[kBlock];
+    each_group(M, [&](int64_t m, auto group) {
+      const bool last = m + group == M;
+      L::each(size, [&](int64_t i, auto count) {
+        auto sum = m == 0 ? typename L::Vec(0) : L::Vec::loadu(acc + i);
+        for (int64_t k = 0; k < group; ++k)
+          sum = at::vec::fmadd(typename L::Vec(w[m + k]), L::load(term[m + k] + begin + i, count), sum);
+        if (last) L::store(result + begin + i, sum, count);
+        else sum.store(acc + i);
+      });
+    });
+  });
+}
+
+template <typename T>
+void scale_kernel(const at::Tensor& grad, const at::Tensor& weights, at::TensorList outs) {
+  using L = Lanes<T>;
+  const auto* w = weights.const_data_ptr<typename L::Acc>();
+  const T* g = grad.const_data_ptr<T>();
+  const int64_t M = outs.size();
+  std::vector<T*> out;
+  for (const auto& t : outs) out.push_back(t.mutable_data_ptr<T>());
+  each_block<16384>(grad.numel(), M, [&](int64_t begin, int64_t size, int64_t) {
+    for (int64_t m = 0; m < M; ++m) {
+      const typename L::Vec scale(w[m]);
+      L::each(size, [&](int64_t i, auto count) {
+        L::store(out[m] + begin + i, scale * L::load(g + begin + i, count), count);
+      });
+    }
+  });
+}
+
+template <typename T>
+void dot_kernel(const at::Tensor& grad, at::TensorList terms, const at::Tensor& out) {
+  using L = Lanes<T>;
+  using Acc = typename L::Acc;
+  const int64_t M = terms.size(), numel = grad.numel();
+  const auto term = pointers<T>(terms);
+  const T* g = grad.const_data_ptr<T>();
+  std::vector<double> partial((numel + kBlock - 1) / kBlock * M);
+  each_block(numel, M, [&](int64_t begin, int64_t size, int64_t b) {
+    each_group(M, [&](int64_t m, auto group) {
+      typename L::Vec sums[group];
+      for (auto& sum : sums) sum = typename L::Vec(0);
+      L::each(size, [&](int64_t i, auto count) {
+        const auto grads = L::load(g + begin + i, count);
+        for (int64_t k = 0; k < group; ++k)
+          sums[k] = at::vec::fmadd(grads, L::load(term[m + k] + begin + i, count), sums[k]);
+      });
+      for (int64_t k = 0; k < group; ++k) {
+        Acc lanes[L::kSize];
+        sums[k].store(lanes);
+        for (Acc lane : lanes) partial[b * M + m + k] += lane;
+      }
+    });
+  });
+  std::vector<double> total(M);
+  for (size_t i = 0; i < partial.size(); ++i) total[i % M] += partial[i];
+  std::copy(total.begin(), total.end(), out.mutable_data_ptr<Acc>());
+}
+
+#define DISPATCH(dtype, kernel, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, #kernel, [&] { kernel<scalar_t>(__VA_ARGS__); })
+
+at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
+  const auto format = check_terms(terms);
+  const auto w = check_weights(weights, terms.size(), terms[0]);
+  auto out = at::empty_like(terms[0], terms[0].options().memory_format(format));
+  DISPATCH(out.scalar_type(), sum_kernel, w, terms, out);
+  return out;
+}
+
+std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& weights) {
+  check_dtype("mixed_scale: grad", grad);
+  const auto w = check_weights(weights, weights.numel(), grad);
+  const auto g = grad.contiguous(dense_format(grad));
+  std::vector<at::Tensor> outs;
+  for (int64_t m = 0; m < w.numel(); ++m) outs.push_back(at::empty_like(g));
+  DISPATCH(g.scalar_type(), scale_kernel, g, w, outs);
+  return outs;
+}
+
+at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
+  const auto g = check_grad(grad, terms[0], check_terms(terms));
+  const auto out = at::empty({static_cast<int64_t>(terms.size())},
+                             g.options().dtype(at::toOpMathType(g.scalar_type())));
+  DISPATCH(g.scalar_type(), dot_kernel, g, terms, out);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(ldarts, m) {
+  m.def("mixed_sum(Tensor weights, Tensor[] terms) -> Tensor");
+  m.def("mixed_scale(Tensor grad, Tensor weights) -> Tensor[]");
+  m.def("mixed_dot(Tensor grad, Tensor[] terms) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
+  m.impl("mixed_sum", mixed_sum);
+  m.impl("mixed_scale", mixed_scale);
+  m.impl("mixed_dot", mixed_dot);
+}
+
+}  // namespace ldarts

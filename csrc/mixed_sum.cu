@@ -1,0 +1,116 @@
+// The CUDA kernels of ldarts::mixed_sum, mixed_scale and mixed_dot: tensors to pointers, pointers to launches.
+#include "mixed_sum.h"
+#include "mixed_sum_kernels.cuh"
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <type_traits>
+#include <vector>
+
+namespace ldarts {
+namespace {
+
+template <typename T> struct OnDevice { using type = T; };
+template <> struct OnDevice<at::BFloat16> { using type = __nv_bfloat16; };
+template <> struct OnDevice<at::Half> { using type = __half; };
+
+template <typename T>
+std::vector<const T*> read_pointers(at::TensorList tensors) {
+  std::vector<const T*> pointers;
+  for (const auto& t : tensors) pointers.push_back(static_cast<const T*>(t.const_data_ptr()));
+  return pointers;
+}
+
+template <typename T>
+std::vector<T*> write_pointers(at::TensorList tensors) {
+  std::vector<T*> pointers;
+  for (const auto& t : tensors) pointers.push_back(static_cast<T*>(t.mutable_data_ptr()));
+  return pointers;
+}
+
+struct Launch {
+  cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+
+  template <typename Args>
+  void operator()(void (*kernel)(Args), int64_t blocks, size_t bytes, const Args& args) const {
+    kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(args);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+// Four times what the processors hold at once: enough for the last ones to finish together.
+int64_t max_blocks() {
+  int processors = 0, threads = 0;
+  const int device = c10::cuda::current_device();
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device));
+  return int64_t{4} * processors * (threads / kThreads);
+}
+
+#define DISPATCH(dtype, name, ...)                                                    \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, name, [&] {        \
+    using T = OnDevice<scalar_t>::type;                                               \
+    __VA_ARGS__;                                                                      \
+  })
+
+at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
+  const auto format = check_terms(terms);
+  const c10::cuda::CUDAGuard guard(terms[0].device());
+  const int64_t count = terms.size();
+  const auto w = check_weights(weights, count, terms[0]);
+  const auto out = at::empty_like(terms[0], terms[0].options().memory_format(format));
+  // Half types keep float32 between the launches.
+  const auto carry = count > kMaxTerms && w.scalar_type() != out.scalar_type() ? at::empty_like(out, w.options()) : out;
+  DISPATCH(out.scalar_type(), "mixed_sum", {
+    launch_sum<T>(static_cast<const Acc<T>*>(w.const_data_ptr()), read_pointers<T>(terms).data(), count,
+                  static_cast<Acc<T>*>(carry.mutable_data_ptr()), static_cast<T*>(out.mutable_data_ptr()), out.numel(),
+                  max_blocks(), Launch{});
+  });
+  return out;
+}
+
+std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& weights) {
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const int64_t count = weights.numel();
+  const auto w = check_weights(weights, count, grad);
+  const auto g = grad.contiguous(dense_format(grad));
+  std::vector<at::Tensor> outs;
+  for (int64_t m = 0; m < count; ++m) outs.push_back(at::empty_like(g));
+  DISPATCH(g.scalar_type(), "mixed_scale", {
+    launch_scale<T>(static_cast<const T*>(g.const_data_ptr()), static_cast<const Acc<T>*>(w.const_data_ptr()),
+                    write_pointers<T>(outs).data(), count, g.numel(), max_blocks(), Launch{});
+  });
+  return outs;
+}
+
+at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
+  const auto format = check_terms(terms);
+  const c10::cuda::CUDAGuard guard(terms[0].device());
+  const auto g = check_grad(grad, terms[0], format);
+  const int64_t count = terms.size();
+  const auto options = g.options().dtype(at::toOpMathType(g.scalar_type()));
+  if (g.numel() == 0) return at::zeros({count}, options);
+  const auto partial = at::empty({count, kDotBlocks}, options);
+  const auto out = at::empty({count}, options);
+  DISPATCH(g.scalar_type(), "mixed_dot", {
+    launch_dot<T>(static_cast<const T*>(g.const_data_ptr()), read_pointers<T>(terms).data(), count,
+                  static_cast<Acc<T>*>(partial.mutable_data_ptr()), static_cast<Acc<T>*>(out.mutable_data_ptr()),
+                  g.numel(), kDotBlocks, Launch{});
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ldarts, CUDA, m) {
+  m.impl("mixed_sum", mixed_sum);
+  m.impl("mixed_scale", mixed_scale);
+  m.impl("mixed_dot", mixed_dot);
+}
+
+}  // namespace ldarts

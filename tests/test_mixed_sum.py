@@ -1,0 +1,209 @@
+"""The fused sum against its reference: one grid over dtype, layout, shape and number of terms, on every device here."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldarts.mixed_sum import build_options, compiled_for, mixed_sum, mixed_sum_ref
+
+ROOT = Path(__file__).parent.parent
+MODULE = sys.modules["ldarts.mixed_sum"]  # ldarts.mixed_sum is the function
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+needs_build = pytest.mark.skipif(not compiled_for("cpu"), reason="the extension is not compiled: no compiler here")
+
+
+def sample(shape, count, dtype, device="cpu", layout=torch.contiguous_format, weights_dtype=None, grad=False):
+    generator = torch.Generator().manual_seed(count)
+
+    def one(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weights = one(count).to(device, weights_dtype or dtype).requires_grad_(grad)
+    terms = [one(*shape).to(device, dtype).contiguous(memory_format=layout).requires_grad_(grad) for _ in range(count)]
+    return weights, terms
+
+
+@needs_build
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 35, 65])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (4, 16, 8, 8), (1, 1, 1, 1), (0, 4, 3, 3), (3, 8, 37, 41)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agrees_with_the_reference(dtype, layout, shape, count, device):
+    weights, terms = sample(shape, count, dtype, device, layout, grad=True)
+    out = mixed_sum(weights, terms)
+    assert out.shape == shape and out.dtype == dtype and (not out.numel() or out.is_contiguous(memory_format=layout))
+    grad = torch.randn(shape, dtype=torch.float64).to(device, dtype)
+    found = torch.autograd.grad(out, [weights, *terms], grad)
+    again = torch.autograd.grad(mixed_sum(weights, terms), [weights, *terms], grad)
+    wide = [t.detach().double().requires_grad_() for t in (weights, *terms)]
+    expected_out = mixed_sum_ref(wide[0], wide[1:])
+    expected = torch.autograd.grad(expected_out, wide, grad.double())
+    tolerance = DTYPES[dtype]
+    torch.testing.assert_close(out.double(), expected_out, rtol=tolerance, atol=tolerance * count ** 0.5)
+    scale = max(1.0, out.numel() ** 0.5)
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=tolerance, atol=tolerance * scale)
+    for f, e in zip(found[1:], expected[1:]):
+        torch.testing.assert_close(f.double(), e, rtol=tolerance, atol=tolerance)
+    assert all(torch.equal(a, b) for a, b in zip(found, again))  # the same bits twice
+
+
+@needs_build
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_of_any_order(layout, device):
+    weights, terms = sample((2, 3, 2, 3), 3, torch.float64, device, layout, grad=True)
+
+    def function(weights, *terms):
+        return mixed_sum(weights, terms)
+
+    assert torch.autograd.gradcheck(function, (weights, *terms))
+    assert torch.autograd.gradgradcheck(function, (weights, *terms))
+
+
+@needs_build
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    weights, terms = sample((2, 3, 4, 5), 3, torch.float32, device, grad=True)
+    ops = torch.ops.ldarts
+    for op, arguments in ((ops.mixed_sum, (weights, terms)), (ops.mixed_scale, (terms[0], weights)),
+                          (ops.mixed_dot, (terms[0], terms))):
+        torch.library.opcheck(op.default, arguments)
+
+
+@needs_build
+def test_compiles_without_a_graph_break():
+    weights, terms = sample((2, 3, 4, 4), 4, torch.float32, grad=True)
+
+    def function(weights, terms):
+        return mixed_sum(weights.softmax(0), [term.relu() for term in terms]).sum()
+
+    expected = torch.autograd.grad(function(weights, terms), [weights, *terms])
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for found, e in zip(torch.autograd.grad(compiled(weights, terms), [weights, *terms]), expected):
+        torch.testing.assert_close(found, e)
+
+
+@needs_build
+def test_the_same_bits_whatever_the_number_of_threads():
+    weights, terms = sample((16, 16, 32, 32), 9, torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append((mixed_sum(weights, terms), torch.ops.ldarts.mixed_dot(terms[0], terms)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@needs_build
+def test_wider_weights_and_gradients_of_other_layouts():
+    weights, terms = sample((4, 8, 5, 5), 6, torch.bfloat16, layout=torch.channels_last, weights_dtype=torch.float32, grad=True)
+    out = mixed_sum(weights, terms)
+    assert out.dtype == torch.bfloat16
+    grad = torch.randn(1, dtype=torch.bfloat16).expand(4, 8, 5, 5)  # strides of 0
+    d_weights, *d_terms = torch.autograd.grad(out, [weights, *terms], grad)
+    assert d_weights.dtype == torch.float32 and all(d.dtype == torch.bfloat16 for d in d_terms)
+    expected = torch.stack([(grad.double() * t.double()).sum() for t in terms])
+    torch.testing.assert_close(d_weights.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_build
+def test_only_asked_gradients_are_computed():
+    weights, terms = sample((2, 4, 4, 4), 3, torch.float32)
+    terms[1].requires_grad_()
+    (found,) = torch.autograd.grad(mixed_sum(weights, terms).sum(), terms[1])
+    torch.testing.assert_close(found, weights[1].expand_as(found))
+
+
+def mismatches():
+    """(name, weights, terms, message)"""
+    weights, terms = sample((2, 4, 3, 3), 3, torch.float32)
+    other = {"shape": terms[2][:, :, :2].contiguous(), "dtype": terms[2].double(),
+             "memory format": terms[2].contiguous(memory_format=torch.channels_last)}
+    for name, term in other.items():
+        yield name, weights, [*terms[:2], term], f"term 2 has {name}"
+    yield "a slice", weights, [t[:, :, :, ::2] for t in terms], "term 0 has memory format"
+    yield "too few weights", weights[:2], terms, r"weights have shape \[2\], expected \[3\]"
+    yield "narrow weights", weights.half(), terms, "weights have dtype"
+    yield "no terms", weights[:0], [], "at least one term"
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["default", "reference"])
+@pytest.mark.parametrize("name, weights, terms, message", list(mismatches()), ids=[m[0] for m in mismatches()])
+def test_a_mismatch_names_the_term_and_the_property(name, weights, terms, message, force, monkeypatch):
+    if force:
+        monkeypatch.setattr(MODULE, "compiled_for", lambda device: False)
+    with pytest.raises(ValueError, match=message):
+        mixed_sum(weights, terms)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU; there is none")
+def test_cuda_graph_capture():
+    weights, terms = sample((64, 16, 32, 32), 7, torch.float32, "cuda", grad=True)
+    grad = torch.randn(64, 16, 32, 32, device="cuda")
+    expected = torch.autograd.grad(mixed_sum(weights, terms), [weights, *terms], grad)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = torch.autograd.grad(mixed_sum(weights, terms), [weights, *terms], grad)
+    graph.replay()
+    assert all(torch.equal(f, e) for f, e in zip(found, expected))
+
+
+# ---- building
+
+CALL = "import torch, ldarts; print(float(ldarts.mixed_sum(torch.ones(2), [torch.ones(3), torch.ones(3)]).sum()))"
+
+
+def call(cache, **environment):
+    return subprocess.Popen([sys.executable, "-c", CALL], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"XDG_CACHE_HOME": str(cache)} | environment, start_new_session=True)
+
+
+def test_the_reference_can_be_chosen(tmp_path):
+    out, err = (process := call(tmp_path, LDARTS_MIXED_SUM="reference")).communicate(timeout=60)
+    assert process.returncode == 0 and out == "6.0\n" and err == "" and list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_the_reference_runs_with_one_warning(tmp_path):
+    out, err = (process := call(tmp_path, CXX=str(tmp_path / "no-compiler"))).communicate(timeout=60)
+    assert process.returncode == 0 and out == "6.0\n"
+    assert err.count("UserWarning") == 1 and "no-compiler" in err and "Install a C++20 compiler" in err
+
+
+@needs_build
+def test_two_processes_build_once_even_after_one_was_killed(tmp_path):
+    killed = call(tmp_path)
+    folder = tmp_path / "ldarts" / build_options()["build"]
+    deadline = time.monotonic() + 60
+    while not (folder / "build.ninja").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    results = [(p, *p.communicate(timeout=200)) for p in [call(tmp_path), call(tmp_path)]]
+    assert all(p.returncode == 0 and out == "6.0\n" for p, out, _ in results), results
+    assert sum(err.count("compiling the fused mixed_sum, once") for _, _, err in results) == 1
+
+
+def test_a_changed_source_is_another_build(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    before = build_options()["build"]
+    monkeypatch.setattr(MODULE, "PACKAGE", tmp_path / "ldarts")
+    assert build_options()["build"] == before
+    with open(tmp_path / "csrc" / "mixed_sum.cpp", "a") as file:
+        file.write("\n")
+    assert build_options()["build"] != before
+    (tmp_path / "ldarts").mkdir()
+    (tmp_path / "ldarts" / "_C.so").write_bytes(f"..ldarts-build:{before};..".encode())
+    assert MODULE._built_ahead() is None  # stale
+    (tmp_path / "ldarts" / "_C.so").write_bytes(f"..ldarts-build:{build_options()['build']};..".encode())
+    assert MODULE._built_ahead() == str(tmp_path / "ldarts" / "_C.so")
