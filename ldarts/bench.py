@@ -1,0 +1,179 @@
+"""Timings of ldarts on this machine.
+
+    python -m ldarts.bench mixed_sum [--json]       # fused, reference and compiled reference, against a plain copy
+    python -m ldarts.bench step [--search_space darts --batch_size 16 --unrolled --lambda_grad exact --json]
+"""
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .mixed_sum import compiled_for, mixed_sum, mixed_sum_ref
+from .runs import Parser, device_name, pick_device, script
+
+STAGES = {"1": (64, 16, 32, 32), "2": (64, 32, 16, 16), "3": (64, 64, 8, 8)}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    sums = commands.add_parser("mixed_sum", help="the fused sum, its reference and the compiled reference")
+    sums.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    sums.add_argument("--terms", nargs="+", type=int, default=[7, 14, 35])
+    sums.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    sums.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    sums.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes on a CPU")
+    for command in (sums, add_step(commands)):
+        command.add_argument("--device", default="auto")
+        command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    args = parser.parse_args()
+    args.device = pick_device(args.device)
+    if args.command == "mixed_sum":
+        bench_mixed_sum(args)
+    else:
+        bench_step(args)
+
+
+def median_seconds(function: Callable[[], object], device: torch.device, repeats: int = 15) -> float:
+    function(), function()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bench_mixed_sum(args: argparse.Namespace) -> None:
+    """Bytes are those that must move: forward M reads, 1 write; backward M + 2 reads (the gradient twice), M writes."""
+    if not compiled_for(args.device.type):
+        sys.exit("the fused sum is not compiled here")
+    variants = {"fused": mixed_sum, "reference": mixed_sum_ref}
+    rows = []
+    for stage, count, layout, dtype in ((s, m, x, d) for s in args.stages for m in args.terms for x in args.layouts
+                                        for d in args.dtypes):
+        like = dict(device=args.device, dtype=getattr(torch, dtype))
+        terms = [torch.randn(STAGES[stage], **like).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+                 for _ in range(count)]
+        weights = torch.rand(count, device=args.device).requires_grad_()
+        grad = torch.randn_like(terms[0])
+        size = grad.numel() * grad.element_size()
+        moved = {"forward": (count + 1) * size, "forward+backward": (3 * count + 3) * size}
+        flat = torch.cat([t.detach().flatten() for t in terms])  # a copy of M terms moves 2 M sizes
+        into = torch.empty_like(flat)
+        copy = 2 * count * size / median_seconds(lambda: into.copy_(flat), args.device)
+        if not args.no_compile:
+            torch.compiler.reset()
+            variants["compiled"] = torch.compile(mixed_sum_ref)
+        for phase, bytes_moved in moved.items():
+            row = {"stage": stage, "terms": count, "layout": layout, "dtype": dtype, "phase": phase, "MB": bytes_moved / 1e6,
+                   "copy_GBps": copy / 1e9}
+            for name, function in variants.items():
+                def run():
+                    if phase == "forward":
+                        with torch.no_grad():
+                            return function(weights, terms)
+                    return torch.autograd.grad(function(weights, terms), [weights, *terms], grad)
+                row[f"{name}_ms"] = 1e3 * median_seconds(run, args.device)
+            row["fused_GBps"] = bytes_moved / row["fused_ms"] / 1e6
+            row["of_copy"] = row["fused_GBps"] / row["copy_GBps"]
+            row["speedup"] = row["reference_ms"] / row["fused_ms"]
+            rows.append(row)
+            if not args.json:
+                print_row(row, len(rows) == 1)
+    if args.json:
+        print(json.dumps({"device": device_name(args.device), "torch": torch.__version__, "rows": rows}))
+
+
+def print_row(row: dict, header: bool) -> None:
+    if header:
+        print(" | ".join(row))
+    print(" | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
+
+
+def add_step(commands) -> argparse.ArgumentParser:
+    step = commands.add_parser("step", help="a search step: seconds, peak memory and the costliest operations")
+    step.add_argument("--search_space", default="darts")
+    step.add_argument("--batch_size", type=int, default=16)
+    step.add_argument("--init_channels", type=int, default=16)
+    step.add_argument("--layers", type=int, help="default 8, in nasbench201 5 a stage")
+    step.add_argument("--steps", type=int, default=3, help="timed after one that warms up")
+    step.add_argument("--unrolled", action="store_true")
+    step.add_argument("--lambda_grad", choices=("none", "central", "forward", "exact"), default="central")
+    step.add_argument("--profile", type=int, default=10, metavar="N", help="list the N costliest operations; 0: do not")
+    return step
+
+
+def bench_step(args: argparse.Namespace) -> None:
+    """Random images; peak memory is the whole process's on the CPU, the allocator's on a GPU."""
+    from train_search import search_step
+
+    from . import Architect, SearchNetwork
+    device, in_201 = args.device, args.search_space == "nasbench201"
+    torch.manual_seed(0)
+    net = SearchNetwork(args.init_channels, 10, args.layers or (5 if in_201 else 8), args.search_space).to(
+        device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4)
+    arch = Architect(net, F.cross_entropy)
+
+    def batch():
+        x = torch.randn(args.batch_size, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+        return x, torch.randint(10, (args.batch_size,), device=device)
+
+    train, valid = batch(), batch()
+
+    def step():
+        search_step(net, arch, optimizer, train, valid, unrolled=args.unrolled, alpha_first=not in_201,
+                    lambda_t=0.0 if args.lambda_grad == "none" else 0.125, kind="cosine", epsilon=1e-4,
+                    method=args.lambda_grad, grad_clip=5.0)
+
+    times = []
+    for i in range(args.steps + 1):
+        synchronize(device)
+        started = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else peak_mib()
+    result = {"seconds_per_step": statistics.median(times[1:]), "peak_mib": peak, "device": device_name(device),
+              "torch": torch.__version__, "fused": compiled_for(device.type)}
+    if args.profile:
+        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+        def cost(event):
+            return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        events = sorted(profile.key_averages(), key=cost, reverse=True)[: args.profile]
+        result["operations"] = [{"name": e.key, "ms": cost(e) / 1e3, "calls": e.count} for e in events]
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f"{args.search_space}, batch {args.batch_size}, Λ {args.lambda_grad}, {'second' if args.unrolled else 'first'} order "
+          f"on {result['device']}: {result['seconds_per_step']:.3f} s/step, peak {peak:.0f} MiB")
+    for e in result.get("operations", ()):
+        print(f"{e['ms']:10.1f} ms {e['calls']:6d} calls  {e['name']}")
+
+
+def peak_mib() -> float:
+    """Highest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+if __name__ == "__main__":
+    script(main)
