@@ -19,6 +19,42 @@ def kept_columns(primitives: Sequence[Sequence[str]]) -> Tensor:
     return torch.tensor([k for k, name in enumerate(flat) if name != "none"])
 
 
+def leave(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[Tensor]]:
+    """The terms [op(state) for op in edge, but Zero] of each edge that leaves a state, one after the other.
+
+    What depends on the state alone is computed once: the ReLU that most operations begin with, and the pools with the
+    batch norm behind them, whose running statistics are then the same on every edge.
+    """
+    relu, pools = None, {}
+    for edge in edges:
+        terms = []
+        for op in edge:
+            if isinstance(op, Zero):
+                continue
+            pool = next(op.children(), op) if isinstance(op, nn.Sequential) else op
+            if isinstance(pool, (nn.AvgPool2d, nn.MaxPool2d)):
+                if type(pool) in pools:
+                    term, first = pools[type(pool)]
+                    copy_buffers(op, first)
+                else:
+                    term = op(state)
+                    pools[type(pool)] = term, op
+            elif hasattr(op, "after_relu"):
+                relu = F.relu(state) if relu is None else relu
+                term = op.after_relu(relu)
+            else:
+                term = op(state)
+            terms.append(term)
+        yield terms
+
+
+@torch.no_grad()
+def copy_buffers(to: nn.Module, source: nn.Module) -> None:
+    if to.training:
+        for old, new in zip(to.buffers(), source.buffers()):
+            old.copy_(new)
+
+
 class MixedOp(nn.Module):
     """The candidate operations of one edge, side by side; `mixed_sum` weighs them, a whole node at a time."""
 
@@ -31,8 +67,8 @@ class MixedOp(nn.Module):
                 op = nn.Sequential(op, nn.BatchNorm2d(C, affine=False))
             self._ops.append(op)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [op(x) for op in self._ops if not isinstance(op, Zero)]
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._ops)
 
 
 class MixedOp201(nn.ModuleList):
@@ -40,9 +76,6 @@ class MixedOp201(nn.ModuleList):
 
     def __init__(self, C: int, primitives: Sequence[str]):
         super().__init__(OPS[name](C, 1, False) for name in primitives)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [op(x) for op in self if not isinstance(op, Zero)]
 
 
 class Cell(nn.Module):
@@ -64,13 +97,19 @@ class Cell(nn.Module):
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
         weights = weights.flatten()[self._kept]  # [edges * ops] without `none`
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
-        edge = used = 0
+        states, used = [self.preprocess0(s0), self.preprocess1(s1)], 0
+        leaving = [self._leave(j, state) for j, state in enumerate(states)]
         for i in range(self.steps):
-            terms = [term for j, state in enumerate(states) for term in self._ops[edge + j](state)]
+            terms = [term for edges in leaving for term in next(edges)]
             states.append(mixed_sum(weights[used : used + len(terms)], terms))
-            edge, used = edge + len(states) - 1, used + len(terms)
+            leaving.append(self._leave(i + 2, states[-1]))
+            used += len(terms)
         return torch.cat(states[-self.steps :], dim=1)
+
+    def _leave(self, j: int, state: Tensor) -> Iterator[list[Tensor]]:
+        """The terms of each edge that leaves state j, in the order of the nodes."""
+        # The edges into node i begin at i (i + 3) / 2.
+        return leave(state, [self._ops[i * (i + 3) // 2 + j] for i in range(max(0, j - 1), self.steps)])
 
 
 class NAS201Cell(nn.Module):
@@ -87,9 +126,10 @@ class NAS201Cell(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         weights, used = weights.flatten()[self._kept], 0
-        nodes = [x]
+        nodes, leaving = [x], []
         for i in range(1, 4):
-            terms = [term for j, node in enumerate(nodes) for term in self.edges[f"{i}<-{j}"](node)]
+            leaving.append(leave(nodes[-1], [self.edges[f"{k}<-{i - 1}"] for k in range(i, 4)]))
+            terms = [term for edges in leaving for term in next(edges)]
             nodes.append(mixed_sum(weights[used : used + len(terms)], terms))
             used += len(terms)
         return nodes[-1]

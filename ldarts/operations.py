@@ -6,8 +6,25 @@ and a shift: not in the search, where they would undo the architecture weights.
 import torch
 from torch import Tensor, nn
 
+from .depthwise import DepthwiseConv2d
 
-class ReLUConvBN(nn.Module):
+
+class ReLUFirst(nn.Module):
+    """An operation that begins with a ReLU: one ReLU serves all those that leave the same state."""
+
+    op: nn.Sequential
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+    def after_relu(self, x: Tensor) -> Tensor:
+        """forward(x) from relu(x)."""
+        for layer in self.op[1:]:
+            x = layer(x)
+        return x
+
+
+class ReLUConvBN(ReLUFirst):
     def __init__(self, C_in: int, C_out: int, kernel_size: int, stride: int, padding: int, affine: bool = True):
         super().__init__()
         self.op = nn.Sequential(
@@ -16,44 +33,35 @@ class ReLUConvBN(nn.Module):
             nn.BatchNorm2d(C_out, affine=affine),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
 
-
-class DilConv(nn.Module):
+class DilConv(ReLUFirst):
     """Dilated separable convolution."""
 
     def __init__(self, C_in: int, C_out: int, kernel_size: int, stride: int, padding: int, dilation: int, affine: bool):
         super().__init__()
         self.op = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(C_in, C_in, kernel_size, stride, padding, dilation, groups=C_in, bias=False),
+            DepthwiseConv2d(C_in, kernel_size, stride, padding, dilation),
             nn.Conv2d(C_in, C_out, 1, bias=False),
             nn.BatchNorm2d(C_out, affine=affine),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
 
-
-class SepConv(nn.Module):
+class SepConv(ReLUFirst):
     """Depthwise-separable convolution, applied twice; the stride is in the first."""
 
     def __init__(self, C_in: int, C_out: int, kernel_size: int, stride: int, padding: int, affine: bool):
         super().__init__()
         self.op = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(C_in, C_in, kernel_size, stride, padding, groups=C_in, bias=False),
+            DepthwiseConv2d(C_in, kernel_size, stride, padding),
             nn.Conv2d(C_in, C_in, 1, bias=False),
             nn.BatchNorm2d(C_in, affine=affine),
             nn.ReLU(),
-            nn.Conv2d(C_in, C_in, kernel_size, 1, padding, groups=C_in, bias=False),
+            DepthwiseConv2d(C_in, kernel_size, 1, padding),
             nn.Conv2d(C_in, C_out, 1, bias=False),
             nn.BatchNorm2d(C_out, affine=affine),
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
 
 
 class FactorizedReduce(nn.Module):
@@ -69,7 +77,9 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(C_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(x)
+        return self.after_relu(self.relu(x))
+
+    def after_relu(self, x: Tensor) -> Tensor:
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1))
 
 
