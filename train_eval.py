@@ -18,7 +18,7 @@ from torch import nn
 from ldarts import InputError, Network, NetworkNAS201, genotypes
 from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.model import count_parameters
-from ldarts.runs import (Clock, Meter, Parser, Run, evaluate, load_checkpoint, pick_device, script, seed_everything)
+from ldarts.runs import (MEMORY_FORMATS, Clock, Meter, Parser, Run, evaluate, load_checkpoint, pick_device, script, seed_everything)
 
 
 def parse_args():
@@ -45,6 +45,7 @@ def parse_args():
     add("--grad_clip", type=float, default=5.0)
     add("--evaluate", metavar="CHECKPOINT", help="test this checkpoint and stop")
     add("--device", default="auto")
+    add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
     args = parser.parse_args()
     genotype = genotypes.load(args.arch)
     in_201 = isinstance(genotype, str)
@@ -78,21 +79,21 @@ def searched_in(arch: str) -> bool:
 
 def main():
     args, genotype = parse_args()
-    device = pick_device(args.device)
+    device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
     train_set, test_set = load(args.dataset, args.data, device, args.seed)
-    train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True,
+    train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True, memory_format=layout,
                             cutout_length=args.cutout_length if args.cutout else 0)
     seed_everything(args.seed)
     if isinstance(genotype, str):
         net = NetworkNAS201(args.init_channels, train_set.num_classes, args.layers, genotype)
     else:
         net = Network(args.init_channels, train_set.num_classes, args.layers, args.auxiliary, genotype)
-    net.to(device)
+    net.to(device, memory_format=layout)
     criterion = nn.CrossEntropyLoss()
 
     def test():
         net.eval()
-        return evaluate(lambda x: net(x)[0], criterion, eval_batches(test_set, None, args.batch_size))
+        return evaluate(lambda x: net(x)[0], criterion, eval_batches(test_set, None, args.batch_size, memory_format=layout))
 
     if args.evaluate:
         try:

@@ -18,7 +18,8 @@ from ldarts.alignment import KINDS
 from ldarts.architect import METHODS
 from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.genotypes import to_json
-from ldarts.runs import Clock, Meter, Parser, Run, evaluate, pick_device, script, seed_everything
+from ldarts.runs import (MEMORY_FORMATS, Clock, Meter, Parser, Run, evaluate, pick_device, script,
+                         seed_everything)
 
 
 def parse_args():
@@ -53,6 +54,7 @@ def parse_args():
     add("--lambda_grad", choices=METHODS, default="central", help="how ∇Λ is computed")
     add("--epsilon", type=float, help="ε₀ of central and forward (default 1e-4, 1e-3 on SVHN)")
     add("--device", default="auto")
+    add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
     args = parser.parse_args()
     in_201, on_svhn = args.search_space == "nasbench201", args.dataset == "svhn"
     defaults = {"layers": 5 if in_201 else 8, "arch_learning_rate": 1e-4 if in_201 else 3e-4,
@@ -115,16 +117,17 @@ def skip_connections(genotype) -> int:
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
+    device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
     train_set, _ = load(args.dataset, args.data, device, args.seed)
     images = len(train_set.labels)
     split = int(args.train_portion * images)
-    augment = dict(augment=True, cutout_length=args.cutout_length if args.cutout else 0)
+    augment = dict(augment=True, memory_format=layout, cutout_length=args.cutout_length if args.cutout else 0)
     train_batches = Batches(train_set, torch.arange(split), args.batch_size, args.seed, tag="train", **augment)
     valid_batches = Batches(train_set, torch.arange(split, images), args.batch_size, args.seed, tag="valid", **augment)
 
     seed_everything(args.seed)
-    net = SearchNetwork(args.init_channels, train_set.num_classes, args.layers, args.search_space).to(device)
+    net = SearchNetwork(args.init_channels, train_set.num_classes, args.layers, args.search_space).to(
+        device, memory_format=layout)
     normal_cells = sum(not cell.reduction for cell in net.searched_cells())
     if args.lambda_reg and normal_cells < 2:
         raise InputError(f"--lambda_reg {args.lambda_reg} with {args.layers} cells: Λ compares normal cells and here is "
@@ -169,7 +172,7 @@ def main():
                          for name, batch in (("train", train), ("valid", valid))}
         net.eval()
         valid_loss, valid_accuracy = evaluate(
-            net, criterion, eval_batches(train_set, valid_batches.indices, args.batch_size))
+            net, criterion, eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))
         genotype = net.genotype()
         p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in net.arch_parameters()])
         values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "valid_loss": valid_loss,

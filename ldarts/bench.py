@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from .mixed_sum import compiled_for, mixed_sum, mixed_sum_ref
-from .runs import Parser, device_name, pick_device, script
+from .runs import MEMORY_FORMATS, Parser, device_name, pick_device, script
 
 STAGES = {"1": (64, 16, 32, 32), "2": (64, 32, 16, 16), "3": (64, 64, 8, 8)}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
     sums = commands.add_parser("mixed_sum", help="the fused sum, its reference and the compiled reference")
     sums.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     sums.add_argument("--terms", nargs="+", type=int, default=[7, 14, 35])
-    sums.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    sums.add_argument("--layouts", nargs="+", choices=MEMORY_FORMATS, default=list(MEMORY_FORMATS))
     sums.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     sums.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes on a CPU")
     for command in (sums, add_step(commands)):
@@ -67,7 +66,7 @@ def bench_mixed_sum(args: argparse.Namespace) -> None:
     for stage, count, layout, dtype in ((s, m, x, d) for s in args.stages for m in args.terms for x in args.layouts
                                         for d in args.dtypes):
         like = dict(device=args.device, dtype=getattr(torch, dtype))
-        terms = [torch.randn(STAGES[stage], **like).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+        terms = [torch.randn(STAGES[stage], **like).contiguous(memory_format=MEMORY_FORMATS[layout]).requires_grad_()
                  for _ in range(count)]
         weights = torch.rand(count, device=args.device).requires_grad_()
         grad = torch.randn_like(terms[0])

@@ -35,7 +35,8 @@ def leave(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[
             if isinstance(pool, (nn.AvgPool2d, nn.MaxPool2d)):
                 if type(pool) in pools:
                     term, first = pools[type(pool)]
-                    copy_buffers(op, first)
+                    if op.training:
+                        copy_buffers(op, first)
                 else:
                     term = op(state)
                     pools[type(pool)] = term, op
@@ -50,9 +51,8 @@ def leave(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[
 
 @torch.no_grad()
 def copy_buffers(to: nn.Module, source: nn.Module) -> None:
-    if to.training:
-        for old, new in zip(to.buffers(), source.buffers()):
-            old.copy_(new)
+    for old, new in zip(to.buffers(), source.buffers()):
+        old.copy_(new)
 
 
 class MixedOp(nn.Module):
