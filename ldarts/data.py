@@ -231,17 +231,14 @@ def _generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-# The three horizontal (top, middle, bottom) and four vertical strokes of a seven-segment display.
-_STROKES = torch.tensor([[0, -1, .6, 0], [0, 0, .6, 0], [0, 1, .6, 0],  # centre x and y, half width and height
-                         [-.6, -.5, 0, .5], [.6, -.5, 0, .5], [-.6, .5, 0, .5], [.6, .5, 0, .5]])
-# U Π, F t, S E, P b, 0 A: the two of a pair have equally many horizontal and equally many vertical strokes, so that
-# counting leaves a pair and only the arrangement tells the class. None is a mirror image (training flips) of another.
-_FIGURES = ((1, 3, 4), (0, 3, 4), (0, 1, 3, 5), (1, 2, 3, 5), (0, 1, 2, 3, 6), (0, 1, 2, 3, 5), (0, 1, 3, 4, 5),
-            (1, 2, 3, 5, 6), (0, 2, 3, 4, 5, 6), (0, 1, 3, 4, 5, 6))
+# Where a pixel's partner lies, x to either side. All are four pixels away along the longer axis: outside the 3x3 of a stem,
+# and at one distance to a square pool, which then can't tell one from another. Within 3x3 the pixels are independent.
+_PARTNERS = torch.tensor([[4, 0], [4, 2], [4, 4], [2, 4], [0, 4]])
 
 
 def synthetic(seed: int, n_train: int = 5000, n_test: int = 1000) -> tuple[ImageSet, ImageSet]:
-    """Ten figures of a few strokes, distorted and in random colours among stray strokes, 32x32, classes balanced."""
+    """Ten classes of grain, 32x32, in random colours, balanced: two of contrast, times five of which way a pixel's
+    partner lies. Pools see the contrast (2 of 10 classes right); the rest takes convolutions."""
     generator = _generator(seed, "synthetic")
     labels = torch.arange(n_train + n_test) % 10
     images = torch.cat([_draw(part, generator) for part in labels.split(500)])
@@ -256,34 +253,15 @@ def _draw(labels: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
 
-    ys, xs = torch.meshgrid(torch.arange(32.), torch.arange(32.), indexing="ij")
-    pixels = torch.stack([xs, ys]).flatten(1) - 15.5  # [2, P]
-
-    # The figure: pixel coordinates through a random affine map into the frame of the strokes.
-    scale, angle, shear = uniform(7, 9.5, 1), uniform(-.2, .2), uniform(-.2, .2)
-    cos, sin = angle.cos(), angle.sin()
-    x, y = (pixels - uniform(-3, 3, 2, 1)).unbind(1)  # [B, P] each
-    y, x = y * cos[:, None] - x * sin[:, None], x * cos[:, None] + y * sin[:, None]
-    point = torch.stack([x + shear[:, None] * y, y], 1) / scale[:, None]  # [B, 2, P]
-    strokes = _STROKES[torch.tensor([(figure * 2)[:6] for figure in _FIGURES])][labels]  # [B, 6, 4], some twice
-    outside = ((point[:, None] - strokes[:, :, :2, None]).abs() - strokes[:, :, 2:, None]).clamp_(min=0)  # [B, 6, 2, P]
-    distance = outside.square().sum(2).sqrt().amin(1) * scale  # [B, P], pixels
-    figure = (uniform(.8, 1.6, 1) + .5 - distance).clamp(0, 1)[:, None]  # [B, 1, P]
-
-    # Stray strokes: two short ones anywhere, in a colour of their own.
-    start, along = uniform(-16, 16, 2, 2, 1), uniform(-6, 6, 2, 2, 1)
-    offset = pixels - start  # [B, 2, 2, P]
-    t = ((offset * along).sum(2, keepdim=True) / along.square().sum(2, keepdim=True)).clamp_(0, 1)
-    distance = (offset - t * along).square().sum(2).sqrt().amin(1)
-    stray = (1.2 - distance).clamp(0, 1)[:, None]  # [B, 1, P]
-
-    # The background varies slowly; figure and strays are brighter, in a colour of their own.
-    background = uniform(.1, .45, 3, 1)
-    ground = background + F.interpolate(uniform(-.12, .12, 3, 4, 4), size=(32, 32), mode="bilinear").flatten(2)
-    image = torch.lerp(ground, background + uniform(.1, .4, 3, 1), stray)
-    image = torch.lerp(image, background + uniform(.3, .55, 3, 1), figure)
-    image += uniform(-.06, .06, 3, 1024)
-    return image.clamp_(0, 1).mul_(255).round_().byte().view(n, 3, 32, 32)
+    dx, dy = _PARTNERS[labels % 5].unbind(1)
+    dx = torch.where(uniform(0, 1) < 0.5, dx, -dx)  # training flips are no other class
+    at = torch.arange(32) + 4
+    rows, columns = (at + dy[:, None])[:, :, None], (at + dx[:, None])[:, None]  # [B, 32, 1], [B, 1, 32]
+    noise = torch.randn(n, 40, 40, generator=generator)
+    grain = (noise[:, 4:36, 4:36] + noise[torch.arange(n)[:, None, None], rows, columns]) / 2**0.5  # [B, 32, 32]
+    contrast = uniform(0.08, 0.12, 1, 1, 1) * (1 + labels // 5)[:, None, None, None]
+    image = uniform(0.4, 0.6, 3, 1, 1) + contrast * uniform(0.4, 1, 3, 1, 1) * grain[:, None]
+    return image.clamp_(0, 1).mul_(255).round_().byte()
 
 
 def crop_flip(images: Tensor, shift: Tensor, flip: Tensor, padding: int = 4) -> Tensor:

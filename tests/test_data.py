@@ -2,6 +2,7 @@
 import hashlib
 import importlib.util
 import io
+import itertools
 import os
 import pickle
 import random
@@ -414,12 +415,18 @@ def test_synthetic_is_a_function_of_its_seed():
     assert not torch.equal(train.images, other[0].images)
 
 
-def test_synthetic_figures_come_in_pairs_of_the_same_strokes():
-    figures, mirror = [set(figure) for figure in data._FIGURES], {0: 0, 1: 1, 2: 2, 3: 4, 4: 3, 5: 6, 6: 5}
-    for first, second in zip(figures[::2], figures[1::2]):
-        assert len(first) == len(second) and len(first & {0, 1, 2}) == len(second & {0, 1, 2})
-    mirrored = [{mirror[stroke] for stroke in figure} for figure in figures]
-    assert all(i == j for i in range(10) for j in range(10) if mirrored[i] == figures[j])
+def test_synthetic_pixels_agree_with_their_partners_alone(drawn):
+    """A pixel correlates with those at its class's distance, to either side, and with no other within five pixels."""
+    train, _, _ = drawn
+    for label, (dx, dy) in enumerate(((4, 0), (4, 2), (4, 4), (2, 4), (0, 4))):
+        grain = train.images[train.labels % 5 == label].float().mean(1)
+        grain = (grain - grain.mean((1, 2), keepdim=True)) / grain.std((1, 2), keepdim=True)
+        for y, x in itertools.product(range(6), range(-5, 6)):
+            if (y, x) == (0, 0):
+                continue
+            near, far = grain[:, y:, max(0, x): 32 + min(0, x)], grain[:, : 32 - y, max(0, -x): 32 - max(0, x)]
+            expected = 0.0 if (abs(x), y) != (dx, dy) else 0.5 if 0 in (dx, dy) else 0.25
+            assert abs(float((near * far).mean()) - expected) < 0.04, (label, y, x)
 
 
 def test_synthetic_colour_says_little(drawn):
