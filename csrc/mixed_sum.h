@@ -10,8 +10,8 @@ namespace ldarts {
 // pass. Every term is then one dense array of terms[0].numel() elements, in the same order.
 at::MemoryFormat check_terms(at::TensorList terms);
 
-// `weights` is a floating-point vector of `count` elements on the device of `like`, and not narrower than it; returned
-// contiguous in the accumulation type (float64 for float64 terms, else float32).
+// `weights` is floating-point, [count] or on the CPU [count, channels], on the device of `like` and not narrower than it;
+// returned contiguous in the accumulation type (float64 for float64 terms, else float32).
 at::Tensor check_weights(const at::Tensor& weights, int64_t count, const at::Tensor& like);
 
 // `grad` has the terms' shape, dtype and device; returned dense in `format` (a copy only where it is not already).

@@ -58,9 +58,9 @@ class Architect:
             raise InputError(f"unknown way {hessian!r} to the product with the Hessian: use central or exact")
         alphas = self.net.arch_parameters()
         with frozen_statistics(self.net):
-            if not unrolled:
-                return list(torch.autograd.grad(self._loss(valid), alphas))
             w = self.net.weight_parameters()
+            if not unrolled:  # at weights without a gradient, which nobody would read
+                return list(torch.autograd.grad(self._loss(valid, weights=[p.detach() for p in w]), alphas))
             rng = self._rng(train[0].device)
             loss = self._loss(train)
             dw = torch.autograd.grad(loss, w, create_graph=hessian == "exact")
@@ -120,9 +120,9 @@ class Architect:
                 return torch.autograd.grad(self._loss(batch, at, rng=rng), w)
 
         if method == "forward":
-            d_lambda = [(up - d) / eps for up, d in zip(shifted(1), dw)]
+            d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), dw), eps)
         else:
-            d_lambda = [(up - down) / (2 * eps) for up, down in zip(shifted(1), shifted(-1))]
+            d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), shifted(-1)), 2 * eps)
         return WeightGrads(loss.detach(), logits.detach(), dw, d_lambda, value)
 
     def cell_leaves(self) -> list[Tensor]:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .genotypes import Genotype, format_arch
-from .mixed_sum import mixed_sum
-from .operations import OPS, FactorizedReduce, ReLUConvBN, ResNetBasicblock, Zero
+from .mixed_sum import compiled_for, mixed_sum
+from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ResNetBasicblock, SepConv, Zero
+from .separable import bank
 from .spaces import get
 
 
@@ -47,6 +48,34 @@ def leave(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[
                 term = op(state)
             terms.append(term)
         yield terms
+
+
+def leave_by_banks(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """As `leave`, but terms are (z, table [2, C] of 1/σ and μ): the operation's output is (z - μ) / σ."""
+    convs = [op for edge in edges for op in edge if isinstance(op, (SepConv, DilConv))]
+    seps = [k for k, op in enumerate(convs) if isinstance(op, SepConv)]
+    found = []
+    if convs:
+        zs, tables = bank([state], None, [(op.op[1], op.op[2], op.op[3]) for op in convs])
+        found = list(zip(zs, tables.unbind()))
+    if seps:
+        zs, tables = bank([zs[k] for k in seps], tables[seps], [(op.op[5], op.op[6], op.op[7]) for op in map(convs.__getitem__, seps)])
+        for k, term in zip(seps, zip(zs, tables.unbind())):
+            found[k] = term
+    found = iter(found)
+    as_it_is = torch.stack([state.new_ones(state.shape[1]), state.new_zeros(state.shape[1])])
+    others = leave(state, [[op for op in edge if not isinstance(op, (SepConv, DilConv))] for edge in edges])
+    for edge, plain in zip(edges, others):
+        plain = iter(plain)
+        yield [next(found) if isinstance(op, (SepConv, DilConv)) else (next(plain), as_it_is)
+               for op in edge if not isinstance(op, Zero)]
+
+
+def normalized_sum(p: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Σ_m p[m] (z_m - μ_m) / σ_m in one pass over the z, from the terms of leave_by_banks."""
+    inverse, mean = torch.stack([table for _, table in terms]).unbind(1)  # [M, C]
+    weights = p[:, None] * inverse
+    return mixed_sum(weights, [z for z, _ in terms]) - (weights * mean).sum(0)[:, None, None]
 
 
 @torch.no_grad()
@@ -95,21 +124,24 @@ class Cell(nn.Module):
             MixedOp(C, 2 if reduction and j < 2 else 1, names) for j, names in zip(sources, primitives, strict=True))
         self.register_buffer("_kept", kept_columns(primitives), persistent=False)
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, banks: bool = False) -> Tensor:
+        """banks: compute the same by the operators of csrc/separable.cpp."""
         weights = weights.flatten()[self._kept]  # [edges * ops] without `none`
         states, used = [self.preprocess0(s0), self.preprocess1(s1)], 0
-        leaving = [self._leave(j, state) for j, state in enumerate(states)]
+        leaving = [self._leave(j, state, banks) for j, state in enumerate(states)]
         for i in range(self.steps):
             terms = [term for edges in leaving for term in next(edges)]
-            states.append(mixed_sum(weights[used : used + len(terms)], terms))
-            leaving.append(self._leave(i + 2, states[-1]))
+            p = weights[used : used + len(terms)]
+            states.append(normalized_sum(p, terms) if banks else mixed_sum(p, terms))
+            leaving.append(self._leave(i + 2, states[-1], banks))
             used += len(terms)
         return torch.cat(states[-self.steps :], dim=1)
 
-    def _leave(self, j: int, state: Tensor) -> Iterator[list[Tensor]]:
+    def _leave(self, j: int, state: Tensor, banks: bool) -> Iterator[list]:
         """The terms of each edge that leaves state j, in the order of the nodes."""
         # The edges into node i begin at i (i + 3) / 2.
-        return leave(state, [self._ops[i * (i + 3) // 2 + j] for i in range(max(0, j - 1), self.steps)])
+        edges = [self._ops[i * (i + 3) // 2 + j] for i in range(max(0, j - 1), self.steps)]
+        return leave_by_banks(state, edges) if banks else leave(state, edges)
 
 
 class NAS201Cell(nn.Module):
@@ -210,8 +242,10 @@ class SearchNetwork(nn.Module):
             x = self.lastact(x)
         else:
             s0 = x = self.stem(x)
+            banks = (self.training and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+                     and x.is_contiguous(memory_format=torch.channels_last) and compiled_for("cpu"))
             for cell in self.cells:
-                s0, x = x, cell(s0, x, next(weights))
+                s0, x = x, cell(s0, x, next(weights), banks)
         return self.classifier(x.mean((2, 3)))
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ and a shift: not in the search, where they would undo the architecture weights.
 import torch
 from torch import Tensor, nn
 
-from .depthwise import DepthwiseConv2d
 
 
 class ReLUFirst(nn.Module):
@@ -41,7 +40,7 @@ class DilConv(ReLUFirst):
         super().__init__()
         self.op = nn.Sequential(
             nn.ReLU(),
-            DepthwiseConv2d(C_in, kernel_size, stride, padding, dilation),
+            nn.Conv2d(C_in, C_in, kernel_size, stride, padding, dilation, groups=C_in, bias=False),
             nn.Conv2d(C_in, C_out, 1, bias=False),
             nn.BatchNorm2d(C_out, affine=affine),
         )
@@ -54,11 +53,11 @@ class SepConv(ReLUFirst):
         super().__init__()
         self.op = nn.Sequential(
             nn.ReLU(),
-            DepthwiseConv2d(C_in, kernel_size, stride, padding),
+            nn.Conv2d(C_in, C_in, kernel_size, stride, padding, groups=C_in, bias=False),
             nn.Conv2d(C_in, C_in, 1, bias=False),
             nn.BatchNorm2d(C_in, affine=affine),
             nn.ReLU(),
-            DepthwiseConv2d(C_in, kernel_size, 1, padding),
+            nn.Conv2d(C_in, C_in, kernel_size, 1, padding, groups=C_in, bias=False),
             nn.Conv2d(C_in, C_out, 1, bias=False),
             nn.BatchNorm2d(C_out, affine=affine),
         )

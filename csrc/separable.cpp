@@ -1,0 +1,502 @@
+// A bank of separable units on the CPU: all the depthwise + pointwise convolutions that leave one state, in one call.
+//
+// Unit u, with every tensor channels-last and P, D its pointwise and depthwise weights:
+//
+//     z = P D a,  a = [s x + b > 0] (s x + b),  moments = (sum z, sum z z) per channel
+//
+// s and b are those of the batch norm in front (absent: 1 and 0), so that neither the normalised tensor nor its ReLU is ever
+// in memory; D a is not kept either, but computed again in the backward pass. An image at a time goes through all units, in
+// buffers that stay in the cache. Images are dealt to kChunks sums, whatever the number of threads: the same bits always.
+#include "vectors.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <vector>
+
+namespace ldarts {
+namespace {
+
+constexpr int64_t kChunks = 16;
+constexpr int kRows = 8;      // pixels whose products with a matrix are computed side by side
+constexpr int64_t kTaps = 9;  // taps whose weight gradients are
+
+template <typename T>
+struct Tap {
+  const T* source;
+  const T* weight;  // [period * kV]
+};
+
+// out[i] = sum over the taps of weight[i mod (period * kV)] * source[i], for whole vectors.
+template <typename T>
+void convolve_row(T* out, int64_t vectors, int64_t period, const std::vector<Tap<T>>& taps) {
+  constexpr int64_t V = kV<T>;
+  auto block = [&](int64_t j, int64_t i, auto number) {
+    constexpr int rows = number;
+    Vec<T> sum[rows];
+    for (int r = 0; r < rows; ++r) sum[r] = Vec<T>(0);
+    for (const auto& tap : taps) {
+      const auto weight = Vec<T>::loadu(tap.weight + j * V);
+      const T* source = tap.source + i * V;
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) sum[r] = at::vec::fmadd(weight, Vec<T>::loadu(source + r * period * V), sum[r]);
+    }
+    for (int r = 0; r < rows; ++r) sum[r].store(out + (i + r * period) * V);
+  };
+  for (int64_t j = 0; j < period; ++j) {
+    int64_t i = j;
+    for (; i + (kRows - 1) * period < vectors; i += kRows * period) block(j, i, Constant<kRows>{});
+    for (; i < vectors; i += period) block(j, i, Constant<1>{});
+  }
+}
+
+// sums[tap, :] += grad * source of each tap, lane by lane over the vectors of a row; sums [taps, period * kV].
+template <typename T>
+void correlate_row(const T* grad, int64_t vectors, int64_t period, const std::vector<Tap<T>>& taps, T* sums) {
+  constexpr int64_t V = kV<T>;
+  each_group<kTaps>(taps.size(), [&](int64_t k, auto number) {
+    constexpr int group = number;
+    for (int64_t j = 0; j < period; ++j) {
+      Vec<T> sum[group];
+      for (int g = 0; g < group; ++g) sum[g] = Vec<T>::loadu(sums + ((k + g) * period + j) * V);
+      for (int64_t i = j; i < vectors; i += period) {
+        const auto value = Vec<T>::loadu(grad + i * V);
+#pragma GCC unroll 9
+        for (int g = 0; g < group; ++g) sum[g] = at::vec::fmadd(value, Vec<T>::loadu(taps[k + g].source + i * V), sum[g]);
+      }
+      for (int g = 0; g < group; ++g) sum[g].store(sums + ((k + g) * period + j) * V);
+    }
+  });
+}
+
+// visit(first, constant number) over `count` things, kRows at a time and then one by one.
+template <typename Visit>
+void each_rows(int64_t count, const Visit& visit) {
+  int64_t i = 0;
+  for (; i + kRows <= count; i += kRows) visit(i, Constant<kRows>{});
+  for (; i < count; ++i) visit(i, Constant<1>{});
+}
+
+// put(pixel, constant number of pixels, channel, products) with products[r] = sum over c of in[pixel + r, c] * matrix[c, channel
+// and on], a vector. in: [pixels, C]; matrix: [C, width].
+template <typename T, typename Put>
+void multiply(const T* in, int64_t pixels, int64_t C, const T* matrix, int64_t width, const Put& put) {
+  constexpr int64_t V = kV<T>;
+  auto columns = [&](int64_t first, auto wide) {
+    each_rows(pixels, [&](int64_t q, auto number) {
+      constexpr int vectors = decltype(wide)::value, rows = number;
+      Vec<T> sum[vectors][rows];
+      for (int v = 0; v < vectors; ++v)
+        for (int r = 0; r < rows; ++r) sum[v][r] = Vec<T>(0);
+      for (int64_t c = 0; c < C; ++c) {
+        Vec<T> m[vectors];
+        for (int v = 0; v < vectors; ++v) m[v] = Vec<T>::loadu(matrix + c * width + first + v * V);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+          const Vec<T> value(in[(q + r) * C + c]);
+          for (int v = 0; v < vectors; ++v) sum[v][r] = at::vec::fmadd(value, m[v], sum[v][r]);
+        }
+      }
+      for (int v = 0; v < vectors; ++v) put(q, number, first + v * V, sum[v]);
+    });
+  };
+  int64_t first = 0;
+  for (; first + 2 * V <= width; first += 2 * V) columns(first, Constant<2>{});
+  if (first < width) columns(first, Constant<1>{});
+}
+
+// sums[r, c] += sum over the pixels of left[pixel, r] * right[pixel, c]; left, right: [pixels, C], sums: [C, width].
+template <typename T>
+void outer(const T* left, const T* right, int64_t pixels, int64_t C, T* sums, int64_t width) {
+  constexpr int64_t V = kV<T>;
+  auto columns = [&](int64_t first, auto wide) {
+    each_rows(C, [&](int64_t row, auto number) {
+      constexpr int vectors = decltype(wide)::value, rows = number;
+      Vec<T> sum[vectors][rows];
+      for (int v = 0; v < vectors; ++v)
+        for (int r = 0; r < rows; ++r) sum[v][r] = Vec<T>::loadu(sums + (row + r) * width + first + v * V);
+      for (int64_t q = 0; q < pixels; ++q) {
+        Vec<T> value[vectors];
+        for (int v = 0; v < vectors; ++v) value[v] = Vec<T>::loadu(right + q * C + first + v * V);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+          const Vec<T> factor(left[q * C + row + r]);
+          for (int v = 0; v < vectors; ++v) sum[v][r] = at::vec::fmadd(factor, value[v], sum[v][r]);
+        }
+      }
+      for (int v = 0; v < vectors; ++v)
+        for (int r = 0; r < rows; ++r) sum[v][r].store(sums + (row + r) * width + first + v * V);
+    });
+  };
+  int64_t first = 0;
+  for (; first + 2 * V <= width; first += 2 * V) columns(first, Constant<2>{});
+  if (first < width) columns(first, Constant<1>{});
+}
+
+// The prologue of a unit. Without `value`: a = [s x + b > 0] (s x + b). With it, as the derivatives of the derivatives
+// need: a = [s x + b > 0] (s value + beta x + gamma). The coefficients are patterns, [period * kV].
+template <typename T>
+struct Input {
+  const T *x, *value;
+  Buffer<T> s, b, beta, gamma;
+
+  Vec<T> before_relu(const Vec<T>& x, int64_t at) const {
+    return at::vec::fmadd(Vec<T>::loadu(s.data() + at), x, Vec<T>::loadu(b.data() + at));
+  }
+  // a of the elements at x + i, value + i; `at`: their place in the pattern.
+  Vec<T> operator()(int64_t i, int64_t at, int64_t count) const {
+    const auto xs = load(x + i, count), before = before_relu(xs, at);
+    if (!value) return at::vec::maximum(before, Vec<T>(0));
+    const auto rest = at::vec::fmadd(Vec<T>::loadu(beta.data() + at), xs, Vec<T>::loadu(gamma.data() + at));
+    const auto a = at::vec::fmadd(Vec<T>::loadu(s.data() + at), load(value + i, count), rest);
+    return Vec<T>::blendv(Vec<T>(0), a, before > Vec<T>(0));
+  }
+};
+
+// visit(element, place in the pattern, count) for the vectors of `size` elements, those of one place after the other.
+template <typename T, typename Visit>
+void each_vector(int64_t size, int64_t period, const Visit& visit) {
+  constexpr int64_t V = kV<T>;
+  for (int64_t at = 0; at < period * V; at += V)
+    for (int64_t i = at; i < size; i += period * V) visit(i, at, std::min(V, size - i));
+}
+
+template <typename T>
+struct Bank {
+  int64_t N, C, in_h, in_w, out_h, out_w, stride, units, halo = 0, period, width;
+  std::vector<int64_t> taps, dilation, padding;  // of each unit; padding keeps the size
+  std::vector<Buffer<T>> depthwise;         // [taps * taps, period * kV], the pattern of the channels along a row
+  std::vector<Buffer<T>> forward, backward; // pointwise weights, [in, width] and [out, width]
+  std::vector<Input<T>> input;
+  int64_t pitch, row, grad_pitch;
+
+  Bank(at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
+       int64_t stride, at::IntArrayRef dilations)
+      : N(x[0].size(0)), C(x[0].size(1)), in_h(x[0].size(2)), in_w(x[0].size(3)), out_h((in_h - 1) / stride + 1),
+        out_w((in_w - 1) / stride + 1), stride(stride), units(dw.size()), period(pattern_period<T>(C)),
+        width(round_up(C, kV<T>)), dilation(dilations.vec()) {
+    constexpr int64_t V = kV<T>;
+    at::Tensor coefficients;
+    if (affine) coefficients = affine->to(x[0].scalar_type()).contiguous();  // [2 or 4, units, C]: s, b, beta, gamma
+    for (int64_t u = 0; u < units; ++u) {
+      const int64_t k = dw[u].size(2);
+      taps.push_back(k);
+      padding.push_back(k / 2 * dilation[u]);
+      halo = std::max(halo, round_up(padding[u], 2));  // even, so that the columns of one parity stay together
+      const auto d = dw[u].contiguous(), p = pw[u].contiguous();
+      const T *from = d.template const_data_ptr<T>(), *matrix = p.template const_data_ptr<T>();
+      depthwise.emplace_back(k * k * period * V);
+      for (int64_t t = 0; t < k * k; ++t)
+        for (int64_t i = 0; i < period * V; ++i) depthwise[u][t * period * V + i] = from[i % C * k * k + t];
+      forward.emplace_back(C * width);
+      backward.emplace_back(C * width);
+      for (int64_t out = 0; out < C; ++out)
+        for (int64_t in = 0; in < C; ++in)
+          forward[u][in * width + out] = backward[u][out * width + in] = matrix[out * C + in];
+      auto pattern = [&](int64_t which, T absent) {
+        Buffer<T> result(period * V, absent);
+        if (!affine || which >= coefficients.size(0)) return result;
+        const T* from = coefficients.template const_data_ptr<T>() + (which * units + u) * C;
+        for (int64_t i = 0; i < period * V; ++i) result[i] = from[i % C];
+        return result;
+      };
+      const at::Tensor& xu = x[x.size() == 1 ? 0 : u];
+      input.push_back({xu.template const_data_ptr<T>(),
+                       value.empty() ? nullptr : value[value.size() == 1 ? 0 : u].template const_data_ptr<T>(), pattern(0, 1),
+                       pattern(1, 0), pattern(2, 0), pattern(3, 0)});
+    }
+    pitch = (in_w + 2 * halo + stride - 1) / stride * C;
+    grad_pitch = (out_w + 2 * halo) * C + kV<T>;  // zeros for the vector that reaches past a row
+    row = out_w * C;
+  }
+
+  int64_t in_size() const { return in_h * in_w * C; }
+  int64_t out_size() const { return out_h * out_w * C; }
+  Buffer<T> padded_input() const { return Buffer<T>((in_h + 2 * halo) * stride * pitch + kV<T>); }
+
+  // visit(padded place, first input element, elements) for the spans of an image that stay together: rows, or, with a
+  // stride of 2, whose buffer is [row, column parity, column / 2, C], pixels.
+  template <typename Visit>
+  void each_span(const Visit& visit) const {
+    for (int64_t h = 0; h < in_h; ++h)
+      for (int64_t w = 0; w < in_w; w += stride == 1 ? in_w : 1)
+        visit(((h + halo) * stride + w % stride) * pitch + (w / stride + halo / stride) * C, (h * in_w + w) * C,
+              stride == 1 ? in_w * C : C);
+  }
+
+  // a of image n into the zero-padded buffer.
+  void fill(int64_t u, int64_t n, T* padded) const {
+    each_span([&](int64_t place, int64_t first, int64_t size) {
+      each_vector<T>(size, period, [&](int64_t i, int64_t at, int64_t count) {
+        store(padded + place + i, input[u](n * in_size() + first + i, at, count), count);
+      });
+    });
+  }
+
+  // The taps that make row `o` of the depthwise convolution.
+  void taps_of_output(int64_t u, int64_t o, const T* padded, std::vector<Tap<T>>& list) const {
+    list.clear();
+    const int64_t first = halo - padding[u];
+    for (int64_t kh = 0; kh < taps[u]; ++kh)
+      for (int64_t kw = 0; kw < taps[u]; ++kw) {
+        const int64_t r = o * stride + first + kh * dilation[u], column = first + kw * dilation[u];
+        list.push_back({padded + (r * stride + column % stride) * pitch + column / stride * C,
+                        depthwise[u].data() + (kh * taps[u] + kw) * period * kV<T>});
+      }
+  }
+
+  // Those that make, of its gradient by the input, the columns w with w mod stride == phase of row h. grad: padded.
+  void taps_of_input(int64_t u, int64_t h, int64_t phase, const T* grad, std::vector<Tap<T>>& list) const {
+    list.clear();
+    for (int64_t kh = 0; kh < taps[u]; ++kh)
+      for (int64_t kw = 0; kw < taps[u]; ++kw) {
+        const int64_t r = h + padding[u] - kh * dilation[u], column = phase + padding[u] - kw * dilation[u];
+        if (r % stride || column % stride) continue;
+        list.push_back({grad + (r / stride + halo) * grad_pitch + (column / stride + halo) * C,
+                        depthwise[u].data() + (kh * taps[u] + kw) * period * kV<T>});
+      }
+  }
+};
+
+template <typename T>
+void forward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList against, const at::Tensor& moments) {
+  const int64_t C = bank.C, U = bank.units, chunks = moments.size(0);
+  double* sums = moments.mutable_data_ptr<double>();  // [chunks, units, 2, C]
+  at::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
+    auto padded = bank.padded_input();
+    Buffer<T> y(round_up(bank.row, kV<T>) + kV<T>), part(2 * bank.width);
+    std::vector<Tap<T>> taps;
+    for (int64_t chunk = from; chunk < to; ++chunk)
+      for (int64_t n = chunk; n < bank.N; n += chunks)
+        for (int64_t u = 0; u < U; ++u) {
+          if (u == 0 || bank.input[u].x != bank.input[u - 1].x || bank.input[u].value != bank.input[u - 1].value)
+            bank.fill(u, n, padded.data());
+          T* z = zs[u].template mutable_data_ptr<T>() + n * bank.out_size();
+          const T* other = against.empty() ? z : against[u].template const_data_ptr<T>() + n * bank.out_size();
+          double* total = sums + (chunk * U + u) * 2 * C;
+          for (int64_t o = 0; o < bank.out_h; ++o, z += bank.row, other += bank.row) {
+            bank.taps_of_output(u, o, padded.data(), taps);
+            convolve_row(y.data(), round_up(bank.row, kV<T>) / kV<T>, bank.period, taps);
+            std::fill(part.begin(), part.end(), T(0));
+            multiply(y.data(), bank.out_w, C, bank.forward[u].data(), bank.width,
+                     [&](int64_t q, auto rows, int64_t c, const Vec<T>* values) {
+                       const int64_t count = std::min(kV<T>, C - c);
+                       auto sum = Vec<T>::loadu(part.data() + c), product = Vec<T>::loadu(part.data() + bank.width + c);
+                       for (int r = 0; r < rows; ++r) {
+                         store(z + (q + r) * C + c, values[r], count);
+                         sum = sum + values[r];
+                         const auto factor = against.empty() ? values[r] : load(other + (q + r) * C + c, count);
+                         product = at::vec::fmadd(values[r], factor, product);
+                       }
+                       sum.store(part.data() + c);
+                       product.store(part.data() + bank.width + c);
+                     });
+            for (int64_t c = 0; c < C; ++c) {
+              total[c] += part[c];
+              total[C + c] += part[bank.width + c];
+            }
+          }
+        }
+  });
+}
+
+template <typename T>
+struct Grads {  // undefined: not asked for. The first dimension of the last three: chunks
+  std::vector<at::Tensor> x;
+  at::Tensor sums, pointwise, depthwise;  // [., units, 3, C]: sum of h, h x, h value; [., units, C, width]; [., all taps, period * kV]
+};
+
+// h = [s x + b > 0] D' P' dz with dz = grad + d_sum + 2 d_square z; the gradient by x is scale * h.
+template <typename T>
+void backward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList grads, const at::Tensor& d_moments, Grads<T>& out) {
+  const int64_t C = bank.C, U = bank.units, V = kV<T>, pixels = bank.out_h * bank.out_w;
+  const bool by_x = !out.x.empty(), by_weight = out.pointwise.defined(), with_sums = out.sums.defined();
+  const int64_t chunks = std::min(kChunks, bank.N);
+  const T* d_moment = d_moments.const_data_ptr<T>();  // [units, 2, C]
+  at::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
+    auto padded = bank.padded_input();
+    Buffer<T> y(bank.out_size() + 2 * V), dz(bank.out_size()), part(3 * bank.period * V);
+    Buffer<T> d_sum(bank.period * V), d_square(bank.period * V);
+    const int64_t da_pitch = round_up((bank.in_w + bank.stride - 1) / bank.stride * C, V);
+    Buffer<T> da(bank.in_h * bank.stride * da_pitch);
+    Buffer<T> dy((bank.out_h + 2 * bank.halo) * bank.grad_pitch + 2 * V);
+    std::vector<Tap<T>> taps;
+    auto dy_row = [&](int64_t o) { return dy.data() + (o + bank.halo) * bank.grad_pitch + bank.halo * C; };
+    const int64_t vectors = round_up(bank.row, V) / V;
+    for (int64_t chunk = from; chunk < to; ++chunk)
+      for (int64_t n = chunk; n < bank.N; n += chunks)
+        for (int64_t u = 0, tap = 0; u < U; tap += bank.taps[u] * bank.taps[u], ++u) {
+          const Input<T>& in = bank.input[u];
+          const bool same = u > 0 && in.x == bank.input[u - 1].x && in.value == bank.input[u - 1].value;
+          const T* z = zs[u].template const_data_ptr<T>() + n * bank.out_size();
+          const T* grad = grads[u].defined() ? grads[u].template const_data_ptr<T>() + n * bank.out_size() : nullptr;
+          const T* moment = d_moment + 2 * u * C;
+          for (int64_t i = 0; i < bank.period * V; ++i) d_sum[i] = moment[i % C], d_square[i] = 2 * moment[C + i % C];
+          each_vector<T>(bank.out_size(), bank.period, [&](int64_t i, int64_t at, int64_t count) {
+            const auto first = grad ? load(grad + i, count) + Vec<T>::loadu(d_sum.data() + at) : Vec<T>::loadu(d_sum.data() + at);
+            store(dz.data() + i, at::vec::fmadd(Vec<T>::loadu(d_square.data() + at), load(z + i, count), first), count);
+          });
+          for (int64_t o = 0; o < bank.out_h; ++o)
+            multiply(dz.data() + o * bank.row, bank.out_w, C, bank.backward[u].data(), bank.width,
+                     [&](int64_t q, auto rows, int64_t c, const Vec<T>* values) {
+                       for (int r = 0; r < rows; ++r) store(dy_row(o) + (q + r) * C + c, values[r], std::min(V, C - c));
+                     });
+          if (by_weight) {
+            if (!same) bank.fill(u, n, padded.data());
+            T* by_tap = out.depthwise.template mutable_data_ptr<T>() +
+                        (chunk * out.depthwise.size(1) + tap) * bank.period * V;
+            for (int64_t o = 0; o < bank.out_h; ++o) {
+              bank.taps_of_output(u, o, padded.data(), taps);
+              convolve_row(y.data() + o * bank.row, vectors, bank.period, taps);
+              correlate_row(dy_row(o), vectors, bank.period, taps, by_tap);
+            }
+            outer(dz.data(), y.data(), pixels, C,
+                  out.pointwise.template mutable_data_ptr<T>() + (chunk * U + u) * C * bank.width, bank.width);
+          }
+          if (!by_x) continue;
+          const T* scale = (in.value ? in.beta : in.s).data();
+          const int64_t image = n * bank.in_size();
+          T* dx = out.x[out.x.size() == 1 ? 0 : u].template mutable_data_ptr<T>() + image;
+          const bool add = out.x.size() == 1 && u > 0;
+          for (int64_t h = 0; h < bank.in_h; ++h)
+            for (int64_t phase = 0; phase < bank.stride; ++phase) {
+              bank.taps_of_input(u, h, phase, dy.data(), taps);
+              const int64_t columns = (bank.in_w - phase + bank.stride - 1) / bank.stride;
+              convolve_row(da.data() + (h * bank.stride + phase) * da_pitch, round_up(columns * C, V) / V, bank.period, taps);
+            }
+          std::fill(part.begin(), part.end(), T(0));
+          bank.each_span([&](int64_t, int64_t first, int64_t size) {
+            const int64_t h = first / (bank.in_w * C), w = first / C % bank.in_w;
+            const T* from = da.data() + (h * bank.stride + w % bank.stride) * da_pitch + w / bank.stride * C;
+            for (int64_t at = 0; at < bank.period * V; at += V) {
+              Vec<T> sum(0), by_x(0), by_value(0);
+              for (int64_t i = at; i < size; i += bank.period * V) {
+                const int64_t count = std::min(V, size - i);
+                const auto x = load(in.x + image + first + i, count);
+                const auto h = Vec<T>::blendv(Vec<T>(0), load(from + i, count), in.before_relu(x, at) > Vec<T>(0));
+                const auto before = add ? load(dx + first + i, count) : Vec<T>(0);
+                store(dx + first + i, at::vec::fmadd(Vec<T>::loadu(scale + at), h, before), count);
+                if (!with_sums) continue;
+                sum = sum + h;
+                by_x = at::vec::fmadd(h, x, by_x);
+                if (in.value) by_value = at::vec::fmadd(h, load(in.value + image + first + i, count), by_value);
+              }
+              if (!with_sums) continue;
+              const Vec<T> sums[] = {sum, by_x, by_value};
+              for (int64_t k = 0; k < 3; ++k) {
+                T* to = part.data() + k * bank.period * V + at;
+                (sums[k] + Vec<T>::loadu(to)).store(to);
+              }
+            }
+          });
+          if (!with_sums) continue;
+          double* total = out.sums.template mutable_data_ptr<double>() + (chunk * U + u) * 3 * C;
+          for (int64_t k = 0; k < 3; ++k)
+            for (int64_t i = 0; i < bank.period * V; ++i) total[k * C + i % C] += part[k * bank.period * V + i];
+        }
+  });
+}
+
+std::vector<at::Tensor> dense(at::TensorList tensors) {
+  std::vector<at::Tensor> result;
+  for (const auto& t : tensors) result.push_back(t.defined() ? t.contiguous(at::MemoryFormat::ChannelsLast) : t);
+  return result;
+}
+
+void check(at::TensorList x, at::TensorList dw, at::TensorList pw, at::IntArrayRef dilations) {
+  TORCH_CHECK_VALUE(!dw.empty() && dw.size() == pw.size() && dw.size() == dilations.size() &&
+                        (x.size() == 1 || x.size() == dw.size()),
+                    "bank: ", x.size(), " inputs, ", dw.size(), " depthwise and ", pw.size(), " pointwise weights, ",
+                    dilations.size(), " dilations; expected as many of each, or one input");
+  const int64_t C = x[0].size(1);
+  for (const auto& t : x)
+    TORCH_CHECK_VALUE(t.dim() == 4 && t.sizes() == x[0].sizes() && t.scalar_type() == x[0].scalar_type(),
+                      "bank: an input has shape ", t.sizes(), " and dtype ", t.scalar_type(), ", expected those of the first, ",
+                      x[0].sizes(), " and ", x[0].scalar_type());
+  for (size_t u = 0; u < dw.size(); ++u) {
+    const int64_t k = dw[u].size(-1);
+    TORCH_CHECK_VALUE(dw[u].sizes() == at::IntArrayRef({C, 1, k, k}) && k % 2 == 1, "bank: depthwise weight ", u, " has shape ",
+                      dw[u].sizes(), ", expected [", C, ", 1, k, k] with an odd k");
+    TORCH_CHECK_VALUE(pw[u].sizes() == at::IntArrayRef({C, C, 1, 1}), "bank: pointwise weight ", u, " has shape ",
+                      pw[u].sizes(), ", expected [", C, ", ", C, ", 1, 1]");
+    TORCH_CHECK_VALUE(dw[u].scalar_type() == x[0].scalar_type() && pw[u].scalar_type() == x[0].scalar_type(),
+                      "bank: the weights ", u, " have another dtype than the inputs, ", x[0].scalar_type());
+  }
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> bank_forward(
+    at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
+    int64_t stride, at::IntArrayRef dilations, at::TensorList against) {
+  check(x, dw, pw, dilations);
+  const auto xs = dense(x), values = dense(value), others = dense(against);
+  std::vector<at::Tensor> zs;
+  at::Tensor moments;
+  AT_DISPATCH_FLOATING_TYPES(x[0].scalar_type(), "bank_forward", [&] {
+    const Bank<scalar_t> bank(xs, values, affine, dw, pw, stride, dilations);
+    const auto options = x[0].options().memory_format(at::MemoryFormat::ChannelsLast);
+    for (int64_t u = 0; u < bank.units; ++u) zs.push_back(at::empty({bank.N, bank.C, bank.out_h, bank.out_w}, options));
+    moments = at::zeros({std::min(kChunks, bank.N), bank.units, 2, bank.C}, x[0].options().dtype(at::kDouble));
+    forward_kernel(bank, zs, others, moments);
+  });
+  return {zs, moments.sum(0)};
+}
+
+// -> gradients by x, sums [units, 3, C] of h, h x and h value (empty without affine), gradients by dw, gradients by pw
+std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> bank_backward(
+    at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
+    int64_t stride, at::IntArrayRef dilations, at::TensorList z, const c10::List<std::optional<at::Tensor>>& grad,
+    const at::Tensor& d_moments, bool by_x, bool by_weight) {
+  check(x, dw, pw, dilations);
+  std::vector<at::Tensor> given;
+  for (const std::optional<at::Tensor>& g : grad) given.push_back(g.value_or(at::Tensor()));
+  const auto xs = dense(x), values = dense(value), zs = dense(z), grads = dense(given);
+  std::vector<at::Tensor> d_depthwise, d_pointwise, d_x;
+  at::Tensor sums;
+  AT_DISPATCH_FLOATING_TYPES(x[0].scalar_type(), "bank_backward", [&] {
+    const Bank<scalar_t> bank(xs, values, affine, dw, pw, stride, dilations);
+    const int64_t chunks = std::min(kChunks, bank.N), V = kV<scalar_t>;
+    Grads<scalar_t> out;
+    int64_t taps = 0;
+    for (int64_t k : bank.taps) taps += k * k;
+    if (by_x) {
+      for (const auto& t : xs) out.x.push_back(at::empty_like(t));
+      if (affine) out.sums = at::zeros({chunks, bank.units, 3, bank.C}, x[0].options().dtype(at::kDouble));
+    }
+    if (by_weight) {
+      out.pointwise = at::zeros({chunks, bank.units, bank.C, bank.width}, x[0].options());
+      out.depthwise = at::zeros({chunks, taps, bank.period * V}, x[0].options());
+    }
+    backward_kernel(bank, zs, grads, d_moments.to(x[0].scalar_type()).contiguous(), out);
+    d_x = out.x;
+    if (out.sums.defined()) sums = out.sums.sum(0);
+    if (!by_weight) return;
+    const auto pointwise = out.pointwise.sum(0).narrow(2, 0, bank.C), lanes = out.depthwise.sum(0);
+    // Lane i of the pattern belongs to channel i mod C.
+    const auto depthwise = lanes.view({taps, bank.period * V / bank.C, bank.C}).sum(1).t();  // [C, taps]
+    for (int64_t u = 0, tap = 0; u < bank.units; tap += bank.taps[u] * bank.taps[u], ++u) {
+      const int64_t k = bank.taps[u];
+      d_depthwise.push_back(depthwise.narrow(1, tap, k * k).reshape({bank.C, 1, k, k}));
+      d_pointwise.push_back(pointwise[u].contiguous().view({bank.C, bank.C, 1, 1}));
+    }
+  });
+  return {d_x, sums.defined() ? sums : at::empty({0}), d_depthwise, d_pointwise};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ldarts, m) {
+  m.def("bank_forward(Tensor[] x, Tensor[] value, Tensor? affine, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, "
+        "Tensor[] against) -> (Tensor[], Tensor)");
+  m.def("bank_backward(Tensor[] x, Tensor[] value, Tensor? affine, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, "
+        "Tensor[] z, Tensor?[] grad, Tensor d_moments, bool by_x, bool by_weight) -> (Tensor[], Tensor, Tensor[], Tensor[])");
+}
+
+TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
+  m.impl("bank_forward", bank_forward);
+  m.impl("bank_backward", bank_backward);
+}
+
+}  // namespace ldarts
