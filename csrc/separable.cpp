@@ -26,49 +26,62 @@ constexpr int64_t kTaps = 9;  // taps whose weight gradients are
 
 template <typename T>
 struct Tap {
-  const T* source;
+  int64_t offset;   // of its source, from where the row's begins
   const T* weight;  // [period * kV]
 };
+template <typename T> using Taps = std::vector<Tap<T>>;
 
-// out[i] = sum over the taps of weight[i mod (period * kV)] * source[i], for whole vectors.
-template <typename T>
-void convolve_row(T* out, int64_t vectors, int64_t period, const std::vector<Tap<T>>& taps) {
-  constexpr int64_t V = kV<T>;
-  auto block = [&](int64_t j, int64_t i, auto number) {
-    constexpr int rows = number;
-    Vec<T> sum[rows];
-    for (int r = 0; r < rows; ++r) sum[r] = Vec<T>(0);
-    for (const auto& tap : taps) {
-      const auto weight = Vec<T>::loadu(tap.weight + j * V);
-      const T* source = tap.source + i * V;
+// The inner loops below are functions of their own, always inlined, with sums of their own: where the sums are captured by a
+// lambda, the compiler keeps them in memory.
+template <int rows, typename T>
+[[gnu::always_inline]] inline void convolve_block(T* out, const T* source, int64_t apart, const Tap<T>* taps, int64_t count,
+                                                  int64_t place) {
+  Vec<T> sum[rows];
+  for (int r = 0; r < rows; ++r) sum[r] = Vec<T>(0);
+  for (int64_t t = 0; t < count; ++t) {
+    const auto weight = Vec<T>::loadu(taps[t].weight + place);
+    const T* from = source + taps[t].offset;
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) sum[r] = at::vec::fmadd(weight, Vec<T>::loadu(source + r * period * V), sum[r]);
-    }
-    for (int r = 0; r < rows; ++r) sum[r].store(out + (i + r * period) * V);
-  };
+    for (int r = 0; r < rows; ++r) sum[r] = at::vec::fmadd(weight, Vec<T>::loadu(from + r * apart), sum[r]);
+  }
+  for (int r = 0; r < rows; ++r) sum[r].store(out + r * apart);
+}
+
+// out[i] = sum over the taps of weight[i mod (period * kV)] * source[offset + i], for whole vectors.
+template <typename T>
+void convolve_row(T* out, int64_t vectors, int64_t period, const T* source, const Taps<T>& taps) {
+  constexpr int64_t V = kV<T>;
+  const int64_t count = taps.size();
   for (int64_t j = 0; j < period; ++j) {
     int64_t i = j;
-    for (; i + (kRows - 1) * period < vectors; i += kRows * period) block(j, i, Constant<kRows>{});
-    for (; i < vectors; i += period) block(j, i, Constant<1>{});
+    for (; i + (kRows - 1) * period < vectors; i += kRows * period)
+      convolve_block<kRows>(out + i * V, source + i * V, period * V, taps.data(), count, j * V);
+    for (; i < vectors; i += period) convolve_block<1>(out + i * V, source + i * V, period * V, taps.data(), count, j * V);
   }
 }
 
-// sums[tap, :] += grad * source of each tap, lane by lane over the vectors of a row; sums [taps, period * kV].
-template <typename T>
-void correlate_row(const T* grad, int64_t vectors, int64_t period, const std::vector<Tap<T>>& taps, T* sums) {
-  constexpr int64_t V = kV<T>;
-  each_group<kTaps>(taps.size(), [&](int64_t k, auto number) {
-    constexpr int group = number;
-    for (int64_t j = 0; j < period; ++j) {
-      Vec<T> sum[group];
-      for (int g = 0; g < group; ++g) sum[g] = Vec<T>::loadu(sums + ((k + g) * period + j) * V);
-      for (int64_t i = j; i < vectors; i += period) {
-        const auto value = Vec<T>::loadu(grad + i * V);
+template <int group, typename T>
+[[gnu::always_inline]] inline void correlate_block(const T* grad, const T* source, int64_t apart, int64_t count,
+                                                   const Tap<T>* taps, T* sums) {
+  Vec<T> sum[group];
+  const T* from[group];
+  for (int g = 0; g < group; ++g) sum[g] = Vec<T>::loadu(sums + g * apart), from[g] = source + taps[g].offset;
+  for (int64_t i = 0; i < count; i += apart) {
+    const auto value = Vec<T>::loadu(grad + i);
 #pragma GCC unroll 9
-        for (int g = 0; g < group; ++g) sum[g] = at::vec::fmadd(value, Vec<T>::loadu(taps[k + g].source + i * V), sum[g]);
-      }
-      for (int g = 0; g < group; ++g) sum[g].store(sums + ((k + g) * period + j) * V);
-    }
+    for (int g = 0; g < group; ++g) sum[g] = at::vec::fmadd(value, Vec<T>::loadu(from[g] + i), sum[g]);
+  }
+  for (int g = 0; g < group; ++g) sum[g].store(sums + g * apart);
+}
+
+// sums[tap, :] += grad * source[offset of the tap], lane by lane over the vectors of a row; sums [taps, period * kV].
+template <typename T>
+void correlate_row(const T* grad, int64_t vectors, int64_t period, const T* source, const Taps<T>& taps, T* sums) {
+  const int64_t apart = period * kV<T>;
+  each_group<kTaps>(taps.size(), [&](int64_t k, auto number) {
+    for (int64_t at = 0; at < apart; at += kV<T>)
+      correlate_block<decltype(number)::value>(grad + at, source + at, apart, vectors * kV<T> - at, taps.data() + k,
+                                               sums + k * apart + at);
   });
 }
 
@@ -80,60 +93,74 @@ void each_rows(int64_t count, const Visit& visit) {
   for (; i < count; ++i) visit(i, Constant<1>{});
 }
 
-// put(pixel, constant number of pixels, channel, products) with products[r] = sum over c of in[pixel + r, c] * matrix[c, channel
-// and on], a vector. in: [pixels, C]; matrix: [C, width].
-template <typename T, typename Put>
-void multiply(const T* in, int64_t pixels, int64_t C, const T* matrix, int64_t width, const Put& put) {
-  constexpr int64_t V = kV<T>;
-  auto columns = [&](int64_t first, auto wide) {
-    each_rows(pixels, [&](int64_t q, auto number) {
-      constexpr int vectors = decltype(wide)::value, rows = number;
-      Vec<T> sum[vectors][rows];
-      for (int v = 0; v < vectors; ++v)
-        for (int r = 0; r < rows; ++r) sum[v][r] = Vec<T>(0);
-      for (int64_t c = 0; c < C; ++c) {
-        Vec<T> m[vectors];
-        for (int v = 0; v < vectors; ++v) m[v] = Vec<T>::loadu(matrix + c * width + first + v * V);
+// sum[v][r] = the products over c, of `count`, of left[r * rows_apart + c * step] and the vectors at right + c * width: the inner
+// loop of both matrix products.
+template <int vectors, int rows, typename T>
+[[gnu::always_inline]] inline void multiply_add(const T* left, int64_t rows_apart, int64_t step, const T* right, int64_t width,
+                                                int64_t count, Vec<T> (&result)[vectors][rows]) {
+  Vec<T> sum[vectors][rows];
+  for (int v = 0; v < vectors; ++v)
+    for (int r = 0; r < rows; ++r) sum[v][r] = result[v][r];
+  for (int64_t c = 0; c < count; ++c, left += step, right += width) {
+    Vec<T> m[vectors];
+    for (int v = 0; v < vectors; ++v) m[v] = Vec<T>::loadu(right + v * kV<T>);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) {
-          const Vec<T> value(in[(q + r) * C + c]);
-          for (int v = 0; v < vectors; ++v) sum[v][r] = at::vec::fmadd(value, m[v], sum[v][r]);
-        }
-      }
-      for (int v = 0; v < vectors; ++v) put(q, number, first + v * V, sum[v]);
-    });
-  };
-  int64_t first = 0;
-  for (; first + 2 * V <= width; first += 2 * V) columns(first, Constant<2>{});
-  if (first < width) columns(first, Constant<1>{});
+    for (int r = 0; r < rows; ++r) {
+      const Vec<T> value(left[r * rows_apart]);
+      for (int v = 0; v < vectors; ++v) sum[v][r] = at::vec::fmadd(value, m[v], sum[v][r]);
+    }
+  }
+  for (int v = 0; v < vectors; ++v)
+    for (int r = 0; r < rows; ++r) result[v][r] = sum[v][r];
 }
 
-// sums[r, c] += sum over the pixels of left[pixel, r] * right[pixel, c]; left, right: [pixels, C], sums: [C, width].
+// run(C, first column, constant number of vectors) for the columns of a matrix, two vectors at a time; C, which addresses are
+// computed from, is a constant where it is a common one.
+template <typename T, typename Run>
+void each_block_of_columns(int64_t channels, int64_t width, const Run& run) {
+  auto columns = [&](auto C) {
+    int64_t first = 0;
+    for (; first + 2 * kV<T> <= width; first += 2 * kV<T>) run(C, first, Constant<2>{});
+    if (first < width) run(C, first, Constant<1>{});
+  };
+  switch (channels) {
+    case 16: return columns(Constant<16>{});
+    case 32: return columns(Constant<32>{});
+    case 64: return columns(Constant<64>{});
+    default: columns(channels);
+  }
+}
+
+// put(pixel, constant number of pixels, channel, products) with products[r] = sum over c of in[pixel + r, c] * matrix[c, channel
+// and on], a vector. in: [pixels, channels]; matrix: [channels, width].
+template <typename T, typename Put>
+void multiply(const T* in, int64_t pixels, int64_t channels, const T* matrix, int64_t width, const Put& put) {
+  each_block_of_columns<T>(channels, width, [&](auto C, int64_t first, auto wide) {
+    each_rows(pixels, [&](int64_t q, auto number) {
+      Vec<T> sum[decltype(wide)::value][decltype(number)::value];
+      for (auto& row : sum)
+        for (auto& value : row) value = Vec<T>(0);
+      multiply_add(in + q * C, C, 1, matrix + first, width, C, sum);
+      for (int v = 0; v < decltype(wide)::value; ++v) put(q, number, first + v * kV<T>, sum[v]);
+    });
+  });
+}
+
+// sums[r, c] += sum over the pixels of left[pixel, r] * right[pixel, c]; left, right: [pixels, channels], sums: [channels, width].
 template <typename T>
-void outer(const T* left, const T* right, int64_t pixels, int64_t C, T* sums, int64_t width) {
-  constexpr int64_t V = kV<T>;
-  auto columns = [&](int64_t first, auto wide) {
+void outer(const T* left, const T* right, int64_t pixels, int64_t channels, T* sums, int64_t width) {
+  each_block_of_columns<T>(channels, width, [&](auto C, int64_t first, auto wide) {
     each_rows(C, [&](int64_t row, auto number) {
       constexpr int vectors = decltype(wide)::value, rows = number;
+      T* to = sums + row * width + first;
       Vec<T> sum[vectors][rows];
       for (int v = 0; v < vectors; ++v)
-        for (int r = 0; r < rows; ++r) sum[v][r] = Vec<T>::loadu(sums + (row + r) * width + first + v * V);
-      for (int64_t q = 0; q < pixels; ++q) {
-        Vec<T> value[vectors];
-        for (int v = 0; v < vectors; ++v) value[v] = Vec<T>::loadu(right + q * C + first + v * V);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) {
-          const Vec<T> factor(left[q * C + row + r]);
-          for (int v = 0; v < vectors; ++v) sum[v][r] = at::vec::fmadd(factor, value[v], sum[v][r]);
-        }
-      }
+        for (int r = 0; r < rows; ++r) sum[v][r] = Vec<T>::loadu(to + r * width + v * kV<T>);
+      multiply_add(left + row, 1, C, right + first, C, pixels, sum);
       for (int v = 0; v < vectors; ++v)
-        for (int r = 0; r < rows; ++r) sum[v][r].store(sums + (row + r) * width + first + v * V);
+        for (int r = 0; r < rows; ++r) sum[v][r].store(to + r * width + v * kV<T>);
     });
-  };
-  int64_t first = 0;
-  for (; first + 2 * V <= width; first += 2 * V) columns(first, Constant<2>{});
-  if (first < width) columns(first, Constant<1>{});
+  });
 }
 
 // The prologue of a unit. Without `value`: a = [s x + b > 0] (s x + b). With it, as the derivatives of the derivatives
@@ -171,6 +198,7 @@ struct Bank {
   std::vector<Buffer<T>> depthwise;         // [taps * taps, period * kV], the pattern of the channels along a row
   std::vector<Buffer<T>> forward, backward; // pointwise weights, [in, width] and [out, width]
   std::vector<Input<T>> input;
+  std::vector<Taps<T>> output_taps, input_taps;  // [units], [units, stride, stride]: by row and column mod stride
   int64_t pitch, row, grad_pitch;
 
   Bank(at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
@@ -211,6 +239,7 @@ struct Bank {
     pitch = (in_w + 2 * halo + stride - 1) / stride * C;
     grad_pitch = (out_w + 2 * halo) * C + kV<T>;  // zeros for the vector that reaches past a row
     row = out_w * C;
+    for (int64_t u = 0; u < units; ++u) list_taps(u);
   }
 
   int64_t in_size() const { return in_h * in_w * C; }
@@ -236,27 +265,36 @@ struct Bank {
     });
   }
 
-  // The taps that make row `o` of the depthwise convolution.
-  void taps_of_output(int64_t u, int64_t o, const T* padded, std::vector<Tap<T>>& list) const {
-    list.clear();
-    const int64_t first = halo - padding[u];
-    for (int64_t kh = 0; kh < taps[u]; ++kh)
-      for (int64_t kw = 0; kw < taps[u]; ++kw) {
-        const int64_t r = o * stride + first + kh * dilation[u], column = first + kw * dilation[u];
-        list.push_back({padded + (r * stride + column % stride) * pitch + column / stride * C,
-                        depthwise[u].data() + (kh * taps[u] + kw) * period * kV<T>});
-      }
+  // Row o of the depthwise convolution from the padded input.
+  void convolve(int64_t u, int64_t o, const T* padded, T* out) const {
+    convolve_row(out, round_up(row, kV<T>) / kV<T>, period, padded + o * stride * stride * pitch, output_taps[u]);
   }
 
-  // Those that make, of its gradient by the input, the columns w with w mod stride == phase of row h. grad: padded.
-  void taps_of_input(int64_t u, int64_t h, int64_t phase, const T* grad, std::vector<Tap<T>>& list) const {
-    list.clear();
-    for (int64_t kh = 0; kh < taps[u]; ++kh)
-      for (int64_t kw = 0; kw < taps[u]; ++kw) {
-        const int64_t r = h + padding[u] - kh * dilation[u], column = phase + padding[u] - kw * dilation[u];
-        if (r % stride || column % stride) continue;
-        list.push_back({grad + (r / stride + halo) * grad_pitch + (column / stride + halo) * C,
-                        depthwise[u].data() + (kh * taps[u] + kw) * period * kV<T>});
+  // The columns w with w mod stride == phase of row h of its gradient by the input, from the padded gradient.
+  void convolve_back(int64_t u, int64_t h, int64_t phase, int64_t columns, const T* padded, T* out) const {
+    convolve_row(out, round_up(columns * C, kV<T>) / kV<T>, period, padded + h / stride * grad_pitch,
+                 input_taps[(u * stride + h % stride) * stride + phase]);
+  }
+
+ private:
+  void list_taps(int64_t u) {
+    const int64_t k = taps[u], first = halo - padding[u];
+    auto weight = [&](int64_t kh, int64_t kw) { return depthwise[u].data() + (kh * k + kw) * period * kV<T>; };
+    output_taps.emplace_back();
+    for (int64_t kh = 0; kh < k; ++kh)
+      for (int64_t kw = 0; kw < k; ++kw) {
+        const int64_t r = first + kh * dilation[u], column = first + kw * dilation[u];
+        output_taps[u].push_back({(r * stride + column % stride) * pitch + column / stride * C, weight(kh, kw)});
+      }
+    for (int64_t h = 0; h < stride; ++h)
+      for (int64_t w = 0; w < stride; ++w) {
+        input_taps.emplace_back();
+        for (int64_t kh = 0; kh < k; ++kh)
+          for (int64_t kw = 0; kw < k; ++kw) {
+            const int64_t r = h + padding[u] - kh * dilation[u], column = w + padding[u] - kw * dilation[u];
+            if (r % stride == 0 && column % stride == 0)
+              input_taps.back().push_back({(r / stride + halo) * grad_pitch + (column / stride + halo) * C, weight(kh, kw)});
+          }
       }
   }
 };
@@ -268,7 +306,6 @@ void forward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList again
   at::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
     auto padded = bank.padded_input();
     Buffer<T> y(round_up(bank.row, kV<T>) + kV<T>), part(2 * bank.width);
-    std::vector<Tap<T>> taps;
     for (int64_t chunk = from; chunk < to; ++chunk)
       for (int64_t n = chunk; n < bank.N; n += chunks)
         for (int64_t u = 0; u < U; ++u) {
@@ -278,8 +315,7 @@ void forward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList again
           const T* other = against.empty() ? z : against[u].template const_data_ptr<T>() + n * bank.out_size();
           double* total = sums + (chunk * U + u) * 2 * C;
           for (int64_t o = 0; o < bank.out_h; ++o, z += bank.row, other += bank.row) {
-            bank.taps_of_output(u, o, padded.data(), taps);
-            convolve_row(y.data(), round_up(bank.row, kV<T>) / kV<T>, bank.period, taps);
+            bank.convolve(u, o, padded.data(), y.data());
             std::fill(part.begin(), part.end(), T(0));
             multiply(y.data(), bank.out_w, C, bank.forward[u].data(), bank.width,
                      [&](int64_t q, auto rows, int64_t c, const Vec<T>* values) {
@@ -323,9 +359,7 @@ void backward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList grad
     const int64_t da_pitch = round_up((bank.in_w + bank.stride - 1) / bank.stride * C, V);
     Buffer<T> da(bank.in_h * bank.stride * da_pitch);
     Buffer<T> dy((bank.out_h + 2 * bank.halo) * bank.grad_pitch + 2 * V);
-    std::vector<Tap<T>> taps;
     auto dy_row = [&](int64_t o) { return dy.data() + (o + bank.halo) * bank.grad_pitch + bank.halo * C; };
-    const int64_t vectors = round_up(bank.row, V) / V;
     for (int64_t chunk = from; chunk < to; ++chunk)
       for (int64_t n = chunk; n < bank.N; n += chunks)
         for (int64_t u = 0, tap = 0; u < U; tap += bank.taps[u] * bank.taps[u], ++u) {
@@ -349,9 +383,9 @@ void backward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList grad
             T* by_tap = out.depthwise.template mutable_data_ptr<T>() +
                         (chunk * out.depthwise.size(1) + tap) * bank.period * V;
             for (int64_t o = 0; o < bank.out_h; ++o) {
-              bank.taps_of_output(u, o, padded.data(), taps);
-              convolve_row(y.data() + o * bank.row, vectors, bank.period, taps);
-              correlate_row(dy_row(o), vectors, bank.period, taps, by_tap);
+              bank.convolve(u, o, padded.data(), y.data() + o * bank.row);
+              correlate_row(dy_row(o), round_up(bank.row, V) / V, bank.period, padded.data() + o * bank.stride * bank.stride * bank.pitch,
+                            bank.output_taps[u], by_tap);
             }
             outer(dz.data(), y.data(), pixels, C,
                   out.pointwise.template mutable_data_ptr<T>() + (chunk * U + u) * C * bank.width, bank.width);
@@ -362,11 +396,9 @@ void backward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList grad
           T* dx = out.x[out.x.size() == 1 ? 0 : u].template mutable_data_ptr<T>() + image;
           const bool add = out.x.size() == 1 && u > 0;
           for (int64_t h = 0; h < bank.in_h; ++h)
-            for (int64_t phase = 0; phase < bank.stride; ++phase) {
-              bank.taps_of_input(u, h, phase, dy.data(), taps);
-              const int64_t columns = (bank.in_w - phase + bank.stride - 1) / bank.stride;
-              convolve_row(da.data() + (h * bank.stride + phase) * da_pitch, round_up(columns * C, V) / V, bank.period, taps);
-            }
+            for (int64_t phase = 0; phase < bank.stride; ++phase)
+              bank.convolve_back(u, h, phase, (bank.in_w - phase + bank.stride - 1) / bank.stride, dy.data(),
+                                 da.data() + (h * bank.stride + phase) * da_pitch);
           std::fill(part.begin(), part.end(), T(0));
           bank.each_span([&](int64_t, int64_t first, int64_t size) {
             const int64_t h = first / (bank.in_w * C), w = first / C % bank.in_w;
@@ -397,6 +429,35 @@ void backward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList grad
           for (int64_t k = 0; k < 3; ++k)
             for (int64_t i = 0; i < bank.period * V; ++i) total[k * C + i % C] += part[k * bank.period * V + i];
         }
+  });
+}
+
+// The sums over the chunks, in their order, as [C, 1, k, k] and [C, C, 1, 1] for each unit.
+template <typename T>
+void weight_gradients(const Bank<T>& bank, const Grads<T>& partial, std::vector<at::Tensor>& dw, std::vector<at::Tensor>& pw) {
+  const int64_t C = bank.C, U = bank.units, size = bank.period * kV<T>, chunks = partial.pointwise.size(0);
+  const int64_t all_taps = partial.depthwise.size(1);
+  const auto options = partial.pointwise.options();
+  std::vector<int64_t> first_tap(U + 1);
+  for (int64_t u = 0; u < U; ++u) {
+    first_tap[u + 1] = first_tap[u] + bank.taps[u] * bank.taps[u];
+    dw.push_back(at::zeros({C, 1, bank.taps[u], bank.taps[u]}, options));
+    pw.push_back(at::zeros({C, C, 1, 1}, options));
+  }
+  at::parallel_for(0, U, 1, [&](int64_t from, int64_t to) {
+    for (int64_t u = from; u < to; ++u)
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const T* matrix = partial.pointwise.template const_data_ptr<T>() + (chunk * U + u) * C * bank.width;
+        T* to = pw[u].template mutable_data_ptr<T>();
+        for (int64_t out = 0; out < C; ++out)
+          for (int64_t in = 0; in < C; ++in) to[out * C + in] += matrix[out * bank.width + in];
+        const int64_t taps = first_tap[u + 1] - first_tap[u];
+        const T* lanes = partial.depthwise.template const_data_ptr<T>() + (chunk * all_taps + first_tap[u]) * size;
+        to = dw[u].template mutable_data_ptr<T>();
+        for (int64_t t = 0; t < taps; ++t)
+          for (int64_t c = 0; c < C; ++c)
+            for (int64_t i = c; i < size; i += C) to[c * taps + t] += lanes[t * size + i];
+      }
   });
 }
 
@@ -472,15 +533,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::ve
     backward_kernel(bank, zs, grads, d_moments.to(x[0].scalar_type()).contiguous(), out);
     d_x = out.x;
     if (out.sums.defined()) sums = out.sums.sum(0);
-    if (!by_weight) return;
-    const auto pointwise = out.pointwise.sum(0).narrow(2, 0, bank.C), lanes = out.depthwise.sum(0);
-    // Lane i of the pattern belongs to channel i mod C.
-    const auto depthwise = lanes.view({taps, bank.period * V / bank.C, bank.C}).sum(1).t();  // [C, taps]
-    for (int64_t u = 0, tap = 0; u < bank.units; tap += bank.taps[u] * bank.taps[u], ++u) {
-      const int64_t k = bank.taps[u];
-      d_depthwise.push_back(depthwise.narrow(1, tap, k * k).reshape({bank.C, 1, k, k}));
-      d_pointwise.push_back(pointwise[u].contiguous().view({bank.C, bank.C, 1, 1}));
-    }
+    if (by_weight) weight_gradients(bank, out, d_depthwise, d_pointwise);
   });
   return {d_x, sums.defined() ? sums : at::empty({0}), d_depthwise, d_pointwise};
 }

@@ -36,8 +36,10 @@ class Architect:
         self.net, self.criterion = net, criterion
         self.w_momentum, self.w_weight_decay = w_momentum, w_weight_decay
         self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
-        alphas = {id(alpha) for alpha in net.arch_parameters()}
-        self._names = [name for name, p in net.named_parameters() if id(p) not in alphas]
+        # Once, because looking through the thousands of modules of a supernet takes milliseconds.
+        self.weights = net.weight_parameters()
+        ours = {id(p) for p in self.weights}
+        self._names = [name for name, p in net.named_parameters() if id(p) in ours]
         self._noisy = any(isinstance(m, NoiseOp) for m in net.modules())
 
     def step(self, grads: Sequence[Tensor]) -> None:
@@ -58,7 +60,7 @@ class Architect:
             raise InputError(f"unknown way {hessian!r} to the product with the Hessian: use central or exact")
         alphas = self.net.arch_parameters()
         with frozen_statistics(self.net):
-            w = self.net.weight_parameters()
+            w = self.weights
             if not unrolled:  # at weights without a gradient, which nobody would read
                 return list(torch.autograd.grad(self._loss(valid, weights=[p.detach() for p in w]), alphas))
             rng = self._rng(train[0].device)
@@ -97,7 +99,7 @@ class Architect:
 
     def weight_grads(self, batch: Batch, kind: str, epsilon: float, method: str | None) -> "WeightGrads":
         """lambda_grads with the logits of the training pass; method None: ∇_w L alone, without Λ."""
-        w = self.net.weight_parameters()
+        w = self.weights
         rng = self._rng(batch[0].device)
         p = self.cell_leaves()
         logits = self.net(batch[0], p)
