@@ -143,43 +143,32 @@ std::vector<const T*> pointers(at::TensorList tensors) {
   return result;
 }
 
-// Weights [M], or [M, C] for channels-last terms, as they repeat along a term: M rows of `size` values.
-template <typename T>
-struct Pattern {
-  using Acc = at::opmath_type<T>;
-  int64_t C, size, block;  // block: elements, a multiple of size
-  Buffer<Acc> values;
-
-  Pattern(int64_t C, const at::Tensor* weights)
-      : C(C), size(std::lcm(C, Lanes<T>::kSize)), block(std::max<int64_t>(1, kBlock / size) * size) {
-    if (!weights) return;
-    const Acc* w = weights->const_data_ptr<Acc>();
-    for (int64_t m = 0; m < weights->size(0); ++m)
-      for (int64_t i = 0; i < size; ++i) values.push_back(w[m * C + i % C]);
-  }
-};
-
 template <typename T>
 void sum_kernel(const at::Tensor& weights, at::TensorList terms, const at::Tensor& out) {
   using L = Lanes<T>;
   using Acc = typename L::Acc;
   const int64_t M = terms.size();
   const auto term = pointers<T>(terms);
-  const Pattern<T> pattern(weights.dim() == 2 ? weights.size(1) : 1, &weights);
+  // Weights [M], or [M, C] for channels-last terms, as they repeat along a term: M rows of `repeat` values.
+  const int64_t C = weights.dim() == 2 ? weights.size(1) : 1, repeat = std::lcm(C, L::kSize);
+  const int64_t block = std::max<int64_t>(1, kBlock / repeat) * repeat;
+  Buffer<Acc> pattern;
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t i = 0; i < repeat; ++i) pattern.push_back(weights.const_data_ptr<Acc>()[m * C + i % C]);
   T* result = out.mutable_data_ptr<T>();
-  each_block(pattern.block, out.numel(), M, [&](int64_t begin, int64_t size, int64_t) {
-    Buffer<Acc> acc(pattern.block);
+  each_block(block, out.numel(), M, [&](int64_t begin, int64_t size, int64_t) {
+    Buffer<Acc> acc(block);
     each_group<kGroup>(M, [&](int64_t m, auto group) {
       const bool last = m + group == M;
       int64_t at = 0;
       L::each(size, [&](int64_t i, auto count) {
         auto sum = m == 0 ? typename L::Vec(0) : L::Vec::loadu(acc.data() + i);
-        const Acc* w = pattern.values.data() + m * pattern.size + at;
+        const Acc* w = pattern.data() + m * repeat + at;
         for (int64_t k = 0; k < group; ++k)
-          sum = at::vec::fmadd(L::Vec::loadu(w + k * pattern.size), L::load(term[m + k] + begin + i, count), sum);
+          sum = at::vec::fmadd(L::Vec::loadu(w + k * repeat), L::load(term[m + k] + begin + i, count), sum);
         if (last) L::store(result + begin + i, sum, count);
         else sum.store(acc.data() + i);
-        at = at + L::kSize == pattern.size ? 0 : at + L::kSize;
+        at = at + L::kSize == repeat ? 0 : at + L::kSize;
       });
     });
   });
@@ -188,82 +177,58 @@ void sum_kernel(const at::Tensor& weights, at::TensorList terms, const at::Tenso
 template <typename T>
 void scale_kernel(const at::Tensor& grad, const at::Tensor& weights, at::TensorList outs) {
   using L = Lanes<T>;
-  const Pattern<T> pattern(weights.dim() == 2 ? weights.size(1) : 1, &weights);
+  const auto* w = weights.const_data_ptr<typename L::Acc>();
   const T* g = grad.const_data_ptr<T>();
   const int64_t M = outs.size();
   std::vector<T*> out;
   for (const auto& t : outs) out.push_back(t.mutable_data_ptr<T>());
-  each_block(8 * pattern.block, grad.numel(), M, [&](int64_t begin, int64_t size, int64_t) {
+  each_block(16384, grad.numel(), M, [&](int64_t begin, int64_t size, int64_t) {
     for (int64_t m = 0; m < M; ++m) {
-      int64_t at = m * pattern.size;
+      const typename L::Vec scale(w[m]);
       L::each(size, [&](int64_t i, auto count) {
-        L::store(out[m] + begin + i, L::Vec::loadu(pattern.values.data() + at) * L::load(g + begin + i, count), count);
-        at = at + L::kSize == (m + 1) * pattern.size ? m * pattern.size : at + L::kSize;
+        L::store(out[m] + begin + i, scale * L::load(g + begin + i, count), count);
       });
     }
   });
 }
 
-// out: [M], or [M, C]
 template <typename T>
 void dot_kernel(const at::Tensor& grad, at::TensorList terms, const at::Tensor& out) {
   using L = Lanes<T>;
   using Acc = typename L::Acc;
-  const int64_t M = terms.size(), numel = grad.numel(), C = out.dim() == 2 ? out.size(1) : 1;
+  const int64_t M = terms.size(), numel = grad.numel();
   const auto term = pointers<T>(terms);
   const T* g = grad.const_data_ptr<T>();
-  const Pattern<T> pattern(C, nullptr);
-  std::vector<double> partial((numel + pattern.block - 1) / pattern.block * M * C);
-  each_block(pattern.block, numel, M, [&](int64_t begin, int64_t size, int64_t b) {
+  std::vector<double> partial((numel + kBlock - 1) / kBlock * M);
+  each_block(kBlock, numel, M, [&](int64_t begin, int64_t size, int64_t b) {
     each_group<kGroup>(M, [&](int64_t m, auto group) {
-      int64_t channel = 0;
-      for (int64_t at = 0; at < pattern.size; at += L::kSize) {  // vectors of one place in the pattern
-        typename L::Vec sums[group];
-        for (auto& sum : sums) sum = typename L::Vec(0);
-        auto add = [&](int64_t i, auto count) {
-          const auto grads = L::load(g + begin + i, count);
-          for (int64_t k = 0; k < group; ++k)
-            sums[k] = at::vec::fmadd(grads, L::load(term[m + k] + begin + i, count), sums[k]);
-        };
-        int64_t i = at;
-        for (; i + L::kSize <= size; i += pattern.size) add(i, typename L::Full{});
-        if (i < size) add(i, size - i);
-        for (int64_t k = 0; k < group; ++k) {
-          Acc lanes[L::kSize];
-          sums[k].store(lanes);
-          double* to = partial.data() + (b * M + m + k) * C;
-          int64_t c = channel;
-          for (Acc lane : lanes) {
-            to[c] += lane;
-            c = c + 1 == C ? 0 : c + 1;
-          }
-        }
-        channel = (channel + L::kSize) % C;
+      typename L::Vec sums[group];
+      for (auto& sum : sums) sum = typename L::Vec(0);
+      L::each(size, [&](int64_t i, auto count) {
+        const auto grads = L::load(g + begin + i, count);
+        for (int64_t k = 0; k < group; ++k)
+          sums[k] = at::vec::fmadd(grads, L::load(term[m + k] + begin + i, count), sums[k]);
+      });
+      for (int64_t k = 0; k < group; ++k) {
+        Acc lanes[L::kSize];
+        sums[k].store(lanes);
+        for (Acc lane : lanes) partial[b * M + m + k] += lane;
       }
     });
   });
-  std::vector<double> total(M * C);
-  for (size_t b = 0; b < partial.size(); b += total.size())
-    for (size_t i = 0; i < total.size(); ++i) total[i] += partial[b + i];
+  std::vector<double> total(M);
+  for (size_t i = 0; i < partial.size(); ++i) total[i % M] += partial[i];
   std::copy(total.begin(), total.end(), out.mutable_data_ptr<Acc>());
 }
 
 #define DISPATCH(dtype, kernel, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, #kernel, [&] { kernel<scalar_t>(__VA_ARGS__); })
 
-// Per channel, the terms must lie channels-last.
-at::MemoryFormat format_for(bool per_channel, at::TensorList terms) {
-  auto format = check_terms(terms);
-  if (!per_channel) return format;
-  for (size_t m = 0; m < terms.size(); ++m)
-    TORCH_CHECK_VALUE(terms[m].is_contiguous(at::MemoryFormat::ChannelsLast), "mixed_sum: term ", m, " has memory format ",
-                      layout(terms[m]), ", expected channels-last, for weights per channel");
-  return at::MemoryFormat::ChannelsLast;
-}
-
 at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
-  const auto format = format_for(weights.dim() == 2, terms);
+  const auto format = check_terms(terms);
   const auto w = check_weights(weights, terms.size(), terms[0]);
+  TORCH_CHECK_VALUE(w.dim() == 1 || terms[0].is_contiguous(at::MemoryFormat::ChannelsLast),
+                    "mixed_sum: terms are contiguous, expected channels-last, for weights per channel");
   auto out = at::empty_like(terms[0], terms[0].options().memory_format(format));
   DISPATCH(out.scalar_type(), sum_kernel, w, terms, out);
   return out;
@@ -271,19 +236,18 @@ at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
 
 std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& weights) {
   check_dtype("mixed_scale: grad", grad);
-  const auto w = check_weights(weights, weights.size(0), grad);
-  const auto g = grad.contiguous(w.dim() == 2 ? at::MemoryFormat::ChannelsLast : dense_format(grad));
+  const auto w = check_weights(weights, weights.numel(), grad);
+  const auto g = grad.contiguous(dense_format(grad));
   std::vector<at::Tensor> outs;
-  for (int64_t m = 0; m < w.size(0); ++m) outs.push_back(at::empty_like(g));
+  for (int64_t m = 0; m < w.numel(); ++m) outs.push_back(at::empty_like(g));
   DISPATCH(g.scalar_type(), scale_kernel, g, w, outs);
   return outs;
 }
 
-at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms, bool per_channel) {
-  const auto g = check_grad(grad, terms[0], format_for(per_channel, terms));
-  std::vector<int64_t> shape{static_cast<int64_t>(terms.size())};
-  if (per_channel) shape.push_back(g.size(1));
-  const auto out = at::empty(shape, g.options().memory_format(at::MemoryFormat::Contiguous).dtype(at::toOpMathType(g.scalar_type())));
+at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
+  const auto g = check_grad(grad, terms[0], check_terms(terms));
+  const auto out = at::empty({static_cast<int64_t>(terms.size())},
+                             g.options().dtype(at::toOpMathType(g.scalar_type())));
   DISPATCH(g.scalar_type(), dot_kernel, g, terms, out);
   return out;
 }
@@ -293,7 +257,7 @@ at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms, bool per_chan
 TORCH_LIBRARY(ldarts, m) {
   m.def("mixed_sum(Tensor weights, Tensor[] terms) -> Tensor");
   m.def("mixed_scale(Tensor grad, Tensor weights) -> Tensor[]");
-  m.def("mixed_dot(Tensor grad, Tensor[] terms, bool per_channel) -> Tensor");
+  m.def("mixed_dot(Tensor grad, Tensor[] terms) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {

@@ -88,8 +88,7 @@ std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& we
   return outs;
 }
 
-at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms, bool per_channel) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!per_channel, "mixed_dot: weights per channel are for the CPU alone");
+at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
   const auto format = check_terms(terms);
   const c10::cuda::CUDAGuard guard(terms[0].device());
   const auto g = check_grad(grad, terms[0], format);

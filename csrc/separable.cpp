@@ -246,28 +246,30 @@ struct Bank {
   int64_t out_size() const { return out_h * out_w * C; }
   Buffer<T> padded_input() const { return Buffer<T>((in_h + 2 * halo) * stride * pitch + kV<T>); }
 
-  // visit(padded place, first input element, elements) for the spans of an image that stay together: rows, or, with a
-  // stride of 2, whose buffer is [row, column parity, column / 2, C], pixels.
+  // visit(column, first input element, elements) for the spans of a row of an image that stay together in the buffers: all of
+  // it, or, with a stride of 2, where columns of one parity do, a pixel.
   template <typename Visit>
-  void each_span(const Visit& visit) const {
-    for (int64_t h = 0; h < in_h; ++h)
-      for (int64_t w = 0; w < in_w; w += stride == 1 ? in_w : 1)
-        visit(((h + halo) * stride + w % stride) * pitch + (w / stride + halo / stride) * C, (h * in_w + w) * C,
-              stride == 1 ? in_w * C : C);
+  void each_span(int64_t h, const Visit& visit) const {
+    for (int64_t w = 0; w < in_w; w += stride == 1 ? in_w : 1) visit(w, (h * in_w + w) * C, stride == 1 ? in_w * C : C);
   }
 
-  // a of image n into the zero-padded buffer.
+  // a of image n into the zero-padded buffer, [row, column mod stride, column / stride, C].
   void fill(int64_t u, int64_t n, T* padded) const {
-    each_span([&](int64_t place, int64_t first, int64_t size) {
-      each_vector<T>(size, period, [&](int64_t i, int64_t at, int64_t count) {
-        store(padded + place + i, input[u](n * in_size() + first + i, at, count), count);
+    for (int64_t h = 0; h < in_h; ++h)
+      each_span(h, [&](int64_t w, int64_t first, int64_t size) {
+        T* to = padded + ((h + halo) * stride + w % stride) * pitch + (w + halo) / stride * C;
+        each_vector<T>(size, period, [&](int64_t i, int64_t at, int64_t count) {
+          store(to + i, input[u](n * in_size() + first + i, at, count), count);
+        });
       });
-    });
   }
+
+  // Where the taps of row o of the output begin to read.
+  const T* source_row(int64_t o, const T* padded) const { return padded + o * stride * stride * pitch; }
 
   // Row o of the depthwise convolution from the padded input.
   void convolve(int64_t u, int64_t o, const T* padded, T* out) const {
-    convolve_row(out, round_up(row, kV<T>) / kV<T>, period, padded + o * stride * stride * pitch, output_taps[u]);
+    convolve_row(out, round_up(row, kV<T>) / kV<T>, period, source_row(o, padded), output_taps[u]);
   }
 
   // The columns w with w mod stride == phase of row h of its gradient by the input, from the padded gradient.
@@ -345,90 +347,111 @@ struct Grads {  // undefined: not asked for. The first dimension of the last thr
   at::Tensor sums, pointwise, depthwise;  // [., units, 3, C]: sum of h, h x, h value; [., units, C, width]; [., all taps, period * kV]
 };
 
-// h = [s x + b > 0] D' P' dz with dz = grad + d_sum + 2 d_square z; the gradient by x is scale * h.
+// h = [s x + b > 0] D' P' dz with dz = raw + scale * grad + d_sum + 2 d_square z; the gradient by x is s h (beta h with values).
 template <typename T>
-void backward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList grads, const at::Tensor& d_moments, Grads<T>& out) {
-  const int64_t C = bank.C, U = bank.units, V = kV<T>, pixels = bank.out_h * bank.out_w;
-  const bool by_x = !out.x.empty(), by_weight = out.pointwise.defined(), with_sums = out.sums.defined();
-  const int64_t chunks = std::min(kChunks, bank.N);
-  const T* d_moment = d_moments.const_data_ptr<T>();  // [units, 2, C]
-  at::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
-    auto padded = bank.padded_input();
-    Buffer<T> y(bank.out_size() + 2 * V), dz(bank.out_size()), part(3 * bank.period * V);
-    Buffer<T> d_sum(bank.period * V), d_square(bank.period * V);
-    const int64_t da_pitch = round_up((bank.in_w + bank.stride - 1) / bank.stride * C, V);
-    Buffer<T> da(bank.in_h * bank.stride * da_pitch);
-    Buffer<T> dy((bank.out_h + 2 * bank.halo) * bank.grad_pitch + 2 * V);
-    auto dy_row = [&](int64_t o) { return dy.data() + (o + bank.halo) * bank.grad_pitch + bank.halo * C; };
-    for (int64_t chunk = from; chunk < to; ++chunk)
-      for (int64_t n = chunk; n < bank.N; n += chunks)
-        for (int64_t u = 0, tap = 0; u < U; tap += bank.taps[u] * bank.taps[u], ++u) {
-          const Input<T>& in = bank.input[u];
-          const bool same = u > 0 && in.x == bank.input[u - 1].x && in.value == bank.input[u - 1].value;
-          const T* z = zs[u].template const_data_ptr<T>() + n * bank.out_size();
-          const T* grad = grads[u].defined() ? grads[u].template const_data_ptr<T>() + n * bank.out_size() : nullptr;
-          const T* moment = d_moment + 2 * u * C;
-          for (int64_t i = 0; i < bank.period * V; ++i) d_sum[i] = moment[i % C], d_square[i] = 2 * moment[C + i % C];
-          each_vector<T>(bank.out_size(), bank.period, [&](int64_t i, int64_t at, int64_t count) {
-            const auto first = grad ? load(grad + i, count) + Vec<T>::loadu(d_sum.data() + at) : Vec<T>::loadu(d_sum.data() + at);
-            store(dz.data() + i, at::vec::fmadd(Vec<T>::loadu(d_square.data() + at), load(z + i, count), first), count);
-          });
-          for (int64_t o = 0; o < bank.out_h; ++o)
-            multiply(dz.data() + o * bank.row, bank.out_w, C, bank.backward[u].data(), bank.width,
-                     [&](int64_t q, auto rows, int64_t c, const Vec<T>* values) {
-                       for (int r = 0; r < rows; ++r) store(dy_row(o) + (q + r) * C + c, values[r], std::min(V, C - c));
-                     });
-          if (by_weight) {
-            if (!same) bank.fill(u, n, padded.data());
-            T* by_tap = out.depthwise.template mutable_data_ptr<T>() +
-                        (chunk * out.depthwise.size(1) + tap) * bank.period * V;
-            for (int64_t o = 0; o < bank.out_h; ++o) {
-              bank.convolve(u, o, padded.data(), y.data() + o * bank.row);
-              correlate_row(dy_row(o), round_up(bank.row, V) / V, bank.period, padded.data() + o * bank.stride * bank.stride * bank.pitch,
-                            bank.output_taps[u], by_tap);
-            }
-            outer(dz.data(), y.data(), pixels, C,
-                  out.pointwise.template mutable_data_ptr<T>() + (chunk * U + u) * C * bank.width, bank.width);
-          }
-          if (!by_x) continue;
-          const T* scale = (in.value ? in.beta : in.s).data();
-          const int64_t image = n * bank.in_size();
-          T* dx = out.x[out.x.size() == 1 ? 0 : u].template mutable_data_ptr<T>() + image;
-          const bool add = out.x.size() == 1 && u > 0;
-          for (int64_t h = 0; h < bank.in_h; ++h)
-            for (int64_t phase = 0; phase < bank.stride; ++phase)
-              bank.convolve_back(u, h, phase, (bank.in_w - phase + bank.stride - 1) / bank.stride, dy.data(),
-                                 da.data() + (h * bank.stride + phase) * da_pitch);
-          std::fill(part.begin(), part.end(), T(0));
-          bank.each_span([&](int64_t, int64_t first, int64_t size) {
-            const int64_t h = first / (bank.in_w * C), w = first / C % bank.in_w;
-            const T* from = da.data() + (h * bank.stride + w % bank.stride) * da_pitch + w / bank.stride * C;
-            for (int64_t at = 0; at < bank.period * V; at += V) {
-              Vec<T> sum(0), by_x(0), by_value(0);
-              for (int64_t i = at; i < size; i += bank.period * V) {
-                const int64_t count = std::min(V, size - i);
-                const auto x = load(in.x + image + first + i, count);
-                const auto h = Vec<T>::blendv(Vec<T>(0), load(from + i, count), in.before_relu(x, at) > Vec<T>(0));
-                const auto before = add ? load(dx + first + i, count) : Vec<T>(0);
-                store(dx + first + i, at::vec::fmadd(Vec<T>::loadu(scale + at), h, before), count);
-                if (!with_sums) continue;
-                sum = sum + h;
-                by_x = at::vec::fmadd(h, x, by_x);
-                if (in.value) by_value = at::vec::fmadd(h, load(in.value + image + first + i, count), by_value);
-              }
-              if (!with_sums) continue;
-              const Vec<T> sums[] = {sum, by_x, by_value};
-              for (int64_t k = 0; k < 3; ++k) {
-                T* to = part.data() + k * bank.period * V + at;
-                (sums[k] + Vec<T>::loadu(to)).store(to);
-              }
-            }
-          });
-          if (!with_sums) continue;
-          double* total = out.sums.template mutable_data_ptr<double>() + (chunk * U + u) * 3 * C;
-          for (int64_t k = 0; k < 3; ++k)
-            for (int64_t i = 0; i < bank.period * V; ++i) total[k * C + i % C] += part[k * bank.period * V + i];
+struct Backward {
+  const Bank<T>& bank;
+  at::TensorList zs, raws, grads;  // raws, grads: undefined where there is none
+  at::Tensor scales, d_moments;    // [units, C], [units, 2, C]
+  Grads<T>& out;
+  int64_t chunk = 0, n = 0, u = 0, tap = 0;  // where a thread is; tap: the first of unit u among those of all units
+
+  int64_t V = kV<T>, C = bank.C, pattern = bank.period * kV<T>;
+  int64_t rows = std::max<int64_t>(1, 32 / bank.out_w);  // that are computed at a time: few, to stay in the L1 cache
+  int64_t da_pitch = round_up((bank.in_w + bank.stride - 1) / bank.stride * C, kV<T>);
+  Buffer<T> padded = bank.padded_input(), y = Buffer<T>(rows * bank.row + 2 * V), dz = Buffer<T>(rows * bank.row);
+  Buffer<T> dy = Buffer<T>((bank.out_h + 2 * bank.halo) * bank.grad_pitch + 2 * V);  // padded
+  Buffer<T> da = Buffer<T>(bank.stride * da_pitch), part = Buffer<T>(3 * pattern);
+  Buffer<T> d_sum = Buffer<T>(pattern), d_square = d_sum, factor = d_sum;
+
+  T* dy_row(int64_t o) { return dy.data() + (o + bank.halo) * bank.grad_pitch + bank.halo * C; }
+
+  void unit() {
+    for (int64_t i = 0; i < pattern; ++i) {
+      d_sum[i] = d_moments.const_data_ptr<T>()[2 * u * C + i % C];
+      d_square[i] = 2 * d_moments.const_data_ptr<T>()[(2 * u + 1) * C + i % C];
+      factor[i] = scales.const_data_ptr<T>()[u * C + i % C];
+    }
+    const Input<T>& in = bank.input[u];
+    const bool same = u > 0 && in.x == bank.input[u - 1].x && in.value == bank.input[u - 1].value;
+    if (out.pointwise.defined() && !same) bank.fill(u, n, padded.data());
+    for (int64_t o = 0; o < bank.out_h; o += rows) output_rows(o, std::min(rows, bank.out_h - o));
+    if (out.x.empty()) return;
+    std::fill(part.begin(), part.end(), T(0));
+    for (int64_t h = 0; h < bank.in_h; ++h) input_row(h);
+    if (!out.sums.defined()) return;
+    double* total = out.sums.template mutable_data_ptr<double>() + (chunk * bank.units + u) * 3 * C;
+    for (int64_t k = 0; k < 3; ++k)
+      for (int64_t i = 0; i < pattern; ++i) total[k * C + i % C] += part[k * pattern + i];
+  }
+
+  // dz and dy of some rows of the output, and their share of the gradients by the weights.
+  void output_rows(int64_t first, int64_t count) {
+    auto rows_of = [&](const at::Tensor& t) {
+      return t.defined() ? t.const_data_ptr<T>() + n * bank.out_size() + first * bank.row : nullptr;
+    };
+    const T *z = rows_of(zs[u]), *raw = rows_of(raws[u]), *grad = rows_of(grads[u]);
+    each_vector<T>(count * bank.row, bank.period, [&](int64_t i, int64_t at, int64_t size) {
+      auto sum = at::vec::fmadd(Vec<T>::loadu(d_square.data() + at), load(z + i, size), Vec<T>::loadu(d_sum.data() + at));
+      if (grad) sum = at::vec::fmadd(Vec<T>::loadu(factor.data() + at), load(grad + i, size), sum);
+      if (raw) sum = sum + load(raw + i, size);
+      store(dz.data() + i, sum, size);
+    });
+    for (int64_t o = 0; o < count; ++o) {
+      T* to = dy_row(first + o);
+      multiply(dz.data() + o * bank.row, bank.out_w, C, bank.backward[u].data(), bank.width,
+               [&](int64_t q, auto pixels, int64_t c, const Vec<T>* values) {
+                 for (int r = 0; r < pixels; ++r) store(to + (q + r) * C + c, values[r], std::min(V, C - c));
+               });
+      if (!out.pointwise.defined()) continue;
+      bank.convolve(u, first + o, padded.data(), y.data() + o * bank.row);
+      correlate_row(to, round_up(bank.row, V) / V, bank.period, bank.source_row(first + o, padded.data()), bank.output_taps[u],
+                    out.depthwise.template mutable_data_ptr<T>() + (chunk * out.depthwise.size(1) + tap) * pattern);
+    }
+    if (out.pointwise.defined())
+      outer(dz.data(), y.data(), count * bank.out_w, C,
+            out.pointwise.template mutable_data_ptr<T>() + (chunk * bank.units + u) * C * bank.width, bank.width);
+  }
+
+  // The gradient by a row of the input, and its share of the sums of h.
+  void input_row(int64_t h) {
+    for (int64_t phase = 0; phase < bank.stride; ++phase)
+      bank.convolve_back(u, h, phase, (bank.in_w - phase + bank.stride - 1) / bank.stride, dy.data(), da.data() + phase * da_pitch);
+    const Input<T>& in = bank.input[u];
+    const T* scale = (in.value ? in.beta : in.s).data();
+    T* dx = out.x[out.x.size() == 1 ? 0 : u].template mutable_data_ptr<T>() + n * bank.in_size();
+    const bool add = out.x.size() == 1 && u > 0;
+    bank.each_span(h, [&](int64_t w, int64_t first, int64_t size) {
+      const T *from = da.data() + w % bank.stride * da_pitch + w / bank.stride * C, *x = in.x + n * bank.in_size() + first;
+      for (int64_t at = 0; at < pattern; at += V) {
+        Vec<T> sum(0), by_x(0), by_value(0);
+        for (int64_t i = at; i < size; i += pattern) {
+          const int64_t count = std::min(V, size - i);
+          const auto xs = load(x + i, count);
+          const auto h = Vec<T>::blendv(Vec<T>(0), load(from + i, count), in.before_relu(xs, at) > Vec<T>(0));
+          const auto before = add ? load(dx + first + i, count) : Vec<T>(0);
+          store(dx + first + i, at::vec::fmadd(Vec<T>::loadu(scale + at), h, before), count);
+          if (!out.sums.defined()) continue;
+          sum = sum + h;
+          by_x = at::vec::fmadd(h, xs, by_x);
+          if (in.value) by_value = at::vec::fmadd(h, load(in.value + n * bank.in_size() + first + i, count), by_value);
         }
+        const Vec<T> sums[] = {sum, by_x, by_value};
+        for (int64_t k = 0; k < 3; ++k) (sums[k] + Vec<T>::loadu(&part[k * pattern + at])).store(&part[k * pattern + at]);
+      }
+    });
+  }
+};
+
+template <typename T>
+void backward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList raws, at::TensorList grads, const at::Tensor& scales,
+                     const at::Tensor& d_moments, Grads<T>& out) {
+  const int64_t chunks = std::min(kChunks, bank.N);
+  at::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
+    Backward<T> at{bank, zs, raws, grads, scales, d_moments, out};
+    for (at.chunk = from; at.chunk < to; ++at.chunk)
+      for (at.n = at.chunk; at.n < bank.N; at.n += chunks)
+        for (at.u = at.tap = 0; at.u < bank.units; at.tap += bank.taps[at.u] * bank.taps[at.u], ++at.u) at.unit();
   });
 }
 
@@ -488,6 +511,42 @@ void check(at::TensorList x, at::TensorList dw, at::TensorList pw, at::IntArrayR
   }
 }
 
+// [units, 2, C]: per channel the sums of grad and of grad * z, in float64.
+at::Tensor bank_sums(at::TensorList grad, at::TensorList z) {
+  TORCH_CHECK_VALUE(!grad.empty() && grad.size() == z.size(), "bank: ", grad.size(), " gradients of ", z.size(), " tensors");
+  const auto gs = dense(grad), zs = dense(z);
+  const int64_t U = z.size(), N = z[0].size(0), C = z[0].size(1), image = z[0].numel() / std::max<int64_t>(1, N);
+  const int64_t chunks = std::min(kChunks, N);
+  const auto out = at::zeros({chunks, U, 2, C}, z[0].options().memory_format(at::MemoryFormat::Contiguous).dtype(at::kDouble));
+  double* sums = out.mutable_data_ptr<double>();
+  AT_DISPATCH_FLOATING_TYPES(z[0].scalar_type(), "bank_sums", [&] {
+    using T = scalar_t;
+    const int64_t size = pattern_period<T>(C) * kV<T>;
+    at::parallel_for(0, chunks * U, 1, [&](int64_t from, int64_t to) {
+      Buffer<T> part(2 * size);
+      for (int64_t item = from; item < to; ++item)
+        for (int64_t n = item / U; n < N; n += chunks) {
+          const T* g = gs[item % U].const_data_ptr<T>() + n * image;
+          const T* value = zs[item % U].const_data_ptr<T>() + n * image;
+          for (int64_t at = 0; at < size; at += kV<T>) {
+            Vec<T> sum(0), product(0);
+            for (int64_t i = at; i < image; i += size) {
+              const int64_t count = std::min(kV<T>, image - i);
+              const auto grads = load(g + i, count);
+              sum = sum + grads;
+              product = at::vec::fmadd(grads, load(value + i, count), product);
+            }
+            sum.store(part.data() + at);
+            product.store(part.data() + size + at);
+          }
+          for (int64_t k = 0; k < 2; ++k)
+            for (int64_t i = 0; i < size; ++i) sums[(item * 2 + k) * C + i % C] += part[k * size + i];
+        }
+    });
+  });
+  return out.sum(0);
+}
+
 std::tuple<std::vector<at::Tensor>, at::Tensor> bank_forward(
     at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
     int64_t stride, at::IntArrayRef dilations, at::TensorList against) {
@@ -508,12 +567,16 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> bank_forward(
 // -> gradients by x, sums [units, 3, C] of h, h x and h value (empty without affine), gradients by dw, gradients by pw
 std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> bank_backward(
     at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
-    int64_t stride, at::IntArrayRef dilations, at::TensorList z, const c10::List<std::optional<at::Tensor>>& grad,
-    const at::Tensor& d_moments, bool by_x, bool by_weight) {
+    int64_t stride, at::IntArrayRef dilations, at::TensorList z, const c10::List<std::optional<at::Tensor>>& raw,
+    const c10::List<std::optional<at::Tensor>>& grad, const at::Tensor& scale, const at::Tensor& d_moments, bool by_x,
+    bool by_weight) {
   check(x, dw, pw, dilations);
-  std::vector<at::Tensor> given;
-  for (const std::optional<at::Tensor>& g : grad) given.push_back(g.value_or(at::Tensor()));
-  const auto xs = dense(x), values = dense(value), zs = dense(z), grads = dense(given);
+  auto given = [](const c10::List<std::optional<at::Tensor>>& list) {
+    std::vector<at::Tensor> tensors;
+    for (const std::optional<at::Tensor>& t : list) tensors.push_back(t.value_or(at::Tensor()));
+    return dense(tensors);
+  };
+  const auto xs = dense(x), values = dense(value), zs = dense(z), raws = given(raw), grads = given(grad);
   std::vector<at::Tensor> d_depthwise, d_pointwise, d_x;
   at::Tensor sums;
   AT_DISPATCH_FLOATING_TYPES(x[0].scalar_type(), "bank_backward", [&] {
@@ -530,7 +593,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::ve
       out.pointwise = at::zeros({chunks, bank.units, bank.C, bank.width}, x[0].options());
       out.depthwise = at::zeros({chunks, taps, bank.period * V}, x[0].options());
     }
-    backward_kernel(bank, zs, grads, d_moments.to(x[0].scalar_type()).contiguous(), out);
+    backward_kernel(bank, zs, raws, grads, scale.to(x[0].scalar_type()).contiguous(),
+                    d_moments.to(x[0].scalar_type()).contiguous(), out);
     d_x = out.x;
     if (out.sums.defined()) sums = out.sums.sum(0);
     if (by_weight) weight_gradients(bank, out, d_depthwise, d_pointwise);
@@ -544,12 +608,15 @@ TORCH_LIBRARY_FRAGMENT(ldarts, m) {
   m.def("bank_forward(Tensor[] x, Tensor[] value, Tensor? affine, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, "
         "Tensor[] against) -> (Tensor[], Tensor)");
   m.def("bank_backward(Tensor[] x, Tensor[] value, Tensor? affine, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, "
-        "Tensor[] z, Tensor?[] grad, Tensor d_moments, bool by_x, bool by_weight) -> (Tensor[], Tensor, Tensor[], Tensor[])");
+        "Tensor[] z, Tensor?[] raw, Tensor?[] grad, Tensor scale, Tensor d_moments, bool by_x, bool by_weight) -> "
+        "(Tensor[], Tensor, Tensor[], Tensor[])");
+  m.def("bank_sums(Tensor[] grad, Tensor[] z) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
   m.impl("bank_forward", bank_forward);
   m.impl("bank_backward", bank_backward);
+  m.impl("bank_sums", bank_sums);
 }
 
 }  // namespace ldarts

@@ -6,8 +6,7 @@ Three operators of csrc/ are each other's derivatives, to any order:
     mixed_scale(g, w) = (w_m g)_m           by g: mixed_sum(w, G)      by w: mixed_dot(g, G)
     mixed_dot(g, t)   = (⟨g, t_m⟩)_m        by g: mixed_sum(G, t)      by t: mixed_scale(g, G)
 
-where G is the gradient of the result. On the CPU w may be [M, C], a weight for each channel of each channels-last term, and
-mixed_dot then sums over all but the channels: with p_m / σ_m as weights, the batch norms are in the sum. They are compiled on first use where `pip install .` did not; without a compiler, or
+where G is the gradient of the result. They are compiled on first use where `pip install .` did not; without a compiler, or
 with LDARTS_MIXED_SUM=reference in the environment, mixed_sum_ref runs instead.
 """
 import fcntl
@@ -30,7 +29,7 @@ PACKAGE = Path(__file__).parent
 def mixed_sum(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
     """Σ_m weights[m] * terms[m] -> a tensor like the terms.
 
-    weights: [M] (or, on the CPU with channels-last terms, [M, C], one for each channel), of the terms' dtype or a wider one; terms: M tensors of one shape, dtype (float32, float64, bfloat16,
+    weights: [M], of the terms' dtype or a wider one; terms: M tensors of one shape, dtype (float32, float64, bfloat16,
     float16), device and memory format (contiguous or channels-last). Accumulates in float32 or wider; the same bits on
     every call. Differentiable any number of times. Raises ValueError that names the term and the property.
     """
@@ -161,42 +160,41 @@ def _register() -> None:
 
     @torch.library.register_fake("ldarts::mixed_scale")
     def _(grad, weights):
-        return [torch.empty_like(grad.contiguous(memory_format=_dense(grad, weights))) for _ in range(weights.shape[0])]
+        return [torch.empty_like(grad.contiguous(memory_format=_dense(grad))) for _ in range(weights.shape[0])]
 
     @torch.library.register_fake("ldarts::mixed_dot")
-    def _(grad, terms, per_channel):
-        return grad.new_empty((len(terms), grad.shape[1]) if per_channel else len(terms), dtype=torch.promote_types(grad.dtype, torch.float32))
+    def _(grad, terms):
+        return grad.new_empty(len(terms), dtype=torch.promote_types(grad.dtype, torch.float32))
 
     def keep(ctx, inputs, output):
-        tensor, other = inputs[:2]
+        tensor, other = inputs
         ctx.many = isinstance(other, (list, tuple))
         ctx.save_for_backward(tensor, *(other if ctx.many else [other]))
 
     def sum_backward(ctx, grad):
         weights, *terms = ctx.saved_tensors
         by_weights, by_terms = ctx.needs_input_grad
-        return (ops.mixed_dot(grad, terms, weights.dim() == 2).to(weights.dtype) if by_weights else None,
+        return (ops.mixed_dot(grad, terms).to(weights.dtype) if by_weights else None,
                 ops.mixed_scale(grad, weights) if any(by_terms) else [None] * len(terms))
 
     def scale_backward(ctx, grads):
         grad, weights = ctx.saved_tensors
-        layout = _dense(grad, weights)
+        layout = _dense(grad)
         grads = [(torch.zeros_like(grad) if g is None else g).contiguous(memory_format=layout) for g in grads]
         by_grad, by_weights = ctx.needs_input_grad
         return (ops.mixed_sum(weights, grads) if by_grad else None,
-                ops.mixed_dot(grad.contiguous(memory_format=layout), grads, weights.dim() == 2).to(weights.dtype)
-                if by_weights else None)
+                ops.mixed_dot(grad, grads).to(weights.dtype) if by_weights else None)
 
     def dot_backward(ctx, grad_dots):
         grad, *terms = ctx.saved_tensors
-        by_grad, by_terms, _ = ctx.needs_input_grad
+        by_grad, by_terms = ctx.needs_input_grad
         return (ops.mixed_sum(grad_dots, terms) if by_grad else None,
-                ops.mixed_scale(grad, grad_dots) if any(by_terms) else [None] * len(terms), None)
+                ops.mixed_scale(grad, grad_dots) if any(by_terms) else [None] * len(terms))
 
     for name, backward in (("sum", sum_backward), ("scale", scale_backward), ("dot", dot_backward)):
         torch.library.register_autograd(f"ldarts::mixed_{name}", backward, setup_context=keep)
 
 
-def _dense(grad: Tensor, weights: Tensor) -> torch.memory_format:
+def _dense(grad: Tensor) -> torch.memory_format:
     last = grad.dim() == 4 and not grad.is_contiguous() and grad.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last or weights.dim() == 2 else torch.contiguous_format
+    return torch.channels_last if last else torch.contiguous_format

@@ -1,6 +1,7 @@
 """`SearchNetwork`, the supernet: every candidate operation on every edge, weighted by softmax(α)."""
+import operator
 from contextlib import contextmanager
-from typing import Iterator, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +11,14 @@ from .errors import InputError
 from .genotypes import Genotype, format_arch
 from .mixed_sum import compiled_for, mixed_sum
 from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ResNetBasicblock, SepConv, Zero
-from .separable import bank
+from .separable import Terms, Unit, bank, fan, node
 from .spaces import get
 
 
-def kept_columns(primitives: Sequence[Sequence[str]]) -> Tensor:
-    """Positions in the flattened [edges, ops] of every operation but `none`, which adds nothing to a sum."""
-    flat = [name for names in primitives for name in names]
-    return torch.tensor([k for k, name in enumerate(flat) if name != "none"])
+def kept_columns(primitives: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Positions in the flattened [edges, ops] of every operation but `none`, which adds nothing to a sum, by edge."""
+    width = len(primitives[0])
+    return [[e * width + k for k, name in enumerate(names) if name != "none"] for e, names in enumerate(primitives)]
 
 
 def leave(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[Tensor]]:
@@ -50,32 +51,54 @@ def leave(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[
         yield terms
 
 
-def leave_by_banks(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """As `leave`, but terms are (z, table [2, C] of 1/σ and μ): the operation's output is (z - μ) / σ."""
-    convs = [op for edge in edges for op in edge if isinstance(op, (SepConv, DilConv))]
-    seps = [k for k, op in enumerate(convs) if isinstance(op, SepConv)]
-    found = []
-    if convs:
-        zs, tables = bank([state], None, [(op.op[1], op.op[2], op.op[3]) for op in convs])
-        found = list(zip(zs, tables.unbind()))
-    if seps:
-        zs, tables = bank([zs[k] for k in seps], tables[seps], [(op.op[5], op.op[6], op.op[7]) for op in map(convs.__getitem__, seps)])
-        for k, term in zip(seps, zip(zs, tables.unbind())):
-            found[k] = term
-    found = iter(found)
-    as_it_is = torch.stack([state.new_ones(state.shape[1]), state.new_zeros(state.shape[1])])
-    others = leave(state, [[op for op in edge if not isinstance(op, (SepConv, DilConv))] for edge in edges])
-    for edge, plain in zip(edges, others):
-        plain = iter(plain)
-        yield [next(found) if isinstance(op, (SepConv, DilConv)) else (next(plain), as_it_is)
-               for op in edge if not isinstance(op, Zero)]
+class Banks(NamedTuple):
+    """What leaves a state, sorted for the operators of separable.py."""
+
+    first: list[Unit]  # of the separable convolutions, then of the dilated ones
+    second: list[Unit]  # of the separable convolutions
+    seps: list[int]  # how many there are on each edge
+    dils: list[int]
+    others: list[list[nn.Module]]  # of each edge
+    order: list[int]  # of the weights: positions of seps, dils and others among the operations of all edges but Zero
 
 
-def normalized_sum(p: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Σ_m p[m] (z_m - μ_m) / σ_m in one pass over the z, from the terms of leave_by_banks."""
-    inverse, mean = torch.stack([table for _, table in terms]).unbind(1)  # [M, C]
-    weights = p[:, None] * inverse
-    return mixed_sum(weights, [z for z, _ in terms]) - (weights * mean).sum(0)[:, None, None]
+def banks_of(edges: Sequence[Sequence[nn.Module]]) -> Banks:
+    edges = [[op for op in edge if not isinstance(op, Zero)] for edge in edges]
+    ops = [op for edge in edges for op in edge]
+    kinds = [SepConv if isinstance(op, SepConv) else DilConv if isinstance(op, DilConv) else None for op in ops]
+    order = [k for kind in (SepConv, DilConv, None) for k, found in enumerate(kinds) if found is kind]
+    seps, dils = ([op for op in ops if isinstance(op, kind)] for kind in (SepConv, DilConv))
+    of_edge = [[sum(isinstance(op, kind) for op in edge) for edge in edges] for kind in (SepConv, DilConv)]
+    others = [[op for op in edge if not isinstance(op, (SepConv, DilConv))] for edge in edges]
+    return Banks([tuple(op.op[1:4]) for op in seps + dils], [tuple(op.op[5:8]) for op in seps], *of_edge, others, order)
+
+
+def leave_by_banks(state: Tensor, banks: Banks, p: Tensor) -> Iterator[list[Terms]]:
+    """As `leave`, weighted: the terms p_k op_k(state) of each edge. p: in the order of the banks."""
+    terms: list[list[Terms]] = [[] for _ in banks.others]
+    count = len(banks.second)
+    p_seps, p_dils, p_others = p.split([count, len(banks.first) - count, len(p) - len(banks.first)])
+    if banks.first:
+        zs, table, found = bank([state], None, banks.first, p_dils)
+        share_out(found, banks.dils, terms)
+    if count:
+        share_out(bank(zs[:count], table[:count], banks.second, p_seps)[2], banks.seps, terms)
+    plain = list(leave(state, banks.others))
+    if plain[0] and all(len(edge) == len(plain[0]) and all(map(operator.is_, edge, plain[0])) for edge in plain):
+        found = fan(plain[0], p_others.view(len(plain), -1))  # the same on every edge
+    else:
+        widths = [len(edge) for edge in plain]
+        found = [fan(zs, one[None])[0] if zs else None for zs, one in zip(plain, p_others.split(widths))]
+    return ([*edge, one] if one else edge for edge, one in zip(terms, found))
+
+
+def share_out(found: Terms, widths: Sequence[int], edges: Sequence[list[Terms]]) -> None:
+    """Append to each edge its share of the terms."""
+    first = 0
+    for edge, width, scale, shift in zip(edges, widths, found.scale.split(widths), found.shift.split(widths)):
+        if width:
+            edge.append(Terms(found.z[first : first + width], scale, shift))
+        first += width
 
 
 @torch.no_grad()
@@ -122,26 +145,27 @@ class Cell(nn.Module):
         sources = [j for i in range(steps) for j in range(2 + i)]
         self._ops = nn.ModuleList(
             MixedOp(C, 2 if reduction and j < 2 else 1, names) for j, names in zip(sources, primitives, strict=True))
-        self.register_buffer("_kept", kept_columns(primitives), persistent=False)
+        # Edges from state j go to the nodes from j - 1 on; those into node i begin at i (i + 3) / 2.
+        leaving = [[i * (i + 3) // 2 + j for i in range(max(0, j - 1), steps)] for j in range(1 + steps)]
+        self._edges = [[self._ops[e] for e in edges] for edges in leaving]
+        self._banks = [banks_of(edges) for edges in self._edges]
+        columns = [[column for e in edges for column in kept_columns(primitives)[e]] for edges in leaving]
+        self.register_buffer("_kept", torch.tensor(sum(kept_columns(primitives), [])), persistent=False)
+        self.register_buffer("_by_bank", torch.tensor([columns[j][k] for j, banks in enumerate(self._banks) for k in banks.order]),
+                             persistent=False)
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, banks: bool = False) -> Tensor:
-        """banks: compute the same by the operators of csrc/separable.cpp."""
-        weights = weights.flatten()[self._kept]  # [edges * ops] without `none`
-        states, used = [self.preprocess0(s0), self.preprocess1(s1)], 0
-        leaving = [self._leave(j, state, banks) for j, state in enumerate(states)]
+        """banks: compute the same by the operators of separable.py."""
+        states, leaving, used = [self.preprocess0(s0), self.preprocess1(s1)], [], 0
+        weights = weights.flatten()[self._by_bank if banks else self._kept]
+        of_state = weights.split([len(b.order) for b in self._banks])
         for i in range(self.steps):
+            for j in range(len(leaving), 2 + i):
+                leaving.append(leave_by_banks(states[j], self._banks[j], of_state[j]) if banks else leave(states[j], self._edges[j]))
             terms = [term for edges in leaving for term in next(edges)]
-            p = weights[used : used + len(terms)]
-            states.append(normalized_sum(p, terms) if banks else mixed_sum(p, terms))
-            leaving.append(self._leave(i + 2, states[-1], banks))
+            states.append(node(terms) if banks else mixed_sum(weights[used : used + len(terms)], terms))
             used += len(terms)
         return torch.cat(states[-self.steps :], dim=1)
-
-    def _leave(self, j: int, state: Tensor, banks: bool) -> Iterator[list]:
-        """The terms of each edge that leaves state j, in the order of the nodes."""
-        # The edges into node i begin at i (i + 3) / 2.
-        edges = [self._ops[i * (i + 3) // 2 + j] for i in range(max(0, j - 1), self.steps)]
-        return leave_by_banks(state, edges) if banks else leave(state, edges)
 
 
 class NAS201Cell(nn.Module):
@@ -154,7 +178,7 @@ class NAS201Cell(nn.Module):
         names = iter(primitives)
         self.edges = nn.ModuleDict(
             {f"{i}<-{j}": MixedOp201(C, next(names)) for i in range(1, 4) for j in range(i)})
-        self.register_buffer("_kept", kept_columns(primitives), persistent=False)
+        self.register_buffer("_kept", torch.tensor(sum(kept_columns(primitives), [])), persistent=False)
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         weights, used = weights.flatten()[self._kept], 0

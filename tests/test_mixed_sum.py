@@ -74,7 +74,7 @@ def test_opcheck(device):
     weights, terms = sample((2, 3, 4, 5), 3, torch.float32, device, grad=True)
     ops = torch.ops.ldarts
     for op, arguments in ((ops.mixed_sum, (weights, terms)), (ops.mixed_scale, (terms[0], weights)),
-                          (ops.mixed_dot, (terms[0], terms, False))):
+                          (ops.mixed_dot, (terms[0], terms))):
         torch.library.opcheck(op.default, arguments)
 
 
@@ -98,7 +98,7 @@ def test_the_same_bits_whatever_the_number_of_threads():
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append((mixed_sum(weights, terms), torch.ops.ldarts.mixed_dot(terms[0], terms, False)))
+            results.append((mixed_sum(weights, terms), torch.ops.ldarts.mixed_dot(terms[0], terms)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results))
