@@ -99,11 +99,12 @@ def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, la
 
     if alpha_first:
         alpha_step()
-    w = net.weight_parameters()
     grads = arch.weight_grads(train, kind, epsilon, method if lambda_t else None)
-    for i, p in enumerate(w):
-        p.grad = grads.dw[i] - lambda_t * grads.d_lambda[i] if lambda_t else grads.dw[i]  # w minimises L_train - λ Λ
-    nn.utils.clip_grad_norm_(w, grad_clip)
+    # w minimises L_train - λ Λ
+    total = torch._foreach_sub(grads.dw, torch._foreach_mul(grads.d_lambda, lambda_t)) if lambda_t else grads.dw
+    for p, grad in zip(arch.weights, total):
+        p.grad = grad
+    nn.utils.clip_grad_norm_(arch.weights, grad_clip)
     optimizer.step()
     if not alpha_first:
         alpha_step()
@@ -133,7 +134,8 @@ def main():
         raise InputError(f"--lambda_reg {args.lambda_reg} with {args.layers} cells: Λ compares normal cells and here is "
                          f"{normal_cells}; use --layers 4 or more, or --lambda_reg 0")
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(net.weight_parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(net.weight_parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
+                                fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, args.learning_rate_min)
     arch = Architect(net, criterion, args.arch_learning_rate, (0.5, 0.999), args.arch_weight_decay, args.momentum,
                      args.weight_decay)

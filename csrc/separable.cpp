@@ -20,7 +20,7 @@
 namespace ldarts {
 namespace {
 
-constexpr int64_t kChunks = 16;
+constexpr int64_t kChunks = 8;
 constexpr int kRows = 8;      // pixels whose products with a matrix are computed side by side
 constexpr int64_t kTaps = 9;  // taps whose weight gradients are
 
@@ -464,23 +464,32 @@ void weight_gradients(const Bank<T>& bank, const Grads<T>& partial, std::vector<
   std::vector<int64_t> first_tap(U + 1);
   for (int64_t u = 0; u < U; ++u) {
     first_tap[u + 1] = first_tap[u] + bank.taps[u] * bank.taps[u];
-    dw.push_back(at::zeros({C, 1, bank.taps[u], bank.taps[u]}, options));
-    pw.push_back(at::zeros({C, C, 1, 1}, options));
+    dw.push_back(at::empty({C, 1, bank.taps[u], bank.taps[u]}, options));
+    pw.push_back(at::empty({C, C, 1, 1}, options));
   }
   at::parallel_for(0, U, 1, [&](int64_t from, int64_t to) {
-    for (int64_t u = from; u < to; ++u)
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const T* matrix = partial.pointwise.template const_data_ptr<T>() + (chunk * U + u) * C * bank.width;
-        T* to = pw[u].template mutable_data_ptr<T>();
-        for (int64_t out = 0; out < C; ++out)
-          for (int64_t in = 0; in < C; ++in) to[out * C + in] += matrix[out * bank.width + in];
-        const int64_t taps = first_tap[u + 1] - first_tap[u];
-        const T* lanes = partial.depthwise.template const_data_ptr<T>() + (chunk * all_taps + first_tap[u]) * size;
-        to = dw[u].template mutable_data_ptr<T>();
-        for (int64_t t = 0; t < taps; ++t)
+    for (int64_t u = from; u < to; ++u) {
+      const T* matrix = partial.pointwise.template const_data_ptr<T>() + u * C * bank.width;
+      T* out = pw[u].template mutable_data_ptr<T>();
+      for (int64_t row = 0; row < C; ++row)
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
           for (int64_t c = 0; c < C; ++c)
-            for (int64_t i = c; i < size; i += C) to[c * taps + t] += lanes[t * size + i];
+            out[row * C + c] = (chunk ? out[row * C + c] : T(0)) + matrix[(chunk * U * C + row) * bank.width + c];
+      const int64_t taps = first_tap[u + 1] - first_tap[u];
+      const T* lanes = partial.depthwise.template const_data_ptr<T>() + first_tap[u] * size;
+      out = dw[u].template mutable_data_ptr<T>();
+      Buffer<T> sum(size);
+      for (int64_t t = 0; t < taps; ++t) {
+        std::fill(sum.begin(), sum.end(), T(0));
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+          for (int64_t i = 0; i < size; ++i) sum[i] += lanes[(chunk * all_taps + t) * size + i];
+        for (int64_t c = 0; c < C; ++c) {
+          T total = 0;  // lanes C apart belong to one channel
+          for (int64_t i = c; i < size; i += C) total += sum[i];
+          out[c * taps + t] = total;
+        }
       }
+    }
   });
 }
 

@@ -1,13 +1,13 @@
 """`Architect`: the gradients with respect to α, and the gradient of Λ with respect to the weights."""
-from typing import Callable, NamedTuple, Sequence
+from contextlib import contextmanager
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .alignment import layer_alignment
 from .errors import InputError
-from .model_search import SearchNetwork, frozen_statistics
+from .model_search import SearchNetwork, frozen_statistics, tracking_norms
 from .operations import NoiseOp
 
 Batch = tuple[Tensor, Tensor]  # x [N, 3, H, W], y [N]
@@ -36,10 +36,9 @@ class Architect:
         self.net, self.criterion = net, criterion
         self.w_momentum, self.w_weight_decay = w_momentum, w_weight_decay
         self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
-        # Once, because looking through the thousands of modules of a supernet takes milliseconds.
+        # Lists, because a walk through the thousands of modules of a supernet takes milliseconds.
         self.weights = net.weight_parameters()
-        ours = {id(p) for p in self.weights}
-        self._names = [name for name, p in net.named_parameters() if id(p) in ours]
+        self._norms = tracking_norms(net)
         self._noisy = any(isinstance(m, NoiseOp) for m in net.modules())
 
     def step(self, grads: Sequence[Tensor]) -> None:
@@ -59,28 +58,32 @@ class Architect:
         if hessian not in ("central", "exact"):
             raise InputError(f"unknown way {hessian!r} to the product with the Hessian: use central or exact")
         alphas = self.net.arch_parameters()
-        with frozen_statistics(self.net):
+        with frozen_statistics(self._norms):
             w = self.weights
-            if not unrolled:  # at weights without a gradient, which nobody would read
-                return list(torch.autograd.grad(self._loss(valid, weights=[p.detach() for p in w]), alphas))
+            if not unrolled:
+                with without_grad(w):  # which nobody would read
+                    return list(torch.autograd.grad(self._loss(valid), alphas))
             rng = self._rng(train[0].device)
             loss = self._loss(train)
             dw = torch.autograd.grad(loss, w, create_graph=hessian == "exact")
-            with torch.no_grad():
-                unrolled_w = [p - eta * (g + self.w_momentum * v + self.w_weight_decay * p)
-                              for p, g, v in zip(w, dw, self._momenta(w, w_optimizer))]
-            unrolled_w = [p.requires_grad_() for p in unrolled_w]
-            grads = torch.autograd.grad(self._loss(valid, weights=unrolled_w), [*alphas, *unrolled_w])
+            unrolled_w = torch._foreach_mul([p.detach() for p in w], 1 - eta * self.w_weight_decay)
+            torch._foreach_sub_(unrolled_w, torch._foreach_mul([g.detach() for g in dw], eta))
+            if (momenta := self._momenta(w, w_optimizer)) is not None:
+                torch._foreach_sub_(unrolled_w, torch._foreach_mul(momenta, eta * self.w_momentum))
+            with placed(w, unrolled_w):
+                grads = torch.autograd.grad(self._loss(valid), [*alphas, *w])
             d_alpha, vector = grads[: len(alphas)], grads[len(alphas) :]  # ∂L_valid(w', α), by α and by w'
             if hessian == "exact":
                 product = torch.autograd.grad(dw, alphas, vector)
             else:
                 r = 1e-2 / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
-                up, down = (
-                    torch.autograd.grad(
-                        self._loss(train, weights=[p.detach() + s * r * v for p, v in zip(w, vector)], rng=rng), alphas)
-                    for s in (1, -1))
-                product = [(a - b) / (2 * r) for a, b in zip(up, down)]
+
+                def side(sign: int) -> tuple[Tensor, ...]:  # ∂L_train(w + sign r vector, α) by α
+                    shifted = torch._foreach_add([p.detach() for p in w], torch._foreach_mul(vector, sign * r))
+                    with placed(w, shifted), without_grad(w):
+                        return torch.autograd.grad(self._loss(train, rng=rng), alphas)
+
+                product = [(up - down) / (2 * r) for up, down in zip(side(1), side(-1))]
         return [d - eta * h for d, h in zip(d_alpha, product)]
 
     def lambda_grads(self, batch: Batch, kind: str = "cosine", epsilon: float = 1e-4,
@@ -118,7 +121,7 @@ class Architect:
 
         def shifted(sign: int) -> tuple[Tensor, ...]:  # ∇_w L at p + sign ε u
             at = [q.detach() if d is None else q.detach() + sign * eps * d for q, d in zip(p, u)]
-            with frozen_statistics(self.net):
+            with frozen_statistics(self._norms):
                 return torch.autograd.grad(self._loss(batch, at, rng=rng), w)
 
         if method == "forward":
@@ -141,19 +144,16 @@ class Architect:
 
     def batch_alignment(self, batch: Batch, kind: str = "cosine") -> Tensor:
         """Λ on one batch, changing nothing."""
-        with frozen_statistics(self.net):
+        with frozen_statistics(self._norms):
             p = self.cell_leaves()
             return self.alignment(torch.autograd.grad(self._loss(batch, p), p), kind)[0]
 
-    def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None, weights: Sequence[Tensor] | None = None,
-              rng: Tensor | None = None) -> Tensor:
-        """The loss at p and `weights` in the place of the net's; rng: draw the same noise as a pass before did."""
+    def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None, rng: Tensor | None = None) -> Tensor:
+        """The loss at p; rng: draw the same noise as a pass before did."""
         x, y = batch
         if rng is not None:
             self._set_rng(x.device, rng)
-        logits = self.net(x, p) if weights is None else functional_call(
-            self.net, dict(zip(self._names, weights)), (x, p))
-        return self.criterion(logits, y)
+        return self.criterion(self.net(x, p), y)
 
     # A difference between passes needs the same noise in each: only S4 draws any.
     def _rng(self, device: torch.device) -> Tensor | None:
@@ -165,7 +165,33 @@ class Architect:
         torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
     @staticmethod
-    def _momenta(w: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> list[Tensor | float]:
-        state = optimizer.state if optimizer is not None else {}
-        buffers = (state[p].get("momentum_buffer") if p in state else None for p in w)
-        return [0.0 if v is None else v for v in buffers]
+    def _momenta(w: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> list[Tensor] | None:
+        """SGD's momentum buffers, or None before its first step."""
+        if optimizer is None or optimizer.state.get(w[0], {}).get("momentum_buffer") is None:
+            return None
+        return [optimizer.state[p]["momentum_buffer"] for p in w]
+
+
+@contextmanager
+def placed(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Within, the weights have these values."""
+    before = [p.data for p in weights]
+    for p, value in zip(weights, values):
+        p.data = value
+    try:
+        yield
+    finally:
+        for p, value in zip(weights, before):
+            p.data = value
+
+
+@contextmanager
+def without_grad(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within, no gradient by the weights is prepared for."""
+    for p in weights:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)

@@ -126,7 +126,7 @@ def bench_step(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     net = SearchNetwork(args.init_channels, 10, args.layers or (5 if in_201 else 8), args.search_space).to(
         device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4)
+    optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4, fused=True)
     arch = Architect(net, F.cross_entropy)
 
     def batch():

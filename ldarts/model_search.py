@@ -303,10 +303,13 @@ def derive(p: Sequence[Sequence[float]], primitives: Sequence[Sequence[str]]) ->
     return tuple(chosen)
 
 
+def tracking_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+
+
 @contextmanager
-def frozen_statistics(net: nn.Module) -> Iterator[None]:
-    """Within, batch norms in training mode normalise by their batch and leave their running statistics alone."""
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+def frozen_statistics(norms: Sequence[nn.BatchNorm2d]) -> Iterator[None]:
+    """Within, these batch norms in training mode normalise by their batch and leave their running statistics alone."""
     for norm in norms:
         norm.track_running_stats = False
     try:
