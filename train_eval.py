@@ -124,7 +124,7 @@ def main():
     for epoch in range(run.epoch, args.epochs):
         net.train()
         for step, (x, y) in enumerate(train_batches.epoch(epoch, start=run.step), run.step):
-            seed_everything(args.seed, processes.rank, epoch, step)
+            run.seed()
             logits, logits_aux = net(x, args.drop_path_prob * epoch / args.epochs)
             loss = criterion(logits, y)
             total = loss if logits_aux is None else loss + args.auxiliary_weight * criterion(logits_aux, y)
@@ -135,6 +135,7 @@ def main():
             optimizer.step()
             run.after_step(loss, logits, y)
         scheduler.step()
+        run.seed()
         train_loss, train_accuracy = run.meter.read()
         test_loss, test_accuracy = test()
         best = max([test_accuracy, *(values["test_accuracy"] for values in run.history)])

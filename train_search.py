@@ -155,7 +155,7 @@ def main():
         for step, train in enumerate(train_batches.epoch(epoch, grown, run.step), run.step):
             if step == run.step or step % len(valid_batches) == 0:  # the α half starts over where it is the smaller one
                 valid_stream = valid_batches.epoch(epoch, grown, step % len(valid_batches))
-            seed_everything(args.seed, processes.rank, epoch, step)
+            run.seed()
             grads = search_step(net, arch, optimizer, train, next(valid_stream), unrolled=args.unrolled,
                                 alpha_first=args.search_space != "nasbench201", lambda_t=lambda_t, kind=args.lambda_kind,
                                 epsilon=args.epsilon, method=args.lambda_grad, grad_clip=args.grad_clip,
@@ -163,6 +163,7 @@ def main():
             run.after_step(grads.loss, grads.logits, train[1], Λ=grads.alignment)
         scheduler.step()
 
+        run.seed()
         train_loss, train_accuracy = run.meter.read()
         alignment = {}
         if normal_cells > 1:

@@ -128,6 +128,10 @@ class Run:
             except OSError as error:
                 raise not_written(self.path / "log.txt", error) from error
 
+    def seed(self) -> None:
+        """Seed the generators for the next step, or for what follows the last one of an epoch."""
+        seed_everything(self.args.seed, self.processes.rank, self.epoch, self.step)
+
     def after_step(self, loss: torch.Tensor, logits: torch.Tensor, y: torch.Tensor, **watched: torch.Tensor | None) -> None:
         """Account for a step that is taken; report, save and stop when it is time to.
 
