@@ -21,9 +21,9 @@ SCRIPTS = {"train_search.py": train_search, "train_eval.py": train_eval}
 
 
 def start(folder: Path, script: str, *argv, sabotage=None, env=None):
-    """A process that runs a script in `folder`, with its output in folder/printed; sabotage: a function it calls first."""
+    """A process that runs a script in `folder`, with its output in <folder>.printed; sabotage: a function it calls first."""
     process = multiprocessing.get_context("forkserver").Process(
-        target=_child, args=(folder, script, [str(a) for a in argv], sabotage, env or {}))
+        target=_child, args=(folder, script, [str(a) for a in argv], sabotage, env or {}), daemon=True)
     process.start()
     return process
 
@@ -32,7 +32,7 @@ def _child(folder, script, argv, sabotage, env):
     os.environ.update(env)
     os.chdir(folder)
     for stream in (1, 2):
-        os.dup2(os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(folder.with_suffix(".printed"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     torch.set_num_threads(1)
     sys.argv = [script, *argv]
     if sabotage:
