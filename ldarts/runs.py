@@ -230,21 +230,23 @@ class Run:
             self.log(f"{self.path}: no checkpoint yet; from the beginning")
             return
         where = self.path / CHECKPOINT
-        if state.get("format") != FORMAT:
-            raise InputError(f"{where}: format {state.get('format')}, this version reads {FORMAT}; continue it with the "
-                             "version that config.json names")
-        if state["processes"] != self.processes.world:
-            raise InputError(f"{where}: written by {state['processes']} processes, not {self.processes.world}; continue it "
-                             f"with --nproc_per_node={state['processes']}")
         try:
+            if state["format"] != FORMAT:
+                raise InputError(f"{where}: format {state['format']}, this version reads {FORMAT}; continue it with the "
+                                 "version that config.json names")
+            if state["processes"] != self.processes.world:
+                raise InputError(f"{where}: written by {state['processes']} processes, not {self.processes.world}; continue "
+                                 f"it with --nproc_per_node={state['processes']}")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-            self.history = state["history"]
+            self.epoch, self.step, self.seconds = int(state["epoch"]), int(state["step"]), float(state["seconds"])
+            self.history = list(state["history"])
             self.meter.totals.copy_(state["meters"][self.processes.rank])
-        except Exception as error:  # whatever content of other types or shapes leads to
-            raise InputError(f"{where}: not of this run ({_brief(error)}); use another --resume") from error
-        self._write_metrics()  # without the lines of epochs that were not saved
+            self._write_metrics()  # without the lines of epochs that were not saved
+        except InputError:
+            raise
+        except Exception as error:  # whatever content of other names, types or shapes leads to
+            raise InputError(f"{where}: not a checkpoint of this run ({_brief(error)}); start anew by --save") from error
         self.log(f"{self.path}: continued at step {self.step} of epoch {self.epoch}")
 
     def _newest(self) -> dict[str, Any] | None:
@@ -459,6 +461,8 @@ class Parser(argparse.ArgumentParser):
         argv = []
         for action in self._actions:
             value = config.get(action.dest)
+            if not isinstance(value, (bool, int, float, str, type(None))):
+                raise InputError(f"{path}: {action.dest} is neither a number nor text")
             if isinstance(value, bool):
                 argv += action.option_strings[not value :][:1]  # --x, or --no-x where there is one
             elif value is not None and action.dest != "resume":

@@ -2,8 +2,12 @@
 
 The last line of `python -m pytest tests/test_faults.py` counts what was done.
 """
+import argparse
+import hashlib
+import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -18,7 +22,8 @@ import torch
 
 import train_eval
 import train_search
-from ldarts import InputError, genotypes, runs
+from ldarts import InputError, data, genotypes, runs
+from ldarts.distributed import Processes
 from ldarts.runs import CHECKPOINT, PREVIOUS, load_checkpoint
 from test_data import Exploit, python2_pickle, rows, write_cifar10
 
@@ -277,7 +282,7 @@ def test_a_read_only_folder(stopped, small_disk, whole, forks, figures):
 def test_a_second_process_on_a_run_is_refused_until_the_first_is_dead(stopped, whole, folder, forks, figures):
     shutil.copytree(stopped, folder, dirs_exist_ok=True)
     first = forks.start(folder, "train_search.py", "--resume", "runs/one", sabotage=forks.SlowSteps(60))
-    forks.wait_for(lambda: "continued at" in printed(folder))
+    forks.wait_for(lambda: "weights, on cpu" in printed(folder))
     before = (folder / "runs/one/log.txt").read_bytes()
     message, = resume(forks, folder, "train_search.py", 2).splitlines()
     assert f"runs/one is in use by process {first.pid} on " in message
@@ -289,11 +294,228 @@ def test_a_second_process_on_a_run_is_refused_until_the_first_is_dead(stopped, w
     figures["second processes"] += 1
 
 
+def assert_finite(folder):
+    state = load_checkpoint(str(folder / "runs/one" / CHECKPOINT), sealed=True)
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options, last", [(EACH_STEP, (1, 2)), ([], (1, 0))], ids=["each step", "each epoch"])
+def test_a_loss_that_is_not_finite(value, options, last, folder, forks, figures):
+    process = forks.start(folder, "train_search.py", *SEARCH, "--epochs", "2", *options, sabotage=forks.Poison(7, value))
+    assert forks.finish(process) == 3
+    message, = [line for line in printed(folder).splitlines() if line.startswith("error")]
+    assert "the loss is not finite at step 2 of epoch 1" in message and "Traceback" not in printed(folder)
+    assert reached(folder) == last
+    assert_finite(folder)
+    resume(forks, folder, "train_search.py")  # the fault was not the run's
+    figures["values not finite"] += 1
+
+
 @pytest.mark.parametrize("script, argv", [("train_search.py", SEARCH), ("train_eval.py", EVAL)], ids=["search", "evaluation"])
-def test_a_loss_that_is_not_finite(script, argv, folder, forks, figures):
-    """A learning rate as large as a float32 sends the weights to infinity in the first step, the loss in the second."""
+def test_a_run_that_diverges(script, argv, folder, forks, figures):
     process = forks.start(folder, script, *argv, "--epochs", "2", "--learning_rate", "1e38", "--grad_clip", "1e38", *EACH_STEP)
     assert forks.finish(process) == 3
     message, = [line for line in printed(folder).splitlines() if line.startswith("error")]
-    print(message)
-    figures["losses not finite"] += 1
+    assert re.search(r"(the loss|[\w.]+) is not finite (at|before) step 1 of epoch 0", message)
+    if (folder / "runs/one" / CHECKPOINT).exists():
+        assert_finite(folder)
+    figures["values not finite"] += 1
+
+
+def refused(script, argv, monkeypatch, capsys):
+    """The one line with which a script refuses its arguments, run in this process."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, argv)])
+    with pytest.raises(SystemExit) as stopped:
+        runs.script(script.main)
+    message, = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    return message
+
+
+def test_other_arguments_are_refused_with_both_values(stopped, folder, monkeypatch, capsys):
+    shutil.copytree(stopped, folder, dirs_exist_ok=True)
+    monkeypatch.chdir(folder)
+    before = {path: path.read_bytes() for path in (folder / "runs/one").iterdir()}
+    for option, new, old in (("--epochs", "9", "2"), ("--lambda_reg", "0.5", "0.25"), ("--seed", "4", "0"),
+                             ("--batch_size", "5", "4"), ("--dataset", "synthetic", "cifar10"), ("--save", "two", "one"),
+                             ("--search_space", "s2", "nasbench201"), ("--epsilon", "0.5", "0.0001")):
+        message = refused(train_search, ["--resume", "runs/one", option, new], monkeypatch, capsys)
+        assert f"{option} {new}: runs/one was started with {old}" in message
+        assert "only data, device, report_freq, checkpoint_minutes may change" in message
+    assert "--cutout True: runs/one was started with False" in refused(
+        train_search, ["--resume", "runs/one", "--cutout"], monkeypatch, capsys)
+    assert "not a run of this script" in refused(train_eval, ["--resume", "runs/one"], monkeypatch, capsys)
+    assert "runs/two/config.json: no run to continue" in refused(train_search, ["--resume", "runs/two"], monkeypatch, capsys)
+    assert before == {path: path.read_bytes() for path in (folder / "runs/one").iterdir()}
+
+
+def test_some_arguments_may_change(stopped, whole, images, folder, forks):
+    shutil.copytree(stopped, folder, dirs_exist_ok=True)
+    status = forks.finish(forks.start(folder, "train_search.py", "--resume", "runs/one", "--data", images, "--device", "cpu",
+                                      "--report_freq", "3", "--checkpoint_minutes", "1", "--epochs", "2", "--seed", "0"))
+    assert status == 0 and "step 2/" not in printed(folder) and "epoch 1 step 3/" in printed(folder)
+    assert_same_bits(folder, whole("train_search.py", *SEARCH, "--epochs", "2"))
+
+
+# ---- files of other versions, and hostile ones
+
+def sealed(state) -> bytes:
+    """The bytes of a checkpoint with the right SHA-256, as an attacker would write it."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    return seal(content.getvalue())
+
+
+def seal(content: bytes) -> bytes:
+    return content + runs.SEAL + hashlib.sha256(content).hexdigest().encode()
+
+
+ignores_odd_protocols = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+
+
+@pytest.fixture
+def resumable(tmp_path, monkeypatch):
+    """(bytes of checkpoint.pt) -> InputError of the attempt to continue it, in this process; nothing else may happen."""
+    class NoSignals:
+        received = 0
+
+    monkeypatch.setattr(runs, "Signals", NoSignals)
+    folder = tmp_path / "one"
+    folder.mkdir()
+    net = torch.nn.Linear(2, 2)
+    args = argparse.Namespace(resume=str(folder), epochs=1, report_freq=1, checkpoint_minutes=1, seed=0)
+
+    def attempt(content):
+        (folder / CHECKPOINT).write_bytes(content)
+        return runs.Run("search", args, Processes(torch.device("cpu")), {"model": net}, 5)
+
+    state = {"model": net.state_dict(), "format": runs.FORMAT, "processes": 1, "epoch": 0, "step": 1, "seconds": 0.5,
+             "meters": torch.ones(1, 3, dtype=torch.float64), "history": [{"epoch": 0}]}
+    attempt.state = state
+    assert attempt(sealed(state)).step == 1
+    return attempt
+
+
+def test_another_format_and_another_number_of_processes_are_named(resumable):
+    for changed, said in (({"format": 2}, "format 2, this version reads 1"), ({"processes": 3}, "by 3 processes, not 1")):
+        with pytest.raises(InputError, match=said):
+            resumable(sealed(resumable.state | changed))
+
+
+def test_checkpoints_of_other_content(resumable):
+    for changed in ({"model": {}}, {"model": 1}, {"model": {"weight": "x", "bias": torch.zeros(3)}}, {"epoch": "x"},
+                    {"step": []}, {"seconds": None}, {"history": 3}, {"history": [torch.ones(1)]}, {"meters": torch.ones(0)},
+                    {"meters": "x"}, {"format": torch.ones(2)}, {"processes": []}):
+        with pytest.raises(InputError, match="not a checkpoint of this run|by \\[\\] processes"):
+            resumable(sealed(resumable.state | changed))
+    for missing in resumable.state:
+        with pytest.raises(InputError, match="not a checkpoint"):
+            resumable(sealed({name: value for name, value in resumable.state.items() if name != missing}))
+
+
+@ignores_odd_protocols
+def test_a_checkpoint_runs_no_code(resumable, tmp_path, figures):
+    target = tmp_path / "made by the checkpoint"
+    for call in ((os.mkdir, str(target)), (eval, f"open({str(target)!r}, 'w')"), (subprocess.call, ["touch", str(target)])):
+        for state in ({"model": Exploit(*call)}, resumable.state | {"history": [Exploit(*call)]}, Exploit(*call)):
+            for content in (sealed(state), seal(pickle.dumps(state))):
+                with pytest.raises(InputError, match="damaged or not a checkpoint"):
+                    resumable(content)
+                (tmp_path / "plain.pt").write_bytes(content[: -len(runs.SEAL) - 64])
+                with pytest.raises(InputError, match="damaged or not a checkpoint"):
+                    load_checkpoint(str(tmp_path / "plain.pt"))
+                figures["exploit files"] += 2
+    assert not target.exists()
+
+
+def test_a_config_or_genotype_is_never_code(tmp_path, monkeypatch, capsys, figures):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    code = "__import__('os').mkdir('made')"
+    for content in (code, json.dumps(code), json.dumps({"kind": "search", "epochs": code}),
+                    json.dumps({"kind": "search", "search_space": code}), json.dumps({"kind": "search", "data": {"a": code}}),
+                    json.dumps({"kind": "search", "memory_format": code, "cutout": code})):
+        (tmp_path / "run/config.json").write_text(content)
+        refused(train_search, ["--resume", "run"], monkeypatch, capsys)
+        (tmp_path / "run/genotype.json").write_text(content)
+        with pytest.raises(InputError):
+            genotypes.load("run")
+        figures["exploit files"] += 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def mutated(good: bytes, numbers: random.Random) -> bytes:
+    """Some bytes changed, inserted, removed or cut off."""
+    bad = bytearray(good)
+    for _ in range(numbers.randint(1, 3)):
+        at = numbers.randrange(len(bad) or 1)
+        kind = numbers.random()
+        if kind < 0.6:
+            bad[at : at + 1] = bytes([numbers.randrange(256)])
+        elif kind < 0.8:
+            bad[at:at] = bad[numbers.randrange(len(bad)) :][: numbers.randint(1, 20)]
+        elif kind < 0.97:
+            del bad[at : at + numbers.randint(1, 20)]
+        else:
+            del bad[at:]
+    return bytes(bad)
+
+
+@ignores_odd_protocols
+def test_mutated_checkpoints_raise_nothing_but_input_error(resumable, tmp_path, figures):
+    content = io.BytesIO()
+    torch.save(resumable.state, content)
+    numbers, refusals, path = random.Random(0), 0, tmp_path / "plain.pt"
+    for i in range(1000):
+        bad = mutated(content.getvalue(), numbers)
+        try:
+            if i % 2:
+                resumable(seal(bad))
+            else:
+                path.write_bytes(bad)
+                load_checkpoint(str(path))
+        except InputError:
+            refusals += 1
+    assert refusals > 300
+    good = sealed(resumable.state)
+    for _ in range(500):
+        with pytest.raises(InputError):
+            resumable(flip(good, numbers))
+    figures["mutated files"] += 1500
+
+
+def test_mutated_genotypes_and_configs_raise_nothing_but_input_error(tmp_path, figures):
+    numbers = random.Random(0)
+    (tmp_path / "run").mkdir()
+    parser = runs.Parser("search")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--cutout", action=argparse.BooleanOptionalAction)
+    runs.add_run_arguments(parser.add_argument)
+    for name, good, read in (
+            ("genotype.json", CONVS.read_bytes(), lambda: genotypes.load(str(tmp_path / "run"))),
+            ("config.json", json.dumps({"kind": "search", "epochs": 3, "cutout": False, "device": "cpu", "resume": None,
+                                        "memory_format": "contiguous", "checkpoint_minutes": 2.5}).encode(),
+             lambda: parser.parse_args(["--resume", str(tmp_path / "run")]))):
+        refusals = 0
+        for _ in range(500):
+            (tmp_path / "run" / name).write_bytes(mutated(good, numbers))
+            try:
+                read()
+            except InputError:
+                refusals += 1
+        assert refusals > 50
+        figures["mutated files"] += 500
+
+
+def test_mutated_images_raise_nothing_but_input_error(tmp_path, figures):
+    good, numbers, refusals = python2_pickle([1], rows(1)[:, :3072]), random.Random(0), 0
+    head = good.index(rows(1).tobytes())
+    for _ in range(500):
+        (tmp_path / "test_batch").write_bytes(mutated(good[:head], numbers) + good[head:])
+        try:
+            data._read_cifar(tmp_path / "test_batch", data._SOURCES["cifar10"])
+        except InputError:
+            refusals += 1
+    assert refusals > 250
+    figures["mutated files"] += 500
