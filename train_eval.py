@@ -20,7 +20,7 @@ from ldarts import InputError, Network, NetworkNAS201, genotypes
 from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.model import count_parameters
-from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, check_run_arguments, evaluate, load_checkpoint,
+from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, load_checkpoint,
                          pick_device, script, seed_everything, set_deterministic)
 
 
@@ -49,7 +49,6 @@ def parse_args():
     add("--evaluate", metavar="CHECKPOINT", help="test this checkpoint and stop")
     add_run_arguments(add)
     args = parser.parse_args()
-    check_run_arguments(args)
     genotype = genotypes.load(args.resume or args.arch)  # a run folder holds its genotype
     in_201 = isinstance(genotype, str)
     small = (16, 5) if in_201 else (16, 8) if searched_in(args.arch) and args.dataset in ("cifar100", "svhn") else (36, 20)

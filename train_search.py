@@ -20,7 +20,7 @@ from ldarts.architect import METHODS
 from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.genotypes import to_json
-from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, check_run_arguments, evaluate, pick_device, script,
+from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, pick_device, script,
                          seed_everything, set_deterministic)
 
 
@@ -87,7 +87,6 @@ def check(args) -> None:
             raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
     if not 0 <= args.cutout_prob <= 1:
         raise InputError(f"--cutout_prob {args.cutout_prob}: must be from 0 to 1")
-    check_run_arguments(args)
 
 
 def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, lambda_t, kind, epsilon, method, grad_clip,

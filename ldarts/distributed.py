@@ -5,7 +5,7 @@ torchrun ends what is left. Running statistics of batch norms are those of rank 
 """
 import os
 from datetime import timedelta
-from typing import Iterable, Sequence
+from typing import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ class Processes:
     def __init__(self, device: torch.device):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=10))  # of a rank that hangs: a dead one shows at once
@@ -29,10 +31,8 @@ class Processes:
         """The mean over the processes of each tensor (one dtype, one device), by one exchange; alone, the tensors."""
         if self.world == 1:
             return list(tensors)
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
-        parts = flat.div_(self.world).split([t.numel() for t in tensors])
-        return [torch.empty_like(t).copy_(part.view(t.shape)) for t, part in zip(tensors, parts)]  # in t's memory format
+        means = _as_one(tensors, lambda flat: (dist.all_reduce(flat), flat.div_(self.world)))
+        return [torch.empty_like(t).copy_(m) for t, m in zip(tensors, means)]  # in t's memory format
 
     def largest(self, *values: int) -> list[int]:
         """The largest of each value over the processes: how they agree on what to do next."""
@@ -51,11 +51,19 @@ class Processes:
         return torch.stack(rows)
 
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors by those of rank 0."""
+        """Overwrite the tensors of floats by those of rank 0."""
         if self.world > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, 0)
+            floats = [t for t in tensors if t.is_floating_point()]
+            for t, first in zip(floats, _as_one(floats, lambda flat: dist.broadcast(flat, 0))):
+                t.copy_(first)
 
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def _as_one(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> list[Tensor]:
+    """The tensors after `exchange` of all their numbers, as one flat tensor, in place."""
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    exchange(flat)
+    return [part.view(t.shape) for t, part in zip(tensors, flat.split([t.numel() for t in tensors]))]

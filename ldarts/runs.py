@@ -162,7 +162,7 @@ class Run:
         self._require_finite()
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise NotFinite(f"{name} is {value} at the end of epoch {self.epoch}")
+                raise NotFinite(f"{name} is {value} after step {self.step} of epoch {self.epoch}; {self._kept()}")
         self.history.append(values | {"seconds": round(self._epoch_seconds(), 3)})
         self._write_metrics()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.processes)
@@ -176,9 +176,10 @@ class Run:
         self._require_finite()
         meters = self.processes.gather(self.meter.totals)  # [world, 3]
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        for name, value in state["model"].items():
-            if not value.isfinite().all():
-                raise NotFinite(f"{name} is not finite before step {self.step} of epoch {self.epoch}; {self._resumable()}")
+        finite = torch.stack([value.isfinite().all() for value in state["model"].values()]).tolist()
+        for name, fine in zip(state["model"], finite):
+            if not fine:
+                raise NotFinite(f"{name} is not finite before step {self.step} of epoch {self.epoch}; {self._kept()}")
         if self.writes:
             state |= {"format": FORMAT, "processes": self.processes.world, "epoch": self.epoch, "step": self.step,
                       "seconds": self._epoch_seconds(), "meters": meters, "history": self.history}
@@ -210,15 +211,16 @@ class Run:
     def _require_finite(self) -> None:
         for name, first in self.first_bad.items():
             if (step := int(first)) != NEVER:
-                raise NotFinite(f"{name} is not finite at step {step} of epoch {self.epoch}; {self._resumable()}")
+                raise NotFinite(f"{name} is not finite at step {step} of epoch {self.epoch}; {self._kept()}")
 
-    def _resumable(self) -> str:
-        return f"the checkpoint before it is kept in {self.path}"
+    def _kept(self) -> str:
+        return f"the checkpoint before it is kept: --resume {self.path}"
 
     def _stop(self, signal_number: int) -> None:
         if signal_number:
+            launcher = "python" if self.processes.world == 1 else "torchrun …"
             self.log(f"stopped by {signal.Signals(signal_number).name} before step {self.step} of epoch {self.epoch}; "
-                     f"continue by: {Path(sys.argv[0]).name} --resume {self.path}")
+                     f"continue by: {launcher} {Path(sys.argv[0]).name} --resume {self.path}")
             self.processes.largest(0)  # torchrun would end the others once the first has left
             sys.exit(Signals.STATUS[signal_number])
 
@@ -470,17 +472,17 @@ class Parser(argparse.ArgumentParser):
         return argv
 
 
+def minutes(text: str) -> float:
+    if not (value := float(text)) >= 0:
+        raise ValueError
+    return value
+
+
 def add_run_arguments(add: Callable) -> None:
     """What both scripts take; add: a parser's add_argument."""
     add("--device", default="auto")
     add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
     add("--deterministic", action="store_true", help="the same bits on every run also on a GPU, at a price in time")
-    add("--checkpoint_minutes", type=float, default=10.0, help="between two checkpoints inside an epoch; 0: every step")
+    add("--checkpoint_minutes", type=minutes, default=10.0, help="between two checkpoints inside an epoch; 0: every step")
     add("--resume", metavar="RUN", help="continue the run in this folder; may come with "
                                         + ", ".join(f"--{name}" for name in MAY_CHANGE[:-1]))
-
-
-def check_run_arguments(args: argparse.Namespace) -> None:
-    """Raises InputError for values of add_run_arguments that make no run."""
-    if not args.checkpoint_minutes >= 0:
-        raise InputError(f"--checkpoint_minutes {args.checkpoint_minutes}: must not be negative")

@@ -21,7 +21,7 @@ from test_data import write_cifar10
 from test_faults import COMMON, EVAL, assert_same_bits, printed, reached
 
 ROOT = Path(__file__).parent.parent
-SEARCH = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4", "--unrolled", "--epochs", "2"]
+SEARCH = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4", "--lambda_grad", "forward", "--epochs", "2"]
 
 
 def torchrun(folder, *argv):

@@ -27,7 +27,8 @@ from ldarts.distributed import Processes
 from ldarts.runs import CHECKPOINT, PREVIOUS, load_checkpoint
 from test_data import Exploit, python2_pickle, rows, write_cifar10
 
-CONVS = Path(__file__).parent / "genotypes" / "convs.json"
+ROOT = Path(__file__).parent.parent
+CONVS = ROOT / "tests" / "genotypes" / "convs.json"
 COMMON = ["--dataset", "cifar10", "--data", "..", "--init_channels", "2", "--report_freq", "1", "--save", "one"]
 SEARCH = [*COMMON, "--search_space", "nasbench201", "--layers", "1", "--batch_size", "4"]
 UNROLLED = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4", "--unrolled"]  # with noise
@@ -188,6 +189,31 @@ def test_a_second_sigint_stops_at_once(folder, forks, figures):
     figures["signals"] += 2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="continues a run on a GPU; there is none")
+@pytest.mark.parametrize("script, argv", [("train_search.py", UNROLLED), ("train_eval.py", EVAL)], ids=["search", "evaluation"])
+def test_a_deterministic_run_on_a_gpu_continues_to_the_same_bits(script, argv, folder, forks):
+    def command(cwd, *argv):
+        cwd.mkdir(exist_ok=True)
+        return subprocess.Popen([sys.executable, ROOT / script, *map(str, argv)], cwd=cwd, stderr=subprocess.STDOUT,
+                                stdout=open(cwd.with_suffix(".printed"), "a"))
+
+    argv = [*argv, "--data", "../..", "--epochs", "3", "--device", "cuda", "--deterministic"]
+    assert command(folder / "whole", *argv).wait(600) == 0, printed(folder / "whole")
+    process = command(folder / "stopped", *argv)
+    forks.wait_for(lambda: "epoch 1 step 1/" in printed(folder / "stopped"), 600)
+    process.terminate()
+    assert process.wait(600) == 143
+    assert command(folder / "stopped", "--resume", "runs/one").wait(600) == 0
+    assert_same_bits(folder / "stopped", folder / "whole")
+
+
+def test_deterministic_algorithms_are_there_for_all_that_a_run_does(folder, forks):
+    for script, argv in (("train_search.py", UNROLLED), ("train_eval.py", EVAL)):
+        (folder / script[:-3]).mkdir()
+        process = forks.start(folder / script[:-3], script, *argv, "--data", "../..", "--epochs", "1", "--deterministic")
+        assert forks.finish(process) == 0, printed(folder / script[:-3])
+
+
 # ---- faults of the disk
 
 @pytest.fixture(scope="module")
@@ -345,6 +371,9 @@ def test_other_arguments_are_refused_with_both_values(stopped, folder, monkeypat
         assert "only data, device, report_freq, checkpoint_minutes may change" in message
     assert "--cutout True: runs/one was started with False" in refused(
         train_search, ["--resume", "runs/one", "--cutout"], monkeypatch, capsys)
+    for value in ("-1", "nan", "soon"):
+        assert "--checkpoint_minutes: invalid minutes" in refused(
+            train_search, ["--resume", "runs/one", "--checkpoint_minutes", value], monkeypatch, capsys)
     assert "not a run of this script" in refused(train_eval, ["--resume", "runs/one"], monkeypatch, capsys)
     assert "runs/two/config.json: no run to continue" in refused(train_search, ["--resume", "runs/two"], monkeypatch, capsys)
     assert before == {path: path.read_bytes() for path in (folder / "runs/one").iterdir()}
