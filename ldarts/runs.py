@@ -54,7 +54,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], previous: Path |
 
 
 def not_written(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror}); put that right, then continue by --resume {path.parent}")
+    return InputError(f"{path}: cannot be written ({error.strerror}); put that right, then --resume {path.parent}")
 
 
 class Run:
@@ -334,7 +334,7 @@ def commit() -> str | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one, `cuda` that of the process. Raises InputError for one that is not there."""
+    """`auto` is a GPU where there is one, `cuda` that of the process. Raises InputError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:

@@ -51,7 +51,8 @@ def three_steps(average, seed):
 
 def gradients(average, seed):
     """The gradients by name, on the batches seed (to train) and seed + 1 (to validate)."""
-    return {name: [t.detach() for t in call(make(average)[1], batch(seed), batch(seed + 1))] for name, call in GRADIENTS.items()}
+    train, valid = batch(seed), batch(seed + 1)
+    return {name: [t.detach() for t in call(make(average)[1], train, valid)] for name, call in GRADIENTS.items()}
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ import torch.nn.functional as F
 import ranks
 from ldarts import layer_alignment
 from ldarts.model_search import frozen_statistics
-from ldarts.runs import CHECKPOINT
-from test_data import write_cifar10
-from test_faults import COMMON, EVAL, assert_same_bits, printed, reached
+from test_faults import COMMON, EVAL, assert_same_bits, printed, reached, write_images
 
 ROOT = Path(__file__).parent.parent
 SEARCH = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4", "--lambda_grad", "forward", "--epochs", "2"]
@@ -34,9 +32,7 @@ def torchrun(folder, *argv):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    write_cifar10(folder / "cifar-10-batches-py", 8)
-    return folder
+    return write_images(tmp_path_factory.mktemp("processes"))
 
 
 def relative(found, expected):
@@ -115,8 +111,8 @@ def serial():
                 for i, d in zip(normal, u):
                     at[i] = p[i].detach() + s * eps * d
             up, down = (mean(torch.autograd.grad(loss_at(images, moved[s]), w) for images in train) for s in (1, -1))
-            exact = mean(torch.autograd.grad([torch.autograd.grad(loss_at(images, p), p, create_graph=True)[i] for i in normal],
-                                             w, u, materialize_grads=True) for images in train)
+            graphs = [torch.autograd.grad(loss_at(images, p), p, create_graph=True) for images in train]
+            exact = mean(torch.autograd.grad([own[i] for i in normal], w, u, materialize_grads=True) for own in graphs)
             for method, d_lambda in (("central", [(a - b) / (2 * eps) for a, b in zip(up, down)]),
                                      ("forward", [(a - b) / eps for a, b in zip(up, dw)]), ("exact", exact)):
                 found[f"Λ {kind}, {method}"] = [*found["no Λ"], *d_lambda, value.detach()]

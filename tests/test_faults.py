@@ -1,6 +1,7 @@
 """Runs that are killed, interrupted, damaged and attacked: real processes, real signals, real files.
 
-The last line of `python -m pytest tests/test_faults.py` counts what was done.
+The last line of `python -m pytest tests/test_faults.py` counts what was done. With LDARTS_DATA, a folder with
+cifar-10-batches-py, the runs see real images.
 """
 import argparse
 import hashlib
@@ -34,14 +35,23 @@ SEARCH = [*COMMON, "--search_space", "nasbench201", "--layers", "1", "--batch_si
 UNROLLED = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4", "--unrolled"]  # with noise
 EVAL = [*COMMON, "--arch", CONVS, "--layers", "2", "--batch_size", "8", "--no-auxiliary"]
 EACH_STEP = ["--checkpoint_minutes", "0"]
+BOTH = ["search", "evaluation"]
+
+
+def write_images(folder):
+    """40 images to train and 8 to test: five steps an epoch, of tenths of a second. Those of LDARTS_DATA if it is set."""
+    written = write_cifar10(folder / "cifar-10-batches-py", 8)
+    if "LDARTS_DATA" in os.environ:
+        source = data._SOURCES["cifar10"]
+        for file in data._locate(source, Path(os.environ["LDARTS_DATA"]), False).glob("*_batch*"):
+            pixels, labels = (part[:8] for part in data._read_cifar(file, source))
+            (written / file.name).write_bytes(python2_pickle(labels.tolist(), pixels.flatten(1).numpy()))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder with 40 images to train and 8 to test: five steps an epoch, of tenths of a second."""
-    folder = tmp_path_factory.mktemp("faults")
-    write_cifar10(folder / "cifar-10-batches-py", 8)
-    return folder
+    return write_images(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture
@@ -78,7 +88,8 @@ def flatten(state):
 
 def lines(folder):
     """metrics.jsonl, line by line, without the times."""
-    return [re.sub(r', "seconds": [\d.]+', "", line) for line in (folder / "runs/one/metrics.jsonl").read_text().splitlines()]
+    written = (folder / "runs/one/metrics.jsonl").read_text().splitlines()
+    return [re.sub(r', "seconds": [\d.]+', "", line) for line in written]
 
 
 def assert_same_bits(folder, other):
@@ -158,7 +169,7 @@ def test_killed_inside_a_save(n, halved, whole, folder, forks, figures):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
 @pytest.mark.parametrize("script, argv", [("train_search.py", [*SEARCH, "--epochs", "2"]),
-                                          ("train_eval.py", [*EVAL, "--epochs", "5"])], ids=["search", "evaluation"])
+                                          ("train_eval.py", [*EVAL, "--epochs", "5"])], ids=BOTH)
 def test_a_signal_ends_the_run_after_the_step(script, argv, number, status, whole, folder, forks, figures):
     reference = whole(script, *argv)
     process = forks.start(folder, script, *argv)
@@ -190,7 +201,7 @@ def test_a_second_sigint_stops_at_once(folder, forks, figures):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="continues a run on a GPU; there is none")
-@pytest.mark.parametrize("script, argv", [("train_search.py", UNROLLED), ("train_eval.py", EVAL)], ids=["search", "evaluation"])
+@pytest.mark.parametrize("script, argv", [("train_search.py", UNROLLED), ("train_eval.py", EVAL)], ids=BOTH)
 def test_a_deterministic_run_on_a_gpu_continues_to_the_same_bits(script, argv, folder, forks):
     def command(cwd, *argv):
         cwd.mkdir(exist_ok=True)
@@ -338,9 +349,10 @@ def test_a_loss_that_is_not_finite(value, options, last, folder, forks, figures)
     figures["values not finite"] += 1
 
 
-@pytest.mark.parametrize("script, argv", [("train_search.py", SEARCH), ("train_eval.py", EVAL)], ids=["search", "evaluation"])
+@pytest.mark.parametrize("script, argv", [("train_search.py", SEARCH), ("train_eval.py", EVAL)], ids=BOTH)
 def test_a_run_that_diverges(script, argv, folder, forks, figures):
-    process = forks.start(folder, script, *argv, "--epochs", "2", "--learning_rate", "1e38", "--grad_clip", "1e38", *EACH_STEP)
+    process = forks.start(folder, script, *argv, *EACH_STEP, "--epochs", "2", "--learning_rate", "1e38",
+                          "--grad_clip", "1e38")
     assert forks.finish(process) == 3
     message, = [line for line in printed(folder).splitlines() if line.startswith("error")]
     assert re.search(r"(the loss|[\w.]+) is not finite (at|before) step 1 of epoch 0", message)
@@ -463,7 +475,8 @@ def test_a_config_or_genotype_is_never_code(tmp_path, monkeypatch, capsys, figur
     (tmp_path / "run").mkdir()
     code = "__import__('os').mkdir('made')"
     for content in (code, json.dumps(code), json.dumps({"kind": "search", "epochs": code}),
-                    json.dumps({"kind": "search", "search_space": code}), json.dumps({"kind": "search", "data": {"a": code}}),
+                    json.dumps({"kind": "search", "search_space": code}),
+                    json.dumps({"kind": "search", "data": {"a": code}}),
                     json.dumps({"kind": "search", "memory_format": code, "cutout": code})):
         (tmp_path / "run/config.json").write_text(content)
         refused(train_search, ["--resume", "run"], monkeypatch, capsys)
