@@ -41,7 +41,7 @@ def _child(folder, script, argv, sabotage, env):
     runs.script(module.main)
 
 
-def finish(process, timeout: float = 120) -> int:
+def finish(process, timeout: float = 300) -> int:
     """Its exit status, negative for a signal."""
     process.join(timeout)
     if process.exitcode is None:
@@ -50,7 +50,7 @@ def finish(process, timeout: float = 120) -> int:
     return process.exitcode
 
 
-def wait_for(condition, timeout: float = 60):
+def wait_for(condition, timeout: float = 120):
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "never came true"

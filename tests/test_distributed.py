@@ -44,7 +44,7 @@ def relative(found, expected):
 def computed(tmp_path_factory):
     """What each of two ranks computed."""
     folder = tmp_path_factory.mktemp("ranks")
-    assert torchrun(folder, ROOT / "tests/ranks.py", folder).wait(180) == 0, printed(folder)
+    assert torchrun(folder, ROOT / "tests/ranks.py", folder).wait(300) == 0, printed(folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -134,7 +134,7 @@ def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
     whole, folder = images / "whole", images / "stopped"
     for path in (whole, folder):
         path.mkdir()
-    assert torchrun(whole, ROOT / "train_search.py", *SEARCH).wait(120) == 0, printed(whole)
+    assert torchrun(whole, ROOT / "train_search.py", *SEARCH).wait(300) == 0, printed(whole)
     launcher = torchrun(folder, ROOT / "train_search.py", *SEARCH)
     forks.wait_for(lambda: "epoch 0 step 1/" in printed(folder))
     launcher.send_signal(signal.SIGTERM)
@@ -145,7 +145,7 @@ def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
     shutil.copytree(folder, alone)
     assert forks.finish(forks.start(alone, "train_search.py", "--resume", "runs/one")) == 2
     assert "written by 2 processes, not 1; continue it with --nproc_per_node=2" in printed(alone)
-    assert torchrun(folder, ROOT / "train_search.py", "--resume", "runs/one").wait(120) == 0, printed(folder)
+    assert torchrun(folder, ROOT / "train_search.py", "--resume", "runs/one").wait(300) == 0, printed(folder)
     assert_same_bits(folder, whole)
 
 
