@@ -35,6 +35,15 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("processes"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small are slower on two, many times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def relative(found, expected):
     found, expected = (torch.cat([t.flatten() for t in tensors]) for tensors in (found, expected))
     return float((found - expected).abs().max() / expected.abs().max())
