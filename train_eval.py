@@ -3,13 +3,14 @@
     python train_eval.py --arch LAMBDA_DARTS                        # the published cell, the published settings
     python train_eval.py --arch runs/<search> --dataset synthetic --init_channels 8 --layers 5 --epochs 3
     python train_eval.py --arch LAMBDA_DARTS --evaluate runs/<name>/checkpoint.pt        # test only
+    python train_eval.py --resume runs/<name>                                     # continue a run that was stopped or killed
+    torchrun --nproc_per_node=2 train_eval.py --arch LAMBDA_DARTS                 # two processes share every batch
 
 20 cells of 36 channels, for 600 epochs; a cell of S1 to S4 on CIFAR-100 and SVHN: 8 cells of 16 channels.
 """
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ from torch import nn
 
 from ldarts import InputError, Network, NetworkNAS201, genotypes
 from ldarts.data import DATASETS, Batches, eval_batches, load
+from ldarts.distributed import Processes
 from ldarts.model import count_parameters
-from ldarts.runs import (MEMORY_FORMATS, Clock, Meter, Parser, Run, evaluate, load_checkpoint, pick_device, script, seed_everything)
+from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, load_checkpoint,
+                         pick_device, script, seed_everything, set_deterministic)
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser("eval", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--arch", default="LAMBDA_DARTS", help="a published name, a search's run folder, a genotype.json or an arch string")
     add("--data", default="data", help="folder of the data set")
@@ -44,10 +47,9 @@ def parse_args():
     add("--seed", type=int, default=0)
     add("--grad_clip", type=float, default=5.0)
     add("--evaluate", metavar="CHECKPOINT", help="test this checkpoint and stop")
-    add("--device", default="auto")
-    add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
+    add_run_arguments(add)
     args = parser.parse_args()
-    genotype = genotypes.load(args.arch)
+    genotype = genotypes.load(args.resume or args.arch)  # a run folder holds its genotype
     in_201 = isinstance(genotype, str)
     small = (16, 5) if in_201 else (16, 8) if searched_in(args.arch) and args.dataset in ("cifar100", "svhn") else (36, 20)
     args.init_channels = small[0] if args.init_channels is None else args.init_channels
@@ -79,10 +81,14 @@ def searched_in(arch: str) -> bool:
 
 def main():
     args, genotype = parse_args()
+    if args.deterministic:
+        set_deterministic()
     device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
+    processes = Processes(device)
     train_set, test_set = load(args.dataset, args.data, device, args.seed)
     train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True, memory_format=layout,
-                            cutout_length=args.cutout_length if args.cutout else 0)
+                            cutout_length=args.cutout_length if args.cutout else 0, rank=processes.rank,
+                            world=processes.world)
     seed_everything(args.seed)
     if isinstance(genotype, str):
         net = NetworkNAS201(args.init_channels, train_set.num_classes, args.layers, genotype)
@@ -93,7 +99,10 @@ def main():
 
     def test():
         net.eval()
-        return evaluate(lambda x: net(x)[0], criterion, eval_batches(test_set, None, args.batch_size, memory_format=layout))
+        processes.take_from_first(net.buffers())
+        share = torch.arange(len(test_set.labels))[processes.rank :: processes.world]
+        return evaluate(lambda x: net(x)[0], criterion,
+                        eval_batches(test_set, share, args.batch_size, memory_format=layout), processes)
 
     if args.evaluate:
         try:
@@ -107,36 +116,33 @@ def main():
 
     optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    run = Run("eval", args.save, vars(args), device)
+    run = Run("eval", args, processes, {"model": net, "optimizer": optimizer, "scheduler": scheduler}, len(train_batches))
     run.write("genotype.json", genotypes.to_json(genotype))
     run.log(f"{run.path}: {args.arch} on {args.dataset}, {len(train_set.labels)} images, "
             f"{count_parameters(net):,} parameters, on {device}")
-    clock, best = Clock(args.epochs * len(train_batches)), 0.0
-    for epoch in range(args.epochs):
-        started, meter = time.perf_counter(), Meter()
+    for epoch in range(run.epoch, args.epochs):
         net.train()
-        for step, (x, y) in enumerate(train_batches.epoch(epoch)):
+        for step, (x, y) in enumerate(train_batches.epoch(epoch, start=run.step), run.step):
+            run.seed()
             logits, logits_aux = net(x, args.drop_path_prob * epoch / args.epochs)
             loss = criterion(logits, y)
             total = loss if logits_aux is None else loss + args.auxiliary_weight * criterion(logits_aux, y)
-            optimizer.zero_grad()
-            total.backward()
+            loss, *grads = processes.average([loss.detach(), *torch.autograd.grad(total, list(net.parameters()))])
+            for p, grad in zip(net.parameters(), grads):
+                p.grad = grad
             nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
             optimizer.step()
-            meter.update(loss, logits, y)
-            clock.tick()
-            if step % args.report_freq == 0 or step == len(train_batches) - 1:
-                mean, accuracy = meter.read()
-                run.log(f"epoch {epoch} step {step}/{len(train_batches)}: loss {mean:.4f}, accuracy {accuracy:.2f} %, {clock}")
+            run.after_step(loss, logits, y)
         scheduler.step()
-        train_loss, train_accuracy = meter.read()
+        run.seed()
+        train_loss, train_accuracy = run.meter.read()
         test_loss, test_accuracy = test()
-        best = max(best, test_accuracy)
-        run.metrics({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "test_loss": test_loss,
-                     "test_accuracy": test_accuracy, "seconds": round(time.perf_counter() - started, 3)})
-        run.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                  "epoch": epoch})
+        best = max([test_accuracy, *(values["test_accuracy"] for values in run.history)])
         run.log(f"epoch {epoch}: test loss {test_loss:.4f}, accuracy {test_accuracy:.2f} % (best {best:.2f} %)")
+        run.end_epoch({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "test_loss": test_loss,
+                       "test_accuracy": test_accuracy})
+    run.log(run.cost())
+    run.close()
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@
     python train_search.py --dataset synthetic --init_channels 4 --layers 5 --epochs 3    # no download, minutes
     python train_search.py --search_space s2 --dataset svhn                   # λ and ε as published for SVHN
     python train_search.py --lambda_reg 0                                     # plain DARTS
+    python train_search.py --resume runs/<name>                               # continue a run that was stopped or killed
+    torchrun --nproc_per_node=2 train_search.py --unrolled                    # two processes share every batch
 
 Writes runs/<name>/ and prints the genotype and the command that trains it. Movahedi et al., ICLR 2023.
 """
 import math
-import time
 
 import torch
 from torch import nn
@@ -17,13 +18,14 @@ from ldarts import Architect, InputError, SearchNetwork, spaces
 from ldarts.alignment import KINDS
 from ldarts.architect import METHODS
 from ldarts.data import DATASETS, Batches, eval_batches, load
+from ldarts.distributed import Processes
 from ldarts.genotypes import to_json
-from ldarts.runs import (MEMORY_FORMATS, Clock, Meter, Parser, Run, evaluate, pick_device, script,
-                         seed_everything)
+from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, pick_device, script,
+                         seed_everything, set_deterministic)
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser("search", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", default="data", help="folder of the data set")
     add("--dataset", default="cifar10", help=", ".join(DATASETS))
@@ -53,8 +55,7 @@ def parse_args():
     add("--lambda_kind", choices=KINDS, default="cosine")
     add("--lambda_grad", choices=METHODS, default="central", help="how ∇Λ is computed")
     add("--epsilon", type=float, help="ε₀ of central and forward (default 1e-4, 1e-3 on SVHN)")
-    add("--device", default="auto")
-    add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
+    add_run_arguments(add)
     args = parser.parse_args()
     in_201, on_svhn = args.search_space == "nasbench201", args.dataset == "svhn"
     defaults = {"layers": 5 if in_201 else 8, "arch_learning_rate": 1e-4 if in_201 else 3e-4,
@@ -118,13 +119,17 @@ def skip_connections(genotype) -> int:
 
 def main():
     args = parse_args()
+    if args.deterministic:
+        set_deterministic()
     device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
+    processes = Processes(device)
     train_set, _ = load(args.dataset, args.data, device, args.seed)
     images = len(train_set.labels)
     split = int(args.train_portion * images)
-    augment = dict(augment=True, memory_format=layout, cutout_length=args.cutout_length if args.cutout else 0)
-    train_batches = Batches(train_set, torch.arange(split), args.batch_size, args.seed, tag="train", **augment)
-    valid_batches = Batches(train_set, torch.arange(split, images), args.batch_size, args.seed, tag="valid", **augment)
+    options = dict(augment=True, memory_format=layout, cutout_length=args.cutout_length if args.cutout else 0,
+                   rank=processes.rank, world=processes.world)
+    train_batches = Batches(train_set, torch.arange(split), args.batch_size, args.seed, tag="train", **options)
+    valid_batches = Batches(train_set, torch.arange(split, images), args.batch_size, args.seed, tag="valid", **options)
 
     seed_everything(args.seed)
     net = SearchNetwork(args.init_channels, train_set.num_classes, args.layers, args.search_space).to(
@@ -138,70 +143,65 @@ def main():
                                 fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, args.learning_rate_min)
     arch = Architect(net, criterion, args.arch_learning_rate, (0.5, 0.999), args.arch_weight_decay, args.momentum,
-                     args.weight_decay)
+                     args.weight_decay, processes.average)
 
-    run = Run("search", args.save, vars(args), device)
+    run = Run("search", args, processes, {"model": net, "optimizer": optimizer, "arch": arch.optimizer,
+                                          "scheduler": scheduler}, len(train_batches))
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {split} images for w and {images - split} for α, "
             f"{sum(p.numel() for p in net.weight_parameters()):,} weights, on {device}")
-    clock = Clock(args.epochs * len(train_batches))
-    history = []
-    for epoch in range(args.epochs):
-        started = time.perf_counter()
+    for epoch in range(run.epoch, args.epochs):
         lambda_t = args.lambda_reg * epoch / max(1, args.epochs - 1)
         grown = args.cutout_prob * epoch / max(1, args.epochs - 1)
-        meter = Meter()
-        valid_stream = valid_batches.epoch(epoch, grown)
         net.train()
-        for step, train in enumerate(train_batches.epoch(epoch, grown)):
-            if (valid := next(valid_stream, None)) is None:  # the α half is the smaller one: start over
-                valid_stream = valid_batches.epoch(epoch, grown)
-                valid = next(valid_stream)
-            grads = search_step(net, arch, optimizer, train, valid, unrolled=args.unrolled,
+        for step, train in enumerate(train_batches.epoch(epoch, grown, run.step), run.step):
+            if step == run.step or step % len(valid_batches) == 0:  # the α half starts over where it is the smaller one
+                valid_stream = valid_batches.epoch(epoch, grown, step % len(valid_batches))
+            run.seed()
+            grads = search_step(net, arch, optimizer, train, next(valid_stream), unrolled=args.unrolled,
                                 alpha_first=args.search_space != "nasbench201", lambda_t=lambda_t, kind=args.lambda_kind,
                                 epsilon=args.epsilon, method=args.lambda_grad, grad_clip=args.grad_clip,
                                 hessian=args.hessian)
-            meter.update(grads.loss, grads.logits, train[1])
-            clock.tick()
-            if step % args.report_freq == 0 or step == len(train_batches) - 1:
-                loss, accuracy = meter.read()
-                run.log(f"epoch {epoch} step {step}/{len(train_batches)}: loss {loss:.4f}, accuracy {accuracy:.2f} %, {clock}")
+            run.after_step(grads.loss, grads.logits, train[1], Λ=grads.alignment)
         scheduler.step()
 
-        train_loss, train_accuracy = meter.read()
+        run.seed()
+        train_loss, train_accuracy = run.meter.read()
         alignment = {}
         if normal_cells > 1:
-            alignment = {f"lambda_{name}": float(arch.batch_alignment(batch, args.lambda_kind))
-                         for name, batch in (("train", train), ("valid", valid))}
+            last = len(train_batches) - 1  # the batches of the last step, which a resumed run may not have taken itself
+            alignment = {f"lambda_{name}": float(arch.batch_alignment(
+                next(batches.epoch(epoch, grown, last % len(batches))), args.lambda_kind))
+                for name, batches in (("train", train_batches), ("valid", valid_batches))}
         net.eval()
+        processes.take_from_first(net.buffers())
+        share = valid_batches.indices[processes.rank :: processes.world]
         valid_loss, valid_accuracy = evaluate(
-            net, criterion, eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))
+            net, criterion, eval_batches(train_set, share, args.batch_size, memory_format=layout), processes)
         genotype = net.genotype()
         p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in net.arch_parameters()])
         values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "valid_loss": valid_loss,
                   "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t, **alignment,
-                  "entropy": float(torch.special.entr(p).sum(-1).mean()), "skip_connections": skip_connections(genotype),
-                  "seconds": round(time.perf_counter() - started, 3)}
-        history.append(values)
-        run.metrics(values)
-        run.write("genotype.json", to_json(genotype))
-        run.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "arch": arch.optimizer.state_dict(),
-                  "scheduler": scheduler.state_dict(), "epoch": epoch})
+                  "entropy": float(torch.special.entr(p).sum(-1).mean()), "skip_connections": skip_connections(genotype)}
         shown = ", ".join(f"Λ {name[7:]} {value:+.3f}" for name, value in alignment.items())
         run.log(f"epoch {epoch}: valid loss {valid_loss:.4f}, accuracy {valid_accuracy:.2f} %, {shown or 'no Λ'}, "
-                f"entropy {values['entropy']:.3f}, {values['skip_connections']} skip connections, {values['seconds']:.0f} s")
-    report(run, genotype, history, args)
+                f"entropy {values['entropy']:.3f}, {values['skip_connections']} skip connections")
+        run.write("genotype.json", to_json(genotype))
+        run.end_epoch(values)
+    report(run, net.genotype(), args)
+    run.close()
 
 
-def report(run, genotype, history, args):
+def report(run, genotype, args):
     """What a search ends in."""
+    run.log(run.cost())
     if isinstance(genotype, str):
         run.log(f"genotype: {genotype}")
     else:
         for name in ("normal", "reduce"):
             run.log(f"{name}: " + ", ".join(f"{op} {state}" for op, state in getattr(genotype, name)))
-    run.log(f"skip connections: {history[-1]['skip_connections']}")
-    if "lambda_train" in history[-1]:
-        shown = history[:: max(1, len(history) // 10)]
+    run.log(f"skip connections: {skip_connections(genotype)}")
+    if "lambda_train" in run.history[-1]:
+        shown = run.history[:: max(1, len(run.history) // 10)]
         run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))
     run.log(f"train it: python train_eval.py --arch {run.path} --dataset {args.dataset} --data {args.data}")
 

@@ -26,14 +26,17 @@ class Architect:
     """Computes gradients, and steps α with Adam.
 
     net: the supernet; criterion: (logits, y) -> scalar loss; lr, betas, weight_decay: of Adam on α; w_momentum,
-    w_weight_decay: those of the SGD on w, which the unrolled step imitates. No method here changes a weight, a buffer
+    w_weight_decay: those of the SGD on w, which the unrolled step imitates; average: tensors -> their means over the
+    processes. Every gradient of a batch is averaged before anything that is not linear in it, so that the results, loss
+    included, are those of the global batch (logits stay those of the process). No method here changes a weight, a buffer
     or a momentum, except that lambda_grads moves the batch-norm statistics once, as the training pass that it is.
     """
 
     def __init__(self, net: SearchNetwork, criterion: Callable[[Tensor, Tensor], Tensor], lr: float = 3e-4,
                  betas: tuple[float, float] = (0.5, 0.999), weight_decay: float = 1e-3,
-                 w_momentum: float = 0.9, w_weight_decay: float = 3e-4):
-        self.net, self.criterion = net, criterion
+                 w_momentum: float = 0.9, w_weight_decay: float = 3e-4,
+                 average: Callable[[Sequence[Tensor]], list[Tensor]] = list):
+        self.net, self.criterion, self.average = net, criterion, average
         self.w_momentum, self.w_weight_decay = w_momentum, w_weight_decay
         self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
         # Lists, because a walk through the thousands of modules of a supernet takes milliseconds.
@@ -62,16 +65,16 @@ class Architect:
             w = self.weights
             if not unrolled:
                 with without_grad(w):  # which nobody would read
-                    return list(torch.autograd.grad(self._loss(valid), alphas))
+                    return self.average(torch.autograd.grad(self._loss(valid), alphas))
             rng = self._rng(train[0].device)
             loss = self._loss(train)
             dw = torch.autograd.grad(loss, w, create_graph=hessian == "exact")
             unrolled_w = torch._foreach_mul([p.detach() for p in w], 1 - eta * self.w_weight_decay)
-            torch._foreach_sub_(unrolled_w, torch._foreach_mul([g.detach() for g in dw], eta))
+            torch._foreach_sub_(unrolled_w, torch._foreach_mul([g.detach() for g in self.average(dw)], eta))
             if (momenta := self._momenta(w, w_optimizer)) is not None:
                 torch._foreach_sub_(unrolled_w, torch._foreach_mul(momenta, eta * self.w_momentum))
             with placed(w, unrolled_w):
-                grads = torch.autograd.grad(self._loss(valid), [*alphas, *w])
+                grads = self.average(torch.autograd.grad(self._loss(valid), [*alphas, *w]))
             d_alpha, vector = grads[: len(alphas)], grads[len(alphas) :]  # ∂L_valid(w', α), by α and by w'
             if hessian == "exact":
                 product = torch.autograd.grad(dw, alphas, vector)
@@ -84,7 +87,7 @@ class Architect:
                         return torch.autograd.grad(self._loss(train, rng=rng), alphas)
 
                 product = [(up - down) / (2 * r) for up, down in zip(side(1), side(-1))]
-        return [d - eta * h for d, h in zip(d_alpha, product)]
+        return [d - eta * h for d, h in zip(d_alpha, self.average(product))]
 
     def lambda_grads(self, batch: Batch, kind: str = "cosine", epsilon: float = 1e-4,
                      method: str = "central") -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
@@ -108,15 +111,18 @@ class Architect:
         logits = self.net(batch[0], p)
         loss = self.criterion(logits, batch[1])
         if method is None:
-            return WeightGrads(loss.detach(), logits.detach(), torch.autograd.grad(loss, w), None, None)
+            loss, *dw = self.average([loss.detach(), *torch.autograd.grad(loss, w)])
+            return WeightGrads(loss, logits.detach(), dw, None, None)
         grads = torch.autograd.grad(loss, [*w, *p], create_graph=method == "exact")
-        dw, g = grads[: len(w)], grads[len(w) :]
-        value, u = self.alignment(g, kind)
+        own_dw, g = grads[: len(w)], grads[len(w) :]  # of this process: the differences below are averaged as a whole
+        loss, *means = self.average([t.detach() for t in (loss, *grads)])
+        dw = means[: len(w)]
+        value, u = self.alignment(means[len(w) :], kind)
         if method == "exact":
             normal = [layer for layer, direction in zip(g, u) if direction is not None]
             # The last weights (the classifier's bias) may act on no g_l: their gradient is 0.
             d_lambda = torch.autograd.grad(normal, w, [d for d in u if d is not None], materialize_grads=True)
-            return WeightGrads(loss.detach(), logits.detach(), [d.detach() for d in dw], d_lambda, value)
+            return WeightGrads(loss, logits.detach(), dw, self.average(d_lambda), value)
         eps = epsilon / torch.linalg.vector_norm(torch.cat([d.flatten() for d in u if d is not None]))
 
         def shifted(sign: int) -> tuple[Tensor, ...]:  # ∇_w L at p + sign ε u
@@ -125,10 +131,10 @@ class Architect:
                 return torch.autograd.grad(self._loss(batch, at, rng=rng), w)
 
         if method == "forward":
-            d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), dw), eps)
+            d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), own_dw), eps)
         else:
             d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), shifted(-1)), 2 * eps)
-        return WeightGrads(loss.detach(), logits.detach(), dw, d_lambda, value)
+        return WeightGrads(loss, logits.detach(), dw, self.average(d_lambda), value)
 
     def cell_leaves(self) -> list[Tensor]:
         """A copy p_l of p = softmax(α) for every searched cell, each a leaf of its own."""
@@ -146,7 +152,7 @@ class Architect:
         """Λ on one batch, changing nothing."""
         with frozen_statistics(self._norms):
             p = self.cell_leaves()
-            return self.alignment(torch.autograd.grad(self._loss(batch, p), p), kind)[0]
+            return self.alignment(self.average(torch.autograd.grad(self._loss(batch, p), p)), kind)[0]
 
     def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None, rng: Tensor | None = None) -> Tensor:
         """The loss at p; rng: draw the same noise as a pass before did."""

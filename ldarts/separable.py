@@ -87,12 +87,14 @@ class _Fan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, *z):
         ctx.save_for_backward(p, *z)
+        ctx.set_materialize_grads(False)
         return tuple(one.view_as(one) for _ in p for one in z)
 
     @staticmethod
     def backward(ctx, *grads):
         p, *z = ctx.saved_tensors
         ops, K = torch.ops.ldarts, len(z)
+        grads = _zeros_for_none(grads, z * len(p))
         by_p = torch.stack([ops.mixed_dot(one, grads[k::K]) for k, one in enumerate(z)], 1) if ctx.needs_input_grad[0] else None
         by_z = (ops.mixed_sum(row, grads[k::K]) if ctx.needs_input_grad[1 + k] else None for k, row in enumerate(p.unbind(1)))
         return None if by_p is None else by_p.to(p.dtype), *by_z

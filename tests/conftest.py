@@ -1,5 +1,7 @@
 """Golden files: small cases computed in float64 by the published code (names as in its state_dict)."""
+import collections
 import json
+import multiprocessing.forkserver
 import os
 from pathlib import Path
 
@@ -37,3 +39,29 @@ def golden():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """tests/processes.py with its server, which has one thread: a process that has computed with more can't be forked."""
+    multiprocessing.set_forkserver_preload(["pytest", "processes"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (GOLDEN.parents[1], GOLDEN.parent))))
+        multiprocessing.forkserver.ensure_running()
+    import processes
+    return processes
+
+
+FIGURES = pytest.StashKey[collections.Counter]()
+
+
+@pytest.fixture(scope="session")
+def figures(request):
+    """A Counter of what was done to the runs, printed at the end."""
+    return request.config.stash.setdefault(FIGURES, collections.Counter())
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if counts := config.stash.get(FIGURES, None):
+        terminalreporter.write_line(", ".join(f"{count} {what}" for what, count in counts.items()))

@@ -1,13 +1,14 @@
-"""The fast parts of a step against plain ones: depthwise gradients, and what is computed once for a state."""
+"""The fast parts of a step against plain ones: banks of separable convolutions, and what is computed once for a state."""
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ldarts
-from ldarts.depthwise import DepthwiseConv2d
+from ldarts import model_search
 from ldarts.mixed_sum import compiled_for
 from ldarts.model_search import leave
-from ldarts.operations import Zero
+from ldarts.operations import DilConv, SepConv, Zero
+from ldarts.separable import bank, fan, node
 
 needs_build = pytest.mark.skipif(not compiled_for("cpu"), reason="the extension is not compiled: no compiler here")
 
@@ -16,46 +17,123 @@ def images(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
-@needs_build
-@pytest.mark.parametrize("C", [1, 3, 8, 17])
-@pytest.mark.parametrize("size", [(5, 7), (8, 8), (2, 1)], ids=str)
-@pytest.mark.parametrize("kernel, stride, padding, dilation", [
-    (3, 1, 1, 1), (3, 2, 1, 1), (5, 1, 2, 1), (5, 2, 2, 1), (3, 1, 2, 2), (3, 2, 2, 2), (5, 1, 4, 2), (5, 2, 4, 2)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=["float64", "float32"])
-def test_depthwise_gradients_are_those_of_pytorch(dtype, tolerance, kernel, stride, padding, dilation, size, C):
-    conv = DepthwiseConv2d(C, kernel, stride, padding, dilation).to(dtype)
-    x = images(3, C, *size, dtype=dtype).requires_grad_()
-    out = conv(x)
-    plain = F.conv2d(x, conv.weight, None, stride, padding, dilation, C)
-    torch.testing.assert_close(out, plain, rtol=tolerance, atol=tolerance)
-    grad = torch.randn_like(plain)
-    for found, expected in zip(torch.autograd.grad(out, [x, conv.weight], grad),
-                               torch.autograd.grad(plain, [x, conv.weight], grad)):
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+def compare(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max())))
 
 
 @needs_build
-@pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_depthwise_gradients_of_gradients(stride, dilation):
-    conv = DepthwiseConv2d(2, 3, stride, dilation, dilation).double()
-    x = images(2, 2, 4, 5).requires_grad_()
+@pytest.mark.parametrize("C", [1, 3, 8, 16, 20, 32])
+@pytest.mark.parametrize("size", [(5, 7), (8, 8), (3, 1), (34, 33)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-4)], ids=["float64", "float32"])
+def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
+    """Two stages of every kind of unit, weighted and summed as a node, against the operations called one by one."""
+    ops = [SepConv(C, C, 3, stride, 1, False), SepConv(C, C, 5, stride, 2, False), DilConv(C, C, 3, stride, 2, 2, False),
+           DilConv(C, C, 5, stride, 4, 2, False)]
+    for op in ops:
+        op.to(dtype)
+    seps = ops[:2]
+    x, p = images(9, C, *size, dtype=dtype).requires_grad_(), torch.rand(4, dtype=dtype).requires_grad_()
+    weights = [w for op in ops for w in op.parameters()]
 
-    def function(x, weight):
-        return torch.func.functional_call(conv, {"weight": weight}, x)
-
-    arguments = (x, conv.weight.detach().requires_grad_())
-    assert torch.autograd.gradcheck(function, arguments) and torch.autograd.gradgradcheck(function, arguments)
+    zs, table, dils = bank([x], None, [tuple(op.op[1:4]) for op in ops], p[2:])
+    found = node([bank(zs[:2], table[:2], [tuple(op.op[5:8]) for op in seps], p[:2])[2], dils])
+    statistics = [b.clone() for op in ops for b in op.buffers()]
+    for op in ops:
+        for module in op.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.reset_running_stats()
+    expected = sum(w * op(x) for w, op in zip(p, ops))
+    compare([found, *statistics], [expected, *[b for op in ops for b in op.buffers()]], tolerance)
+    grad = images(*expected.shape, dtype=dtype)
+    compare(torch.autograd.grad(found, [x, p, *weights], grad), torch.autograd.grad(expected, [x, p, *weights], grad),
+            tolerance * 20)
 
 
 @needs_build
-def test_depthwise_mismatches_are_named():
-    ops = torch.ops.ldarts
-    with pytest.raises(ValueError, match="grad has shape"):
-        ops.depthwise_weight(images(2, 3, 4, 4), images(2, 3, 5, 5), 3, 1, 1, 1)
-    with pytest.raises(ValueError, match="grad has shape"):
-        ops.depthwise_input(images(2, 3, 5, 5), torch.randn(3, 1, 3, 3).double(), (4, 4), 1, 1, 1)
-    with pytest.raises(ValueError, match="dtypes"):
-        ops.depthwise_weight(images(2, 3, 4, 4), images(2, 3, 4, 4).float(), 3, 1, 1, 1)
+@pytest.mark.parametrize("asked", ["x", "weights"])
+def test_only_asked_gradients_of_a_bank(asked):
+    op = SepConv(4, 4, 3, 1, 1, False).double()
+    x = images(2, 4, 6, 6).requires_grad_(asked == "x")
+    if asked == "x":
+        op.requires_grad_(False)
+    inputs = [x] if asked == "x" else list(op.parameters())
+    p = torch.ones(1, dtype=torch.float64)
+    zs, table, _ = bank([x], None, [tuple(op.op[1:4])], p[:0])
+    found = node([bank(zs, table, [tuple(op.op[5:8])], p)[2]])
+    grad = images(*found.shape)
+    compare(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(op(x), inputs, grad), 1e-10)
+
+
+@needs_build
+@pytest.mark.parametrize("space, C", [("darts", 2), ("darts", 6), ("s1", 4), ("s2", 16), ("s3", 4)])
+def test_a_supernet_of_banks_has_the_derivatives_of_the_plain_one(space, C, monkeypatch):
+    """Loss, gradients by weights and p, gradients of gradients along random directions, and batch-norm statistics."""
+    nets = [ldarts.SearchNetwork(C, 10, 3, space).double().to(memory_format=torch.channels_last) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, y = images(3, 3, 12, 12), torch.tensor([1, 2, 3])
+    results = []
+    for net, banks in zip(nets, (True, False)):
+        monkeypatch.setattr(model_search, "compiled_for", compiled_for if banks else lambda device: False)
+        torch.manual_seed(1)
+        w, p = net.weight_parameters(), [q.detach().clone().requires_grad_() for q in net.cell_weights()]
+        loss = F.cross_entropy(net(x, p), y)
+        first = torch.autograd.grad(loss, [*w, *p], create_graph=True)
+        directions = [torch.randn(g.shape, dtype=g.dtype) for g in first]
+        of_all = torch.autograd.grad(first, [*w, *p], directions, retain_graph=True, materialize_grads=True)
+        # As the exact gradient of Λ takes it: of the g_l alone.
+        of_p = torch.autograd.grad(first[len(w) :], w, directions[len(w) :], materialize_grads=True)
+        results.append([loss, *first, *of_all, *of_p, *[b.double() for b in net.buffers()]])
+    compare(*results, 1e-9)
+
+
+@needs_build
+def test_a_fan_is_its_products():
+    z, p = [images(2, 3, 4, 4).requires_grad_() for _ in range(2)], torch.rand(3, 2, dtype=torch.float64).requires_grad_()
+
+    def fused(p, *z):
+        return tuple(node([terms]) for terms in fan(z, p))
+
+    assert torch.autograd.gradcheck(fused, (p, *z)) and torch.autograd.gradgradcheck(fused, (p, *z))
+    compare(fused(p, *z), [sum(w * one for w, one in zip(row, z)) for row in p], 1e-12)
+
+
+@needs_build
+def test_the_same_bits_whatever_the_number_of_threads_of_a_bank():
+    op = SepConv(8, 8, 3, 1, 1, False)
+    x, threads, results = images(20, 8, 9, 9, dtype=torch.float32).requires_grad_(), torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            zs, table, _ = bank([x], None, [tuple(op.op[1:4])], torch.ones(0))
+            results.append([*zs, table, *torch.autograd.grad((zs[0] ** 2).sum(), [x, op.op[1].weight, op.op[2].weight])])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@needs_build
+def test_weights_per_channel():
+    z, weights = [images(2, 5, 3, 3) for _ in range(9)], torch.rand(9, 5, dtype=torch.float64)
+    found = torch.ops.ldarts.mixed_sum(weights, z)
+    compare([found], [sum(w[:, None, None] * one for w, one in zip(weights, z))], 1e-12)
+    with pytest.raises(ValueError, match="channels-last"):
+        torch.ops.ldarts.mixed_sum(weights, [one.contiguous() for one in z])
+    with pytest.raises(ValueError, match="weights have shape"):
+        torch.ops.ldarts.mixed_sum(weights[:, :4], z)
+
+
+@needs_build
+def test_mismatches_of_a_bank_are_named():
+    ops, x = torch.ops.ldarts, images(2, 4, 5, 5)
+    dw, pw = torch.randn(4, 1, 3, 3).double(), torch.randn(4, 4, 1, 1).double()
+    for arguments, named in ((([x], [dw, dw], [pw]), "expected as many"), (([x], [dw[:3]], [pw]), "depthwise weight 0"),
+                             (([x], [dw], [pw[:, :3]]), "pointwise weight 0"), (([x], [dw.float()], [pw]), "dtype"),
+                             (([x, x[:1]], [dw] * 2, [pw] * 2), "shape")):
+        x_, dw_, pw_ = arguments
+        with pytest.raises(ValueError, match=named):
+            ops.bank_forward(x_, [], None, dw_, pw_, 1, [1] * len(dw_), [])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,0 +1,69 @@
+"""The processes that torchrun started, each on its share of every batch; or one process alone.
+
+A rank that dies closes its connections: the others fail in their next exchange, at the latest with the next step, and
+torchrun ends what is left. Running statistics of batch norms are those of rank 0, as in DistributedDataParallel.
+"""
+import os
+from datetime import timedelta
+from typing import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Processes:
+    """rank of this process among `world`, by torchrun's environment; joins the group on construction.
+
+    Tensors on the CPU travel by gloo, also beside NCCL, so that what the hosts agree on does not wait for a GPU.
+    """
+
+    def __init__(self, device: torch.device):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if self.world > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))  # of a rank that hangs: a dead one shows at once
+
+    def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The mean over the processes of each tensor (one dtype, one device), by one exchange; alone, the tensors."""
+        if self.world == 1:
+            return list(tensors)
+        means = _as_one(tensors, lambda flat: (dist.all_reduce(flat), flat.div_(self.world)))
+        return [torch.empty_like(t).copy_(m) for t, m in zip(tensors, means)]  # in t's memory format
+
+    def largest(self, *values: int) -> list[int]:
+        """The largest of each value over the processes: how they agree on what to do next."""
+        if self.world == 1:
+            return list(values)
+        agreed = torch.tensor(values)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return agreed.tolist()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """tensor of one shape on every process -> [world, ...]"""
+        if self.world == 1:
+            return tensor[None]
+        rows = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(rows, tensor)
+        return torch.stack(rows)
+
+    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors of floats by those of rank 0."""
+        if self.world > 1:
+            floats = [t for t in tensors if t.is_floating_point()]
+            for t, first in zip(floats, _as_one(floats, lambda flat: dist.broadcast(flat, 0))):
+                t.copy_(first)
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def _as_one(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> list[Tensor]:
+    """The tensors after `exchange` of all their numbers, as one flat tensor, in place."""
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    exchange(flat)
+    return [part.view(t.shape) for t, part in zip(tensors, flat.split([t.numel() for t in tensors]))]

@@ -1,0 +1,122 @@
+"""Real processes that start in milliseconds: forked from a server that has imported PyTorch and the two scripts.
+
+The server imports this module, so the first lines warm it up; tests call `start`.
+"""
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import train_eval
+import train_search
+from ldarts import runs
+from ldarts.mixed_sum import compiled_for
+
+compiled_for("cpu")
+SCRIPTS = {"train_search.py": train_search, "train_eval.py": train_eval}
+
+
+def start(folder: Path, script: str, *argv, sabotage=None, env=None):
+    """A process that runs a script in `folder`, with its output in <folder>.printed; sabotage: a function it calls first."""
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_child, args=(folder, script, [str(a) for a in argv], sabotage, env or {}), daemon=True)
+    process.start()
+    return process
+
+
+def _child(folder, script, argv, sabotage, env):
+    os.environ.update(env)
+    os.chdir(folder)
+    for stream in (1, 2):
+        os.dup2(os.open(folder.with_suffix(".printed"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    torch.set_num_threads(1)
+    sys.argv = [script, *argv]
+    if sabotage:
+        sabotage()
+    module = SCRIPTS[script]
+    runs.script(module.main)
+
+
+def finish(process, timeout: float = 300) -> int:
+    """Its exit status, negative for a signal."""
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"still running after {timeout} s")
+    return process.exitcode
+
+
+def wait_for(condition, timeout: float = 120):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "never came true"
+        time.sleep(0.005)
+
+
+class KillAtCall:
+    """Ends the process by SIGKILL before the nth call of os.fsync and os.replace, or, `halved`, inside the nth writing."""
+
+    def __init__(self, n: int, halved: bool = False):
+        self.left, self.halved = n, halved
+
+    def __call__(self):
+        write = Path.write_bytes
+
+        def count(call):
+            def counted(*args):
+                self.left -= 1
+                if self.left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args)
+            return counted
+
+        def halve(path, content):
+            self.left -= 1
+            if self.left:
+                return write(path, content)
+            write(path, bytes(content)[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if self.halved:
+            Path.write_bytes = halve
+        else:
+            os.fsync, os.replace = count(os.fsync), count(os.replace)
+
+
+class SlowSteps:
+    """Makes every search step last `seconds` longer."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def __call__(self):
+        step = train_search.search_step
+
+        def slow(*args, **kwargs):
+            time.sleep(self.seconds)
+            return step(*args, **kwargs)
+
+        train_search.search_step = slow
+
+
+class Poison:
+    """Puts `value` into a weight of the network before search step number `step` of the process."""
+
+    def __init__(self, step: int, value: float):
+        self.left, self.value = step, value
+
+    def __call__(self):
+        search_step = train_search.search_step
+
+        def poisoned(net, *args, **kwargs):
+            if self.left == 0:
+                with torch.no_grad():
+                    net.classifier.weight[0, 0] = self.value
+            self.left -= 1
+            return search_step(net, *args, **kwargs)
+
+        train_search.search_step = poisoned

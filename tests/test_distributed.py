@@ -1,0 +1,207 @@
+"""Two processes: against one process, and against the same arithmetic done for one rank after another."""
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ranks
+from ldarts import layer_alignment
+from ldarts.model_search import frozen_statistics, tracking_norms
+from test_faults import COMMON, EVAL, assert_same_bits, printed, reached, write_images
+
+ROOT = Path(__file__).parent.parent
+SEARCH = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4", "--lambda_grad", "forward", "--epochs", "2"]
+
+
+def torchrun(folder, *argv):
+    """torchrun with two processes of one thread, its output in <folder>.printed"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(folder.with_suffix(".printed"), "a") as output:
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                 *map(str, argv)], cwd=folder, env=environment, stdout=output, stderr=output)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small are slower on two, many times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def relative(found, expected):
+    found, expected = (torch.cat([t.flatten() for t in tensors]) for tensors in (found, expected))
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    """What each of two ranks computed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    assert torchrun(folder, ROOT / "tests/ranks.py", folder).wait(300) == 0, printed(folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_the_same_images_on_every_rank_give_the_result_of_one_process(computed):
+    expected, steps = ranks.gradients(list, 0), ranks.three_steps(list, 0)
+    for found in computed:
+        for name in ranks.GRADIENTS:
+            assert relative(found["same"][name], expected[name]) < 1e-10, name
+        assert relative(found["steps, same"], steps) < 1e-10
+
+
+def test_ranks_never_drift_apart(computed):
+    for name in ranks.GRADIENTS:
+        assert all(map(torch.equal, computed[0]["different"][name], computed[1]["different"][name])), name
+    assert all(map(torch.equal, computed[0]["steps, different"], computed[1]["steps, different"]))
+
+
+def mean(rows):
+    """Lists of tensors, one a rank -> the list of their means."""
+    return [sum(tensors) / len(tensors) for tensors in zip(*rows)]
+
+
+@pytest.fixture(scope="module")
+def serial():
+    """The gradients of test_distributed's two ranks computed one after another, from the definitions in the paper."""
+    train, valid = zip(*((ranks.batch(10 * rank), ranks.batch(10 * rank + 1)) for rank in range(2)))
+    net, arch = ranks.make()
+    w, alphas, p = net.weight_parameters(), net.arch_parameters(), arch.cell_leaves()
+    found = {}
+    with frozen_statistics(tracking_norms(net)):
+        def loss(images, **replaced):
+            return F.cross_entropy(torch.func.functional_call(net, replaced, (images[0],)), images[1])
+
+        def loss_at(images, p):
+            return F.cross_entropy(net(images[0], p), images[1])
+
+        found["first order"] = mean(torch.autograd.grad(loss(images), alphas) for images in valid)
+        dw = mean(torch.autograd.grad(loss(images), w) for images in train)
+        found["no Λ"] = [*mean([loss(images).detach()] for images in train), *dw]
+
+        # second order: w' and the vector are those of the global batch
+        names = [name for name, q in net.named_parameters() if not any(q is alpha for alpha in alphas)]
+        stepped = [(q - 0.025 * (g + 3e-4 * q)).detach().requires_grad_() for q, g in zip(w, dw)]
+        both = mean(torch.autograd.grad(loss(images, **dict(zip(names, stepped))), [*alphas, *stepped]) for images in valid)
+        d_alpha, vector = both[: len(alphas)], both[len(alphas) :]
+        r = 1e-2 / torch.cat([v.flatten() for v in vector]).norm()
+        sides = [mean(torch.autograd.grad(loss(images, **{n: q.detach() + s * r * v for n, q, v in zip(names, w, vector)}),
+                                          alphas) for images in train) for s in (1, -1)]
+        found["second order"] = [d - 0.025 * (a - b) / (2 * r) for d, a, b in zip(d_alpha, *sides)]
+        product = mean(torch.autograd.grad(torch.autograd.grad(loss(images), w, create_graph=True), alphas, vector)
+                       for images in train)
+        found["second order, exact"] = [d - 0.025 * h for d, h in zip(d_alpha, product)]
+
+        # Λ of the averaged g_l
+        g = mean(torch.autograd.grad(loss_at(images, p), p) for images in train)
+        normal = [i for i, cell in enumerate(net.searched_cells()) if not cell.reduction]
+        for kind in ("cosine", "sign"):
+            leaves = [g[i].clone().requires_grad_() for i in normal]
+            value = layer_alignment(leaves, kind)
+            u = torch.autograd.grad(value, leaves)
+            eps = 1e-3 / torch.cat([d.flatten() for d in u]).norm()
+            moved = {s: list(p) for s in (1, -1)}
+            for s, at in moved.items():
+                for i, d in zip(normal, u):
+                    at[i] = p[i].detach() + s * eps * d
+            up, down = (mean(torch.autograd.grad(loss_at(images, moved[s]), w) for images in train) for s in (1, -1))
+            graphs = [torch.autograd.grad(loss_at(images, p), p, create_graph=True) for images in train]
+            exact = mean(torch.autograd.grad([own[i] for i in normal], w, u, materialize_grads=True) for own in graphs)
+            for method, d_lambda in (("central", [(a - b) / (2 * eps) for a, b in zip(up, down)]),
+                                     ("forward", [(a - b) / eps for a, b in zip(up, dw)]), ("exact", exact)):
+                found[f"Λ {kind}, {method}"] = [*found["no Λ"], *d_lambda, value.detach()]
+            if kind == "cosine":
+                found["Λ of a batch"] = [value.detach()]
+    return found
+
+
+@pytest.mark.parametrize("name", ranks.GRADIENTS)
+def test_a_gradient_is_the_mean_of_those_of_the_ranks(name, computed, serial):
+    alone = ranks.gradients(list, 0)[name] if name == "first order" else None
+    assert relative(computed[0]["different"][name], serial[name]) < 1e-9
+    assert alone is None or relative(alone, serial[name]) > 1e-2  # the other rank's images matter
+
+
+# ---- the scripts
+
+def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
+    whole, folder = images / "whole", images / "stopped"
+    for path in (whole, folder):
+        path.mkdir()
+    assert torchrun(whole, ROOT / "train_search.py", *SEARCH).wait(300) == 0, printed(whole)
+    launcher = torchrun(folder, ROOT / "train_search.py", *SEARCH)
+    forks.wait_for(lambda: "epoch 0 step 1/" in printed(folder))
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(60)
+    said, = re.findall("stopped by SIGTERM before step ([0-9]) of epoch 0", printed(folder))
+    assert reached(folder) == (0, int(said))
+    alone = images / "alone"
+    shutil.copytree(folder, alone)
+    assert forks.finish(forks.start(alone, "train_search.py", "--resume", "runs/one")) == 2
+    assert "written by 2 processes, not 1; continue it with --nproc_per_node=2" in printed(alone)
+    assert torchrun(folder, ROOT / "train_search.py", "--resume", "runs/one").wait(300) == 0, printed(folder)
+    assert_same_bits(folder, whole)
+
+
+def pair(forks, folder, script, *argv, **options):
+    """Two ranks as torchrun would start them, without its seconds of start."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return [forks.start(folder, script, *argv, env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                        "MASTER_ADDR": "localhost", "MASTER_PORT": port}, **options) for rank in range(2)]
+
+
+def test_two_processes_evaluate_and_continue_to_the_same_bits(images, forks):
+    whole, folder = images / "whole eval", images / "stopped eval"
+    argv = [*EVAL, "--epochs", "4"]
+    for path in (whole, folder):
+        path.mkdir()
+    assert [forks.finish(process) for process in pair(forks, whole, "train_eval.py", *argv)] == [0, 0], printed(whole)
+    processes = pair(forks, folder, "train_eval.py", *argv)
+    forks.wait_for(lambda: "epoch 1 step 1/" in printed(folder))
+    os.kill(processes[1].pid, signal.SIGUSR1)  # one is enough: they agree on the step
+    assert [forks.finish(process) for process in processes] == [0, 0] and "stopped by SIGUSR1" in printed(folder)
+    assert reached(folder) < (4, 0)
+    assert [forks.finish(process) for process in pair(forks, folder, "train_eval.py", "--resume", "runs/one")] == [0, 0]
+    assert_same_bits(folder, whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_the_other(rank, images, forks, figures):
+    folder = images / f"dead-{rank}"
+    folder.mkdir()
+    processes = pair(forks, folder, "train_search.py", *SEARCH, "--checkpoint_minutes", "0")
+    forks.wait_for(lambda: "epoch 0 step 1/" in printed(folder))
+    processes[rank].kill()
+    started = time.monotonic()
+    assert forks.finish(processes[1 - rank], 60) != 0 and time.monotonic() - started < 60
+    print(printed(folder))
+    assert reached(folder) >= (0, 1)
+    figures["ranks killed"] += 1
+
+
+def test_torchrun_ends_when_a_rank_dies(images, forks, figures):
+    folder = images / "dead"
+    folder.mkdir()
+    launcher = torchrun(folder, ROOT / "train_search.py", *SEARCH)
+    forks.wait_for(lambda: "epoch 0 step 0/" in printed(folder))
+    first = int((folder / "runs/one/lock").read_text().split()[1])
+    os.kill(first, signal.SIGKILL)
+    assert launcher.wait(60) != 0
+    figures["ranks killed"] += 1
