@@ -17,7 +17,7 @@ from torch import nn
 
 from ldarts import InputError, Network, NetworkNAS201, genotypes
 from ldarts.data import DATASETS, Batches, eval_batches, load
-from ldarts.model import count_parameters
+from ldarts.model import count_multiply_adds, count_parameters
 from ldarts.runs import (MEMORY_FORMATS, Clock, Meter, Parser, Run, evaluate, load_checkpoint, pick_device, script, seed_everything)
 
 
@@ -107,10 +107,11 @@ def main():
 
     optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    run = Run("eval", args.save, vars(args), device)
+    size = {"parameters": count_parameters(net), "multiply_adds": count_multiply_adds(net)}
+    run = Run("eval", args.save, vars(args) | size, device)
     run.write("genotype.json", genotypes.to_json(genotype))
     run.log(f"{run.path}: {args.arch} on {args.dataset}, {len(train_set.labels)} images, "
-            f"{count_parameters(net):,} parameters, on {device}")
+            f"{size['parameters']:,} parameters, {size['multiply_adds'] / 1e6:.1f} M multiply-adds, on {device}")
     clock, best = Clock(args.epochs * len(train_batches)), 0.0
     for epoch in range(args.epochs):
         started, meter = time.perf_counter(), Meter()

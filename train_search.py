@@ -13,10 +13,11 @@ import time
 import torch
 from torch import nn
 
-from ldarts import Architect, InputError, SearchNetwork, spaces
+from ldarts import Architect, InputError, SearchNetwork, spaces, visualize
 from ldarts.alignment import KINDS
 from ldarts.architect import METHODS
 from ldarts.data import DATASETS, Batches, eval_batches, load
+from ldarts.errors import require
 from ldarts.genotypes import to_json
 from ldarts.runs import (MEMORY_FORMATS, Clock, Meter, Parser, Run, evaluate, pick_device, script,
                          seed_everything)
@@ -53,6 +54,9 @@ def parse_args():
     add("--lambda_kind", choices=KINDS, default="cosine")
     add("--lambda_grad", choices=METHODS, default="central", help="how ∇Λ is computed")
     add("--epsilon", type=float, help="ε₀ of central and forward (default 1e-4, 1e-3 on SVHN)")
+    add("--eigenvalue", action="store_true", help="log the dominant eigenvalue of ∂²L_valid/∂α² every epoch")
+    add("--plot", action="store_true", help="draw the cells, α and the curves anew every epoch (needs matplotlib)")
+    add("--tensorboard", action="store_true", help="write TensorBoard's event files into the run folder (needs tensorboard)")
     add("--device", default="auto")
     add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
     args = parser.parse_args()
@@ -69,6 +73,9 @@ def parse_args():
 def check(args) -> None:
     """Raises InputError for values that make no search."""
     spaces.get(args.search_space)
+    for name, module in (("plot", "matplotlib"), ("tensorboard", "tensorboard")):
+        if getattr(args, name):
+            require(module, f"--{name}")
     if args.search_space == "nasbench201" and args.unrolled:
         raise InputError("--unrolled: nasbench201 is searched by first order only, as published; leave it out")
     if args.hessian == "exact" and not args.unrolled:
@@ -92,7 +99,7 @@ def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, la
                 hessian="central"):
     """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
 
-    Returns the WeightGrads of the training batch.
+    Returns the WeightGrads of the training batch, with their norms.
     """
     def alpha_step():
         arch.step(arch.alpha_grads(train, valid, optimizer.param_groups[0]["lr"], optimizer, unrolled, hessian))
@@ -103,11 +110,13 @@ def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, la
     grads = arch.weight_grads(train, kind, epsilon, method if lambda_t else None)
     for i, p in enumerate(w):
         p.grad = grads.dw[i] - lambda_t * grads.d_lambda[i] if lambda_t else grads.dw[i]  # w minimises L_train - λ Λ
-    nn.utils.clip_grad_norm_(w, grad_clip)
+    loss_norm = nn.utils.get_total_norm(grads.dw)
+    lambda_norm = lambda_t * nn.utils.get_total_norm(grads.d_lambda) if lambda_t else torch.zeros_like(loss_norm)
+    clipped = nn.utils.clip_grad_norm_(w, grad_clip) > grad_clip
     optimizer.step()
     if not alpha_first:
         alpha_step()
-    return grads
+    return grads._replace(norms=torch.stack([lambda_norm, loss_norm, clipped.to(loss_norm)]))
 
 
 def skip_connections(genotype) -> int:
@@ -141,13 +150,17 @@ def main():
     run = Run("search", args.save, vars(args), device)
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {split} images for w and {images - split} for α, "
             f"{sum(p.numel() for p in net.weight_parameters()):,} weights, on {device}")
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(run.path)
+    probe = next(eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))
     clock = Clock(args.epochs * len(train_batches))
     history = []
     for epoch in range(args.epochs):
         started = time.perf_counter()
         lambda_t = args.lambda_reg * epoch / max(1, args.epochs - 1)
         grown = args.cutout_prob * epoch / max(1, args.epochs - 1)
-        meter = Meter()
+        meter, norms = Meter(), 0.0
         valid_stream = valid_batches.epoch(epoch, grown)
         net.train()
         for step, train in enumerate(train_batches.epoch(epoch, grown)):
@@ -159,6 +172,7 @@ def main():
                                 epsilon=args.epsilon, method=args.lambda_grad, grad_clip=args.grad_clip,
                                 hessian=args.hessian)
             meter.update(grads.loss, grads.logits, train[1])
+            norms = norms + grads.norms  # read at the end of the epoch, so that no step waits for the device
             clock.tick()
             if step % args.report_freq == 0 or step == len(train_batches) - 1:
                 loss, accuracy = meter.read()
@@ -170,20 +184,29 @@ def main():
         if normal_cells > 1:
             alignment = {f"lambda_{name}": float(arch.batch_alignment(batch, args.lambda_kind))
                          for name, batch in (("train", train), ("valid", valid))}
+        curvature = {"alpha_eigenvalue": float(arch.alpha_eigenvalue(probe))} if args.eigenvalue else {}
         net.eval()
         valid_loss, valid_accuracy = evaluate(
             net, criterion, eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))
         genotype = net.genotype()
         p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in net.arch_parameters()])
         values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "valid_loss": valid_loss,
-                  "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t, **alignment,
+                  "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t, **alignment, **curvature,
+                  **dict(zip(("lambda_grad_norm", "loss_grad_norm", "clipped"), (norms / len(train_batches)).tolist())),
                   "entropy": float(torch.special.entr(p).sum(-1).mean()), "skip_connections": skip_connections(genotype),
+                  "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in net.arch_parameters()],
                   "seconds": round(time.perf_counter() - started, 3)}
         history.append(values)
         run.metrics(values)
         run.write("genotype.json", to_json(genotype))
         run.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "arch": arch.optimizer.state_dict(),
                   "scheduler": scheduler.state_dict(), "epoch": epoch})
+        if args.tensorboard:
+            for name in values.keys() - {"epoch", "alphas"}:
+                writer.add_scalar(name, values[name], epoch)
+            writer.flush()
+        if args.plot:
+            visualize.draw_run(run.path)
         shown = ", ".join(f"Λ {name[7:]} {value:+.3f}" for name, value in alignment.items())
         run.log(f"epoch {epoch}: valid loss {valid_loss:.4f}, accuracy {valid_accuracy:.2f} %, {shown or 'no Λ'}, "
                 f"entropy {values['entropy']:.3f}, {values['skip_connections']} skip connections, {values['seconds']:.0f} s")

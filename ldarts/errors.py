@@ -1,5 +1,13 @@
 """The one exception that stands for bad input."""
+import importlib.util
 
 
 class InputError(ValueError):
     """Input that the user can put right; the scripts print it as one line and exit with status 2."""
+
+
+def require(module: str, purpose: str, package: str = "") -> None:
+    """Raises InputError, beginning with `purpose`, where an optional module is not installed. package: pip's name of it."""
+    if importlib.util.find_spec(module) is None:
+        package = package or module
+        raise InputError(f"{purpose} needs {package}, which is not installed: pip install {package}")

@@ -1,10 +1,14 @@
-"""The run folder: configuration, log, metrics and checkpoints; each file appears whole or not at all."""
+"""The run folder: configuration, log, metrics and checkpoints; each file appears whole or not at all.
+
+    python -m ldarts.runs runs/a runs/b …     # the results' table: runs that differ in their seed alone make one row
+"""
 import argparse
 import json
 import os
 import platform
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -171,3 +175,78 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")
+
+
+# What two runs of one row of a table, or of one band of a plot, may differ in.
+_INCIDENTAL = ("seed", "save", "data", "device", "device_name", "versions", "commit", "report_freq", "plot", "tensorboard")
+
+
+def read_run(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(configuration, metrics of each epoch) of a run folder. Raises InputError where there is none."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text())
+        metrics = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a run folder with at least one epoch ({error})") from error
+    return config, metrics
+
+
+def grouped(paths: list[str]) -> dict[str, list[str]]:
+    """The run folders that differ in nothing but their seed, together, by the settings that the groups differ in."""
+    configs = {path: read_run(path)[0] for path in paths}
+    settings = {path: {k: v for k, v in config.items() if k not in _INCIDENTAL} for path, config in configs.items()}
+    differing = [k for k in dict.fromkeys(k for s in settings.values() for k in s)
+                 if len({repr(s.get(k)) for s in settings.values()}) > 1]
+    groups = {}
+    for path, s in settings.items():
+        name = ", ".join(f"{k} {s[k]}" for k in differing if s.get(k) is not None)
+        groups.setdefault(name or configs[path]["kind"], []).append(path)
+    return groups
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean ± sample standard deviation; one value stands alone."""
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A table in markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def summary(paths: list[str]) -> str:
+    """The protocol's table: mean ± deviation over the seeds, all at the last epoch.
+
+    Validation accuracy of a search, test accuracy of an evaluation. An evaluation of a run folder shows that search's time
+    and Λ.
+    """
+    rows = []
+    for name, members in grouped(paths).items():
+        columns = {column: [] for column in ("accuracy", "parameters", "multiply_adds", "minutes", "lambda")}
+        for config, metrics in map(read_run, members):
+            columns["accuracy"].append(metrics[-1].get("test_accuracy", metrics[-1].get("valid_accuracy")))
+            columns["parameters"] += [config["parameters"] / 1e6] if "parameters" in config else []
+            columns["multiply_adds"] += [config["multiply_adds"] / 1e6] if "multiply_adds" in config else []
+            if config["kind"] == "eval":
+                try:
+                    metrics = read_run(config["arch"])[1]
+                except InputError:  # a published cell
+                    continue
+            columns["minutes"].append(sum(line["seconds"] for line in metrics) / 60)
+            columns["lambda"] += [metrics[-1]["lambda_train"]] if "lambda_train" in metrics[-1] else []
+        rows.append([name, len(members), *map(spread, columns.values())])
+    return table(["runs", "seeds", "accuracy, %", "parameters, M", "multiply-adds, M", "search, min", "Λ"], rows)
+
+
+def main() -> None:
+    parser = Parser(description="Tabulate finished runs: mean ± standard deviation over seeds.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of searches or evaluations")
+    print(summary(parser.parse_args().runs), end="")
+
+
+if __name__ == "__main__":
+    script(main)
