@@ -18,7 +18,7 @@ from ldarts.alignment import KINDS
 from ldarts.architect import METHODS
 from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.errors import require
-from ldarts.genotypes import to_json
+from ldarts.genotypes import benchmark, to_json
 from ldarts.runs import (MEMORY_FORMATS, Clock, Meter, Parser, Run, evaluate, pick_device, script,
                          seed_everything)
 
@@ -55,6 +55,7 @@ def parse_args():
     add("--lambda_grad", choices=METHODS, default="central", help="how ∇Λ is computed")
     add("--epsilon", type=float, help="ε₀ of central and forward (default 1e-4, 1e-3 on SVHN)")
     add("--eigenvalue", action="store_true", help="log the dominant eigenvalue of ∂²L_valid/∂α² every epoch")
+    add("--nasbench", metavar="FILE", help="log the test accuracies of NAS-Bench-201's file every epoch (needs nas-bench-201)")
     add("--plot", action="store_true", help="draw the cells, α and the curves anew every epoch (needs matplotlib)")
     add("--tensorboard", action="store_true", help="write TensorBoard's event files into the run folder (needs tensorboard)")
     add("--device", default="auto")
@@ -78,6 +79,8 @@ def check(args) -> None:
             require(module, f"--{name}")
     if args.search_space == "nasbench201" and args.unrolled:
         raise InputError("--unrolled: nasbench201 is searched by first order only, as published; leave it out")
+    if args.nasbench and args.search_space != "nasbench201":
+        raise InputError("--nasbench: the file knows architectures of nasbench201; add --search_space nasbench201")
     if args.hessian == "exact" and not args.unrolled:
         raise InputError("--hessian exact: only the second order has one; add --unrolled")
     if not 0 < args.train_portion < 1:
@@ -127,6 +130,7 @@ def skip_connections(genotype) -> int:
 def main():
     args = parse_args()
     device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
+    look_up = benchmark(args.nasbench) if args.nasbench else None
     train_set, _ = load(args.dataset, args.data, device, args.seed)
     images = len(train_set.labels)
     split = int(args.train_portion * images)
@@ -196,6 +200,8 @@ def main():
                   "entropy": float(torch.special.entr(p).sum(-1).mean()), "skip_connections": skip_connections(genotype),
                   "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in net.arch_parameters()],
                   "seconds": round(time.perf_counter() - started, 3)}
+        if look_up:
+            values |= {f"benchmark_{name}": accuracy for name, accuracy in look_up(genotype).items()}
         history.append(values)
         run.metrics(values)
         run.write("genotype.json", to_json(genotype))
@@ -221,6 +227,10 @@ def report(run, genotype, history, args):
         for name in ("normal", "reduce"):
             run.log(f"{name}: " + ", ".join(f"{op} {state}" for op, state in getattr(genotype, name)))
     run.log(f"skip connections: {history[-1]['skip_connections']}")
+    if args.nasbench:
+        found = {name[10:]: value for name, value in history[-1].items() if name.startswith("benchmark_")}
+        run.log("test accuracy in NAS-Bench-201: " + (", ".join(f"{name} {value:.2f} %" for name, value in found.items())
+                                                      or f"the file has not trained it: {args.nasbench}"))
     if "lambda_train" in history[-1]:
         shown = history[:: max(1, len(history) // 10)]
         run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))

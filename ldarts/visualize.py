@@ -139,9 +139,9 @@ def draw_alphas(space: str, alphas: list[list[list[list[float]]]], genotype: "Ge
             image = ax.imshow(p[:, e].T, aspect="auto", vmin=0, vmax=float(p.max()), cmap="viridis", interpolation="nearest")
             ax.set_title(f"{names[j]} → {names[i]}", fontsize=8, pad=3)
             labelled = j == 0 or len(set(rows)) > 1
-            ax.set_yticks(range(len(rows[e])), rows[e] if labelled else [""] * len(rows[e]), fontsize=6)
+            ax.set_yticks(range(len(rows[e])), rows[e] if labelled else [""] * len(rows[e]), fontsize=7)
             ax.set_xticks([0, len(p) - 1] if i == last and len(p) > 1 else [])
-            ax.tick_params(labelsize=6, length=2)
+            ax.tick_params(labelsize=7, length=2)
             for op in (op for a, b, op in chosen if (a, b) == (j, i)):
                 ax.plot(len(p) - 0.75, rows[e].index(op), "<", color="tab:red", ms=6, clip_on=False)
                 for spine in ax.spines.values():
@@ -168,6 +168,7 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
                                      figsize=(3.6 * columns, 2.5 * -(-len(shown) // columns)))
     for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
+    figure.supxlabel("epoch", fontsize=9)
     for ax, name in zip(axes.flat, shown):
         for label, runs in groups.items():
             rows = [[line[name] for line in run if name in line] for run in runs]
@@ -177,6 +178,7 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
                      marker="." if length < 3 else None)
         ax.set_title(CURVES[name], fontsize=9)
         ax.tick_params(labelsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
@@ -189,7 +191,7 @@ def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
     genotype, folder = genotypes.load(str(path)), Path(path)
     written = [folder / f"{name}.{suffix}" for name in ("cells", "curves", "alphas")]
     draw_cells(genotype, written[0])
-    draw_curves({config["kind"]: [metrics]}, written[1])
+    draw_curves({folder.name: [metrics]}, written[1])
     if "alphas" not in metrics[-1]:
         return written[:2]
     draw_alphas(config["search_space"], [line["alphas"] for line in metrics], genotype, written[2])
