@@ -45,11 +45,14 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     gradient = commands.add_parser("gradient", help="how far each way to ∇Λ raises Λ, at moments of a search")
     collapse = commands.add_parser("collapse", help="searches with and without Λ, and what their cells are worth")
-    for command, chosen in ((gradient, ["darts", "s2"]), (collapse, ["s2", "s4", "darts"])):
+    cells = [space for space in spaces.SPACES if space != "nasbench201"]
+    # S4 draws noise, and another one in each precision: its gradients can't be compared.
+    for command, chosen, choices in ((gradient, ["darts", "s2"], [space for space in cells if space != "s4"]),
+                                     (collapse, ["s2", "s4", "darts"], cells)):
         add = command.add_argument
         add("--data", default="data")
         add("--dataset", default="cifar10")
-        add("--spaces", nargs="+", default=chosen, choices=[s for s in spaces.SPACES if s != "nasbench201"])
+        add("--spaces", nargs="+", default=chosen, choices=choices)
         add("--seeds", nargs="+", type=int, default=[0, 1, 2])
         add("--epochs", type=int, default=50, help="of a search")
         add("--batch_size", type=int, default=64)
@@ -159,54 +162,43 @@ def measure(args, net: SearchNetwork, batches: list[Batch], held_out: list[Batch
     norm, loss_norm: of the direction before it is scaled, and of ∇L; cosine: with the double backward in float64; same,
     held_out: ΔΛ in float32 after a step of args.length along the direction, on the batch and on each held-out one.
     """
-    nets = {dtype: Architect(copy.deepcopy(net).to(torch.float64 if dtype == "float64" else torch.float32), F.cross_entropy)
-            for dtype in {"float64", "float32", *args.dtypes}}
-    device = batches[0][0].device
-    plain = nets["float32"].net.weight_parameters()
-    origin, sizes = flat(plain), [p.numel() for p in plain]
+    def at(dtype: str) -> Architect:
+        precision = torch.float64 if dtype == "float64" else torch.float32
+        return Architect(copy.deepcopy(net).to(precision), F.cross_entropy)
 
-    def noise():  # the same in every pass: S4 draws it
-        torch.manual_seed(0)
+    nets, there = {dtype: at(dtype) for dtype in {"float64", *args.dtypes}}, at("float32")
+    origin, sizes = flat(net.weight_parameters()), [p.numel() for p in net.weight_parameters()]
+    device = origin.device
 
     def grads(dtype: str, batch: Batch, kind: str, epsilon: float, method: str) -> tuple[Tensor, Tensor]:
-        noise()
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             images = batch[0].double() if dtype == "float64" else batch[0]
             _, dw, d_lambda, _ = nets[dtype].lambda_grads((images, batch[1]), kind, epsilon, method)
         return flat(dw), flat(d_lambda)
 
     def alignments(kind: str, batch: Batch, direction: Tensor | None = None) -> list[float]:
-        """Λ on the batch and on each held-out one, after a step along the direction that is taken back again."""
-        step = torch.zeros_like(origin) if direction is None else args.length / direction.norm().clamp_min(1e-30) * direction
-        values = []
-        with torch.no_grad():
-            for p, part in zip(plain, (origin + step).split(sizes)):
-                p.copy_(part.view_as(p))
-        for x in [batch, *held_out]:
-            noise()
-            values.append(float(nets["float32"].batch_alignment(x, kind)))
-        with torch.no_grad():
-            for p, part in zip(plain, origin.split(sizes)):
-                p.copy_(part.view_as(p))
-        return values
+        """Λ on the batch and on each held-out one, at the origin or a step along the direction away from it."""
+        step = 0 if direction is None else args.length / direction.norm().clamp_min(1e-30) * direction
+        for p, part in zip(there.net.weight_parameters(), (origin + step).split(sizes)):
+            p.data.copy_(part.view_as(p))
+        return [float(there.batch_alignment(x, kind)) for x in [batch, *held_out]]
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for b, batch in enumerate(batches):
-            for kind in args.kinds:
-                before = alignments(kind, batch)
-                _, reference = grads("float64", batch, kind, 1.0, "exact")
-                for dtype in args.dtypes:
-                    dw, exact = grads(dtype, batch, kind, 1.0, "exact")
-                    drawn = torch.randn(len(dw), dtype=torch.float64, generator=torch.Generator().manual_seed(b)).to(device)
-                    directions = [("exact", None, exact), ("−∇L", None, -dw), ("random", None, drawn)]
-                    directions += [(method, epsilon, grads(dtype, batch, kind, epsilon, method)[1])
-                                   for method in ("central", "forward") for epsilon in args.epsilons]
-                    for name, epsilon, direction in directions:
-                        change = [a - b for a, b in zip(alignments(kind, batch, direction), before)]
-                        yield {"batch": b, "kind": kind, "dtype": dtype, "estimator": name, "epsilon": epsilon,
-                               "norm": float(direction.norm()), "loss_norm": float(dw.norm()),
-                               "cosine": float(F.cosine_similarity(direction, reference, 0)),
-                               "same": change[0], "held_out": change[1:], "before": before}
+    for b, batch in enumerate(batches):
+        for kind in args.kinds:
+            before = alignments(kind, batch)
+            _, reference = grads("float64", batch, kind, 1.0, "exact")
+            for dtype in args.dtypes:
+                dw, exact = grads(dtype, batch, kind, 1.0, "exact")
+                drawn = torch.randn(len(dw), dtype=torch.float64, generator=torch.Generator().manual_seed(b)).to(device)
+                directions = [("exact", None, exact), ("−∇L", None, -dw), ("random", None, drawn)]
+                directions += [(method, epsilon, grads(dtype, batch, kind, epsilon, method)[1])
+                               for method in ("central", "forward") for epsilon in args.epsilons]
+                for name, epsilon, direction in directions:
+                    change = [a - b for a, b in zip(alignments(kind, batch, direction), before)]
+                    yield {"batch": b, "kind": kind, "dtype": dtype, "estimator": name, "epsilon": epsilon,
+                           "norm": float(direction.norm()), "loss_norm": float(dw.norm()),
+                           "cosine": float(F.cosine_similarity(direction, reference, 0)),
+                           "same": change[0], "held_out": change[1:], "before": before}
 
 
 def report_gradient(args, results: dict[Case, list[dict[str, Any]]]) -> str:

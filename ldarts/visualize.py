@@ -136,7 +136,7 @@ def draw_alphas(space: str, alphas: list[list[list[list[float]]]], genotype: "Ge
         for e, (j, i) in enumerate(pairs):
             ax = axes[i - first, j]
             ax.set_axis_on()
-            image = ax.imshow(p[:, e].T, aspect="auto", vmin=0, vmax=float(p.max()), cmap="viridis", interpolation="nearest")
+            image = ax.imshow(p[:, e].T.numpy(), aspect="auto", vmin=0, vmax=float(p.max()), cmap="viridis", interpolation="nearest")
             ax.set_title(f"{names[j]} → {names[i]}", fontsize=8, pad=3)
             labelled = j == 0 or len(set(rows)) > 1
             ax.set_yticks(range(len(rows[e])), rows[e] if labelled else [""] * len(rows[e]), fontsize=7)
