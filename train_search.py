@@ -188,7 +188,7 @@ def main():
         if normal_cells > 1:
             alignment = {f"lambda_{name}": float(arch.batch_alignment(batch, args.lambda_kind))
                          for name, batch in (("train", train), ("valid", valid))}
-        curvature = {"alpha_eigenvalue": float(arch.alpha_eigenvalue(probe))} if args.eigenvalue else {}
+        curvature = {"alpha_eigenvalue": arch.alpha_eigenvalue(probe)} if args.eigenvalue else {}
         net.eval()
         valid_loss, valid_accuracy = evaluate(
             net, criterion, eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))

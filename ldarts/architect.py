@@ -126,20 +126,23 @@ class Architect:
             d_lambda = [(up - down) / (2 * eps) for up, down in zip(shifted(1), shifted(-1))]
         return WeightGrads(loss.detach(), logits.detach(), dw, d_lambda, value)
 
-    def alpha_eigenvalue(self, batch: Batch, iterations: int = 20) -> Tensor:
+    def alpha_eigenvalue(self, batch: Batch, iterations: int = 20, tolerance: float = 0.01) -> float:
         """The eigenvalue of ∂²L/∂α² on one batch that is largest in magnitude, which grows when a search collapses
         (Zela et al., 2020): power iteration by double backward, from the same direction on every call, changing nothing.
+        It ends after `iterations`, or when the value changes by less than `tolerance` of itself.
         """
         device, alphas = batch[0].device, self.net.arch_parameters()
         with frozen_statistics(self.net), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             gradient = torch.autograd.grad(self._loss(batch), alphas, create_graph=True)
             gradient = torch.cat([g.flatten() for g in gradient])
-            v = torch.randn_like(gradient)
+            v, value = torch.randn_like(gradient), 0.0
             for _ in range(iterations):
                 v = v / v.norm()
                 product = torch.cat([h.flatten() for h in torch.autograd.grad(gradient, alphas, v, retain_graph=True)])
-                value, v = v @ product, product
+                before, value, v = value, float(v @ product), product
+                if abs(value - before) < tolerance * abs(value):
+                    break
         return value
 
     def cell_leaves(self) -> list[Tensor]:
