@@ -5,7 +5,8 @@
     python -m ldarts.study gradient --out studies/gradient --show           # tables and pictures of what is there
 
 Each finished case (a space, a variant, a seed) is one JSON file in --out and is not computed again, so a study can be
-stopped, continued, and run in parts by several processes. Tables go to --out/tables.md, pictures beside it.
+stopped, continued, and run in parts by several processes. Tables go to --out/tables.md, pictures beside it where
+matplotlib (extra `plot`) is installed.
 """
 import copy
 import json
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -27,7 +29,8 @@ from .architect import Architect, Batch
 from .data import Batches, load
 from .errors import InputError
 from .model_search import SearchNetwork, derive
-from .runs import Parser, device_name, pick_device, read_run, script, seed_everything, spread, table, versions, write_atomically
+from .runs import (Parser, device_name, pick_device, read_run, script, seed_everything, spread, table, versions,
+                   write_atomically)
 from .visualize import band, pyplot, save
 
 ROOT = Path(__file__).parent.parent
@@ -86,8 +89,9 @@ def main() -> None:
     if not results:
         raise InputError(f"{args.out}: no finished case of this study; run it without --show")
     text = report(args, {case: result["values"] for case, result in results.items()})
-    minutes = sum(result["minutes"] for result in results.values())
-    text += f"\n{len(results)} of {len(wanted)} cases, {minutes:.1f} minutes, on {results[next(iter(results))]['device']}.\n"
+    first, minutes = next(iter(results.values())), sum(result["minutes"] for result in results.values())
+    flags = " ".join(f"--{k} {v}" for k, v in first["settings"].items() if k != "command")
+    text += f"\n{len(results)} of {len(wanted)} cases, {minutes:.1f} minutes, on {first['device']}; {flags}\n"
     write_atomically(Path(args.out, "tables.md"), lambda path: path.write_text(text))
     print(text, end="")
 
@@ -201,59 +205,57 @@ def measure(args, net: SearchNetwork, batches: list[Batch], held_out: list[Batch
                            "same": change[0], "held_out": change[1:], "before": before}
 
 
+NUMBERS = {  # of a direction, from a row of measure()
+    "‖·‖ / ‖∇L‖": lambda row: [] if row["estimator"] == "random" else [row["norm"] / row["loss_norm"]],
+    "cosine with exact": lambda row: [row["cosine"]],
+    "ΔΛ, same batch": lambda row: [row["same"]],
+    "ΔΛ, held-out batches": lambda row: row["held_out"],
+}
+Directions = dict[tuple[str, float | None], list[dict[str, Any]]]  # (estimator, ε₀) -> rows of all seeds and batches
+
+
 def report_gradient(args, results: dict[Case, list[dict[str, Any]]]) -> str:
-    """A table and a picture for each space, kind and moment, over the seeds and batches."""
-    rows = [{"space": case[0], **row} for case, found in results.items() for row in found]
-    estimators = list(dict.fromkeys((row["estimator"], row["epsilon"]) for row in rows))
-    numbers = {"‖·‖ / ‖∇L‖": lambda row: [row["norm"] / row["loss_norm"]], "cosine with exact": lambda row: [row["cosine"]],
-               "ΔΛ, same batch": lambda row: [row["same"]], "ΔΛ, held-out batches": lambda row: row["held_out"]}
-    text, distinct = "", lambda key: list(dict.fromkeys(row[key] for row in rows))
-
-    def values(number, **where) -> list[float]:
-        return [v for row in rows if all(row[k] == v for k, v in where.items()) for v in numbers[number](row)]
-
-    for space in distinct("space"):
-        for kind in distinct("kind"):
-            steps = sorted({row["step"] for row in rows if row["space"] == space})
-            for dtype in distinct("dtype"):
-                for step in steps:
-                    lines = []
-                    for name, epsilon in estimators:
-                        where = dict(space=space, kind=kind, dtype=dtype, step=step, estimator=name, epsilon=epsilon)
-                        shown = [spread(values(number, **where), 3) for number in numbers]
-                        shown[0] = "" if name == "random" else shown[0]
-                        lines.append([name, "" if epsilon is None else f"{epsilon:.0e}", *shown])
-                    before = [v for row in rows if (row["space"], row["kind"], row["step"]) == (space, kind, step)
-                              for v in row["before"]]
-                    text += (f"\n{space}, Λ {kind}, {dtype}, after {step} steps (Λ {spread(before, 3)}); ΔΛ after a weight step "
-                             f"of length {args.length}:\n\n" + table(["direction", "ε₀", *numbers], lines))
-            draw_gradient(Path(args.out, f"{space}-{kind}.png"), steps, distinct("dtype"), list(numbers)[1:],
-                          lambda number, **where: values(number, space=space, kind=kind, **where), estimators)
+    """A table for each space, kind, precision and moment, and a picture for each space and kind."""
+    groups: dict[tuple[str, str], dict[tuple[str, int], Directions]] = {}
+    for case, found in results.items():
+        for row in found:
+            group = groups.setdefault((case[0], row["kind"]), {}).setdefault((row["dtype"], row["step"]), {})
+            group.setdefault((row["estimator"], row["epsilon"]), []).append(row)
+    text = ""
+    for (space, kind), moments in groups.items():
+        for (dtype, step), directions in moments.items():
+            before = [value for row in directions["exact", None] for value in row["before"]]
+            text += f"\n{space}, Λ {kind}, {dtype}, after {step} steps, where Λ is {spread(before, 3)}:\n\n"
+            text += table(["direction", "ε₀", *NUMBERS],
+                          [[name, "" if epsilon is None else f"{epsilon:.0e}",
+                            *(spread([v for row in rows for v in of(row)], 3) for of in NUMBERS.values())]
+                           for (name, epsilon), rows in directions.items()])
+        if find_spec("matplotlib"):
+            draw_gradient(moments, Path(args.out, f"{space}-{kind}.png"))
     return text
 
 
-def draw_gradient(path: Path, steps, dtypes, numbers, values, estimators) -> None:
-    """A column a moment, a row a number; colours: the estimators, line styles: the precisions."""
+def draw_gradient(moments: dict[tuple[str, int], Directions], path: Path) -> None:
+    """A column a moment, a row a number; colours: the directions, line styles: the precisions."""
+    numbers, steps = list(NUMBERS.items())[1:], sorted({step for _, step in moments})
     figure, axes = pyplot().subplots(len(numbers), len(steps), squeeze=False, sharex=True, sharey="row",
-                                     figsize=(3.2 * len(steps), 2.5 * len(numbers)), layout="constrained")
-    epsilons = sorted({epsilon for _, epsilon in estimators if epsilon is not None})
+                                     figsize=(1.2 + 2.9 * len(steps), 2.4 * len(numbers)), layout="constrained")
     colours = {"central": "C0", "forward": "C1", "exact": "C2", "−∇L": "C4", "random": "0.5"}
-    for row, number in zip(axes, numbers):
-        row[0].set_ylabel(number)
-        for ax, step in zip(row, steps):
-            for name in colours:
-                for dtype, style in zip(dtypes, ("-", "--", ":")):
-                    where = [dict(step=step, dtype=dtype, estimator=name,
-                                  epsilon=epsilon if (name, epsilon) in estimators else None) for epsilon in epsilons]
-                    band(ax, epsilons, list(zip(*(values(number, **w) for w in where))), f"{name}, {dtype}",
-                         color=colours[name], ls=style)
-            ax.set_xscale("log")
+    styles = {"float32": "-", "float64": "--", "bfloat16": ":"}
+    for (dtype, step), directions in moments.items():
+        epsilons = sorted({epsilon for _, epsilon in directions if epsilon is not None})
+        for row, (number, of) in zip(axes, numbers):
+            ax = row[steps.index(step)]
+            for name, colour in colours.items():
+                by_epsilon = ([v for r in directions.get((name, e), directions.get((name, None))) for v in of(r)]
+                              for e in epsilons)
+                band(ax, epsilons, list(zip(*by_epsilon)), f"{name}, {dtype}", color=colour, ls=styles[dtype])
+            ax.set(xscale="log", ylabel=number if step == steps[0] else None)
             ax.grid(alpha=0.3)
-    for ax, step in zip(axes[0], steps):
-        ax.set_title(f"after {step} steps")
-    for ax in axes[-1]:
-        ax.set_xlabel("ε₀")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(colours), fontsize=8)
+    for column, step in zip(axes.T, steps):
+        column[0].set_title(f"after {step} steps")
+        column[-1].set_xlabel("ε₀")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     save(figure, path)
 
 
@@ -309,7 +311,8 @@ def report_collapse(args, results: dict[Case, dict[str, Any]]) -> str:
             ["", "variant", *(f"epoch {epoch}" for epoch in epochs)],
             [[number, v, *(spread([row[epoch] for row in curves[space][number][v]], 3) for epoch in epochs)]
              for number in numbers for v in variants])
-    draw_collapse(Path(args.out, "collapse.png"), curves, tests)
+    if find_spec("matplotlib"):
+        draw_collapse(Path(args.out, "collapse.png"), curves, tests)
     return text
 
 
