@@ -194,7 +194,9 @@ def measure(args, net: SearchNetwork, batches: list[Batch], held_out: list[Batch
             for dtype in args.dtypes:
                 dw, exact = grads(dtype, batch, kind, 1.0, "exact")
                 drawn = torch.randn(len(dw), dtype=torch.float64, generator=torch.Generator().manual_seed(b)).to(device)
-                directions = [("exact", None, exact), ("−∇L", None, -dw), ("random", None, drawn)]
+                directions = [("exact", None, exact)]
+                if dtype == args.dtypes[0]:
+                    directions += [("−∇L", None, -dw), ("random", None, drawn)]
                 directions += [(method, epsilon, grads(dtype, batch, kind, epsilon, method)[1])
                                for method in ("central", "forward") for epsilon in args.epsilons]
                 for name, epsilon, direction in directions:
@@ -247,9 +249,10 @@ def draw_gradient(moments: dict[tuple[str, int], Directions], path: Path) -> Non
         for row, (number, of) in zip(axes, numbers):
             ax = row[steps.index(step)]
             for name, colour in colours.items():
-                by_epsilon = ([v for r in directions.get((name, e), directions.get((name, None))) for v in of(r)]
+                by_epsilon = ([v for r in directions.get((name, e), directions.get((name, None), ())) for v in of(r)]
                               for e in epsilons)
-                band(ax, epsilons, list(zip(*by_epsilon)), f"{name}, {dtype}", color=colour, ls=styles[dtype])
+                if rows := list(zip(*by_epsilon)):
+                    band(ax, epsilons, rows, f"{name}, {dtype}", color=colour, ls=styles[dtype])
             ax.set(xscale="log", ylabel=number if step == steps[0] else None)
             ax.grid(alpha=0.3)
     for column, step in zip(axes.T, steps):
@@ -306,7 +309,7 @@ def report_collapse(args, results: dict[Case, dict[str, Any]]) -> str:
             [[v, len(runs[v]), *(spread([row[-1] for row in curves[space][number][v]], 3) for number in numbers),
               spread(tests[space][v]), spread([run["parameters"] / 1e3 for run in runs[v]], 1),
               spread([line["seconds"] for run in runs[v] for line in run["search"]], 1)] for v in variants])
-        epochs = sorted({round(k * (len(next(iter(results.values()))["search"]) - 1) / 4) for k in range(5)})
+        epochs = sorted({round(k * (len(runs[variants[0]][0]["search"]) - 1) / 4) for k in range(5)})
         text += f"\n{space}, over the epochs:\n\n" + table(
             ["", "variant", *(f"epoch {epoch}" for epoch in epochs)],
             [[number, v, *(spread([row[epoch] for row in curves[space][number][v]], 3) for epoch in epochs)]
