@@ -70,7 +70,7 @@ def main() -> None:
     add("--steps", nargs="+", type=int, default=[0, 100, 500], help="when to look, beside the end")
     add("--batches", type=int, default=2, help="training batches of a snapshot")
     add("--held_out", type=int, default=2, help="batches of the α half, on which ΔΛ is measured too")
-    add("--length", type=float, default=0.2, help="of the weight step of which ΔΛ is the effect")
+    add("--length", type=float, default=0.2, help="of the weight step of which ΔΛ is the effect; shorter for a small net")
     add("--epsilons", nargs="+", type=float, default=[1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     add("--dtypes", nargs="+", choices=("float32", "float64", "bfloat16"), default=["float32", "float64", "bfloat16"],
@@ -90,7 +90,7 @@ def main() -> None:
         raise InputError(f"{args.out}: no finished case of this study; run it without --show")
     text = report(args, {case: result["values"] for case, result in results.items()})
     first, minutes = next(iter(results.values())), sum(result["minutes"] for result in results.values())
-    flags = " ".join(f"--{k} {v}" for k, v in first["settings"].items() if k != "command")
+    flags = ", ".join(f"{k} {v}" for k, v in first["settings"].items() if k != "command")
     text += f"\n{len(results)} of {len(wanted)} cases, {minutes:.1f} minutes, on {first['device']}; {flags}\n"
     write_atomically(Path(args.out, "tables.md"), lambda path: path.write_text(text))
     print(text, end="")
