@@ -52,9 +52,9 @@ def test_the_eigenvalue_is_that_of_the_whole_hessian():
     rows = [torch.autograd.grad(g, alpha, retain_graph=True)[0].flatten() for g in gradient.flatten()]
     eigenvalues = torch.linalg.eigvalsh(torch.stack(rows))
     before = torch.get_rng_state()
-    found = arch.alpha_eigenvalue(double(batch()), iterations=60, tolerance=0.0)
+    found = arch.alpha_eigenvalue(double(batch()), iterations=30, tolerance=0.0)
     assert torch.equal(torch.get_rng_state(), before)
-    assert found == pytest.approx(float(eigenvalues[eigenvalues.abs().argmax()]), rel=0.01)
+    assert found == pytest.approx(float(eigenvalues[eigenvalues.abs().argmax()]), rel=0.05)
 
 
 def test_a_snapshot_measures_each_direction_and_leaves_the_net_alone():
