@@ -178,7 +178,8 @@ class Parser(argparse.ArgumentParser):
 
 
 # What two runs of one row of a table, or of one band of a plot, may differ in.
-_INCIDENTAL = ("seed", "save", "data", "device", "device_name", "versions", "commit", "report_freq", "plot", "tensorboard")
+_INCIDENTAL = ("seed", "save", "data", "device", "device_name", "versions", "commit", "report_freq", "plot", "tensorboard",
+               "eigenvalue", "nasbench", "workers", "parameters", "multiply_adds")
 
 
 def read_run(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -192,15 +193,13 @@ def read_run(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def grouped(paths: list[str]) -> dict[str, list[str]]:
-    """The run folders that differ in nothing but their seed, together, by the settings that the groups differ in."""
-    configs = {path: read_run(path)[0] for path in paths}
-    settings = {path: {k: v for k, v in config.items() if k not in _INCIDENTAL} for path, config in configs.items()}
-    differing = [k for k in dict.fromkeys(k for s in settings.values() for k in s)
-                 if len({repr(s.get(k)) for s in settings.values()}) > 1]
+    """The run folders that differ in nothing but their seed, together, by what they are and what sets them apart."""
+    settings = {path: {k: v for k, v in read_run(path)[0].items() if k not in _INCIDENTAL} for path in paths}
     groups = {}
     for path, s in settings.items():
-        name = ", ".join(f"{k} {s[k]}" for k in differing if s.get(k) is not None)
-        groups.setdefault(name or configs[path]["kind"], []).append(path)
+        others = [other for other in settings.values() if other["kind"] == s["kind"]]
+        apart = [f"{k} {v}" for k, v in s.items() if any(other.get(k) != v for other in others)]
+        groups.setdefault(", ".join([s["kind"], *apart]), []).append(path)
     return groups
 
 

@@ -145,9 +145,9 @@ def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "runs/e", 0, 50.0, kind="eval", arch="runs/s0", parameters=2.5e6, multiply_adds=4e8)
     run_main(monkeypatch, runs, "runs/s0", "runs/s1", "runs/other")
     printed = capsys.readouterr().out
-    assert "| epochs 1 | 2 | 21.50 ± 2.12 | – | – | 1.50 ± 0.00 | 0.25 ± 0.00 |" in printed
-    assert "| epochs 2 | 1 | 30.00 | – | – | 1.50 | 0.25 |" in printed
-    run_main(monkeypatch, runs, "runs/e")
+    assert "| search, epochs 1 | 2 | 21.50 ± 2.12 | – | – | 1.50 ± 0.00 | 0.25 ± 0.00 |" in printed
+    assert "| search, epochs 2 | 1 | 30.00 | – | – | 1.50 | 0.25 |" in printed
+    run_main(monkeypatch, runs, "runs/e", "runs/s0")
     assert "| eval | 1 | 50.00 | 2.50 | 400.00 | 1.50 | 0.25 |" in capsys.readouterr().out
     assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none")
 
