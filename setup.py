@@ -52,6 +52,7 @@ setup(
     package_data={"ldarts.csrc": ["*"]},  # the first use compiles them where this did not
     python_requires=">=3.10",
     install_requires=["torch>=2.7", "ninja", "numpy"],
-    extras_require={"test": ["pytest"], "svhn": ["scipy"]},
+    extras_require={"test": ["pytest"], "svhn": ["scipy"], "plot": ["matplotlib"], "tensorboard": ["tensorboard"],
+                    "imagenet": ["pillow"], "nasbench": ["nas-bench-201"]},
     **built,
 )

@@ -14,12 +14,13 @@ import math
 import torch
 from torch import nn
 
-from ldarts import Architect, InputError, SearchNetwork, spaces
+from ldarts import Architect, InputError, SearchNetwork, spaces, visualize
 from ldarts.alignment import KINDS
 from ldarts.architect import METHODS
 from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.distributed import Processes
-from ldarts.genotypes import to_json
+from ldarts.errors import require
+from ldarts.genotypes import benchmark, to_json
 from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, pick_device, script,
                          seed_everything, set_deterministic)
 
@@ -55,6 +56,10 @@ def parse_args():
     add("--lambda_kind", choices=KINDS, default="cosine")
     add("--lambda_grad", choices=METHODS, default="central", help="how ∇Λ is computed")
     add("--epsilon", type=float, help="ε₀ of central and forward (default 1e-4, 1e-3 on SVHN)")
+    add("--eigenvalue", action="store_true", help="log the dominant eigenvalue of ∂²L_valid/∂α² every epoch")
+    add("--nasbench", metavar="FILE", help="log the test accuracies of NAS-Bench-201's file every epoch (needs nas-bench-201)")
+    add("--plot", action="store_true", help="draw the cells, α and the curves anew every epoch (needs matplotlib)")
+    add("--tensorboard", action="store_true", help="write TensorBoard's event files into the run folder (needs tensorboard)")
     add_run_arguments(add)
     args = parser.parse_args()
     in_201, on_svhn = args.search_space == "nasbench201", args.dataset == "svhn"
@@ -70,8 +75,13 @@ def parse_args():
 def check(args) -> None:
     """Raises InputError for values that make no search."""
     spaces.get(args.search_space)
+    for name, module in (("plot", "matplotlib"), ("tensorboard", "tensorboard")):
+        if getattr(args, name):
+            require(module, f"--{name}")
     if args.search_space == "nasbench201" and args.unrolled:
         raise InputError("--unrolled: nasbench201 is searched by first order only, as published; leave it out")
+    if args.nasbench and args.search_space != "nasbench201":
+        raise InputError("--nasbench: the file knows architectures of nasbench201; add --search_space nasbench201")
     if args.hessian == "exact" and not args.unrolled:
         raise InputError("--hessian exact: only the second order has one; add --unrolled")
     if not 0 < args.train_portion < 1:
@@ -93,7 +103,7 @@ def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, la
                 hessian="central"):
     """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
 
-    Returns the WeightGrads of the training batch.
+    Returns the WeightGrads of the training batch, with their norms.
     """
     def alpha_step():
         arch.step(arch.alpha_grads(train, valid, optimizer.param_groups[0]["lr"], optimizer, unrolled, hessian))
@@ -105,11 +115,13 @@ def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, la
     total = torch._foreach_sub(grads.dw, torch._foreach_mul(grads.d_lambda, lambda_t)) if lambda_t else grads.dw
     for p, grad in zip(arch.weights, total):
         p.grad = grad
-    nn.utils.clip_grad_norm_(arch.weights, grad_clip)
+    loss_norm = nn.utils.get_total_norm(grads.dw)
+    lambda_norm = lambda_t * nn.utils.get_total_norm(grads.d_lambda) if lambda_t else torch.zeros_like(loss_norm)
+    clipped = nn.utils.clip_grad_norm_(arch.weights, grad_clip) > grad_clip
     optimizer.step()
     if not alpha_first:
         alpha_step()
-    return grads
+    return grads._replace(norms=torch.stack([lambda_norm, loss_norm, clipped.to(loss_norm)]))
 
 
 def skip_connections(genotype) -> int:
@@ -123,6 +135,7 @@ def main():
         set_deterministic()
     device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
     processes = Processes(device)
+    look_up = benchmark(args.nasbench) if args.nasbench else None
     train_set, _ = load(args.dataset, args.data, device, args.seed)
     images = len(train_set.labels)
     split = int(args.train_portion * images)
@@ -146,9 +159,13 @@ def main():
                      args.weight_decay, processes.average)
 
     run = Run("search", args, processes, {"model": net, "optimizer": optimizer, "arch": arch.optimizer,
-                                          "scheduler": scheduler}, len(train_batches))
+                                          "scheduler": scheduler}, len(train_batches), means=3)
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {split} images for w and {images - split} for α, "
             f"{sum(p.numel() for p in net.weight_parameters()):,} weights, on {device}")
+    if args.tensorboard and run.writes:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(run.path)
+    probe = next(eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))
     for epoch in range(run.epoch, args.epochs):
         lambda_t = args.lambda_reg * epoch / max(1, args.epochs - 1)
         grown = args.cutout_prob * epoch / max(1, args.epochs - 1)
@@ -161,17 +178,18 @@ def main():
                                 alpha_first=args.search_space != "nasbench201", lambda_t=lambda_t, kind=args.lambda_kind,
                                 epsilon=args.epsilon, method=args.lambda_grad, grad_clip=args.grad_clip,
                                 hessian=args.hessian)
-            run.after_step(grads.loss, grads.logits, train[1], Λ=grads.alignment)
+            run.after_step(grads.loss, grads.logits, train[1], grads.norms, Λ=grads.alignment)
         scheduler.step()
 
         run.seed()
-        train_loss, train_accuracy = run.meter.read()
+        train_loss, train_accuracy, *norms = run.meter.read()
         alignment = {}
         if normal_cells > 1:
             last = len(train_batches) - 1  # the batches of the last step, which a resumed run may not have taken itself
             alignment = {f"lambda_{name}": float(arch.batch_alignment(
                 next(batches.epoch(epoch, grown, last % len(batches))), args.lambda_kind))
                 for name, batches in (("train", train_batches), ("valid", valid_batches))}
+        curvature = {"alpha_eigenvalue": arch.alpha_eigenvalue(probe)} if args.eigenvalue else {}
         net.eval()
         processes.take_from_first(net.buffers())
         share = valid_batches.indices[processes.rank :: processes.world]
@@ -180,13 +198,23 @@ def main():
         genotype = net.genotype()
         p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in net.arch_parameters()])
         values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "valid_loss": valid_loss,
-                  "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t, **alignment,
-                  "entropy": float(torch.special.entr(p).sum(-1).mean()), "skip_connections": skip_connections(genotype)}
+                  "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t, **alignment, **curvature,
+                  **dict(zip(("lambda_grad_norm", "loss_grad_norm", "clipped"), norms)),
+                  "entropy": float(torch.special.entr(p).sum(-1).mean()), "skip_connections": skip_connections(genotype),
+                  "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in net.arch_parameters()]}
+        if look_up:
+            values |= {f"benchmark_{name}": accuracy for name, accuracy in look_up(genotype).items()}
         shown = ", ".join(f"Λ {name[7:]} {value:+.3f}" for name, value in alignment.items())
         run.log(f"epoch {epoch}: valid loss {valid_loss:.4f}, accuracy {valid_accuracy:.2f} %, {shown or 'no Λ'}, "
                 f"entropy {values['entropy']:.3f}, {values['skip_connections']} skip connections")
         run.write("genotype.json", to_json(genotype))
         run.end_epoch(values)
+        if args.tensorboard and run.writes:
+            for name in values.keys() - {"epoch", "alphas"}:
+                writer.add_scalar(name, values[name], epoch)
+            writer.flush()
+        if args.plot and run.writes:
+            visualize.draw_run(run.path)
     report(run, net.genotype(), args)
     run.close()
 
@@ -200,6 +228,10 @@ def report(run, genotype, args):
         for name in ("normal", "reduce"):
             run.log(f"{name}: " + ", ".join(f"{op} {state}" for op, state in getattr(genotype, name)))
     run.log(f"skip connections: {skip_connections(genotype)}")
+    if args.nasbench:
+        found = {name[10:]: value for name, value in run.history[-1].items() if name.startswith("benchmark_")}
+        run.log("test accuracy in NAS-Bench-201: " + (", ".join(f"{name} {value:.2f} %" for name, value in found.items())
+                                                      or f"the file has not trained it: {args.nasbench}"))
     if "lambda_train" in run.history[-1]:
         shown = run.history[:: max(1, len(run.history) // 10)]
         run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))

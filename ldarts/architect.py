@@ -20,6 +20,7 @@ class WeightGrads(NamedTuple):
     dw: Sequence[Tensor]  # ∇_w L
     d_lambda: Sequence[Tensor] | None  # ∇_w Λ
     alignment: Tensor | None  # Λ
+    norms: Tensor | None = None  # [3], of a search step: ‖λ_t ∇_w Λ‖, ‖∇_w L‖, and 1 where their sum was clipped
 
 
 class Architect:
@@ -135,6 +136,25 @@ class Architect:
         else:
             d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), shifted(-1)), 2 * eps)
         return WeightGrads(loss, logits.detach(), dw, self.average(d_lambda), value)
+
+    def alpha_eigenvalue(self, batch: Batch, iterations: int = 20, tolerance: float = 0.01) -> float:
+        """The eigenvalue of ∂²L/∂α² on one batch that is largest in magnitude, which grows when a search collapses
+        (Zela et al., 2020): power iteration by double backward, from the same direction on every call, changing nothing.
+        It ends after `iterations`, or when the value changes by less than `tolerance` of itself.
+        """
+        device, alphas = batch[0].device, self.net.arch_parameters()
+        with frozen_statistics(self._norms), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            gradient = torch.autograd.grad(self._loss(batch), alphas, create_graph=True)
+            gradient = torch.cat([g.flatten() for g in gradient])
+            v, value = torch.randn_like(gradient), 0.0
+            for _ in range(iterations):
+                v = v / v.norm()
+                product = torch.cat([h.flatten() for h in torch.autograd.grad(gradient, alphas, v, retain_graph=True)])
+                before, value, v = value, float(v @ product), product
+                if abs(value - before) < tolerance * abs(value):
+                    break
+        return value
 
     def cell_leaves(self) -> list[Tensor]:
         """A copy p_l of p = softmax(α) for every searched cell, each a leaf of its own."""

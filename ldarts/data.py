@@ -9,6 +9,7 @@ import http.client
 import io
 import os
 import pickle
+import random
 import struct
 import sys
 import tarfile
@@ -19,11 +20,12 @@ import zlib
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, require
 
 
 class ImageSet(NamedTuple):
@@ -364,3 +366,102 @@ def _statistics(data: ImageSet, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """mean and std as [3, 1, 1] in the precision to normalise in."""
     return tuple(torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32),
                               device=data.images.device)[:, None, None] for value in (data.mean, data.std))
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """ImageNet as folders of classes: (epoch, index) -> (x [3, 224, 224], class), read with Pillow (extra `imagenet`).
+
+    train: DARTS's augmentation, from random numbers of (seed, epoch, index) alone: a crop of 8 to 100 % of the area, flip,
+    jitter of brightness, contrast and saturation by 0.4 and of the hue by 0.2. Otherwise the shorter side becomes 256 and
+    the centre is cropped. Raises InputError for a folder without classes and for an image that can't be read.
+    """
+
+    def __init__(self, root: Path, train: bool, seed: int = 0):
+        require("PIL", "reading ImageNet", "pillow")
+        self.train, self.seed = train, seed
+        self.classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        self.files = [(path, label) for label, name in enumerate(self.classes) for path in sorted((root / name).iterdir())]
+        if not self.files:
+            raise InputError(f"{root}: no folders of images, one a class; --data must hold train/ and val/ of ImageNet")
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        from PIL import Image
+        path, label = self.files[key[1]]
+        try:
+            image = Image.open(path).convert("RGB")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read as an image ({_brief(error)}); get it again or remove it") from error
+        image = _augmented(image, random.Random(f"{self.seed} {key}")) if self.train else _centre(image)
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return normalize(x, mean, std, torch.float32)[0], label
+
+
+def _centre(image):
+    width, height = image.size
+    scale = 256 / min(width, height)
+    image = image.resize((max(256, round(width * scale)), max(256, round(height * scale))), 2)  # 2: bilinear
+    left, top = ((side - 224) // 2 for side in image.size)
+    return image.crop((left, top, left + 224, top + 224))
+
+
+def _augmented(image, draw: random.Random):
+    from PIL import Image, ImageEnhance
+    width, height = image.size
+    for _ in range(10):
+        area, ratio = width * height * draw.uniform(0.08, 1), np.exp(draw.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:  # an image too long for any of them: its middle
+        w, h = min(width, height * 4 // 3), min(height, width * 4 // 3)
+    left, top = draw.randint(0, width - w), draw.randint(0, height - h)
+    image = image.resize((224, 224), Image.BILINEAR, (left, top, left + w, top + h))
+    if draw.random() < 0.5:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+
+    def hue(image, shift: float):
+        h, s, v = image.convert("HSV").split()
+        h = h.point(lambda value: (value + int(shift * 255)) % 256)
+        return Image.merge("HSV", (h, s, v)).convert("RGB")
+
+    jitter = [(lambda image, enhance=enhance: enhance(image).enhance(draw.uniform(0.6, 1.4)))
+              for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)]
+    jitter.append(lambda image: hue(image, draw.uniform(-0.2, 0.2)))
+    for change in draw.sample(jitter, 4):
+        image = change(image)
+    return image
+
+
+class FolderBatches:
+    """Batches of an ImageFolder under `root`, read by `workers` processes; see Batches for batch_size, rank and world.
+
+    In training shuffled and without a last, incomplete batch; otherwise every image once, in order.
+    """
+
+    def __init__(self, root: Path, batch_size: int, seed: int, *, train: bool, device: torch.device, workers: int,
+                 memory_format: torch.memory_format = torch.contiguous_format, rank: int = 0, world: int = 1):
+        self.images = ImageFolder(root, train, seed)
+        if train and not 1 <= batch_size <= len(self.images.files) or batch_size % world:
+            raise InputError(f"batch size {batch_size} with {len(self.images.files)} images and {world} processes: use a "
+                             "multiple of the processes, and no more than there are images")
+        self.batch_size, self.seed, self.device, self.workers = batch_size, seed, device, workers
+        self.memory_format, self.share = memory_format, slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+    def __len__(self) -> int:
+        return len(self.images.files) // self.batch_size
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches number `start` and later of an epoch: x [batch_size / world, 3, 224, 224] normalised, y likewise [...]."""
+        order = torch.arange(len(self.images.files))
+        if self.images.train:
+            order = order[torch.randperm(len(order), generator=_generator(self.seed, "imagenet", epoch))]
+            order = order[: len(self) * self.batch_size]
+        batches = [[(epoch, i) for i in part.tolist()[self.share]] for part in order.split(self.batch_size)[start:]]
+        loader = torch.utils.data.DataLoader(self.images, batch_sampler=batches, num_workers=self.workers,
+                                             pin_memory=self.device.type == "cuda")
+        try:
+            for x, y in loader:
+                yield x.to(self.device, memory_format=self.memory_format, non_blocking=True), y.to(self.device)
+        except InputError as error:  # a worker's message is its traceback, the reason last
+            raise InputError(str(error).strip().splitlines()[-1].removeprefix("ldarts.errors.InputError: ")) from error

@@ -1,4 +1,5 @@
 """What the scripts print as one line."""
+import importlib.util
 
 
 class InputError(ValueError):
@@ -7,3 +8,10 @@ class InputError(ValueError):
 
 class NotFinite(ArithmeticError):
     """A quantity of the run became NaN or infinite; the scripts print it as one line and exit with status 3."""
+
+
+def require(module: str, purpose: str, package: str = "") -> None:
+    """Raises InputError, beginning with `purpose`, where an optional module is not installed. package: pip's name of it."""
+    if importlib.util.find_spec(module) is None:
+        package = package or module
+        raise InputError(f"{purpose} needs {package}, which is not installed: pip install {package}")

@@ -1,4 +1,6 @@
 """The derived networks: `Network` for 32x32 images, `NetworkImageNet`, and `NetworkNAS201` for an arch string."""
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -160,3 +162,18 @@ class NetworkNAS201(nn.Module):
 def count_parameters(net: nn.Module) -> int:
     """Parameters without those of the auxiliary head, as the papers count them."""
     return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("auxiliary"))
+
+
+def count_multiply_adds(net: nn.Module, size: int = 32) -> int:
+    """Multiply-adds of the convolutions and the classifier for one image [3, size, size], as the papers count them."""
+    net, total = copy.deepcopy(net).to("meta").eval(), 0
+
+    def count(module: nn.Module, _, output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * module.weight[0].numel()
+
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+    net(torch.empty(1, 3, size, size, device="meta"))
+    return total

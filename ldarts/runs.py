@@ -1,4 +1,7 @@
-"""The run folder: configuration, log, metrics and checkpoints; each file appears whole or not at all."""
+"""The run folder: configuration, log, metrics and checkpoints; each file appears whole or not at all.
+
+    python -m ldarts.runs runs/a runs/b …     # the results' table: runs that differ in their seed alone make one row
+"""
 import argparse
 import contextlib
 import fcntl
@@ -11,6 +14,7 @@ import platform
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -61,7 +65,8 @@ class Run:
     """The folder runs/<name>/ of one run, and the point that the run has reached.
 
     Made on construction, which refuses an existing folder; with args.resume, continued from its last whole checkpoint.
-    args: of the script; parts: objects with a state_dict, by their names in the checkpoint; steps: in an epoch. With the
+    args: of the script; parts: objects with a state_dict, by their names in the checkpoint; steps: in an epoch; facts: more for
+    config.json; means: numbers that after_step is given to average beside loss and accuracy. With the
     arguments, `parts`, and the attributes below, a checkpoint holds all that the rest of the run depends on: batches and
     random numbers are functions of (seed, rank, epoch, step). All processes call every method; rank 0 alone writes.
 
@@ -69,10 +74,12 @@ class Run:
     the lines of metrics.jsonl, where all but `seconds` is the same bits with and without interruptions.
     """
 
-    def __init__(self, kind: str, args: argparse.Namespace, processes: Processes, parts: dict[str, Any], steps: int):
+    def __init__(self, kind: str, args: argparse.Namespace, processes: Processes, parts: dict[str, Any], steps: int,
+                 facts: dict[str, Any] | None = None, means: int = 0):
         self.args, self.processes, self.parts, self.steps = args, processes, parts, steps
         self.writes = processes.rank == 0
-        self.epoch, self.step, self.seconds, self.history, self.meter = 0, 0, 0.0, [], Meter(processes)
+        self.epoch, self.step, self.seconds, self.history, self.means = 0, 0, 0.0, [], means
+        self.meter = Meter(processes, means)
         self.first_bad: dict[str, torch.Tensor] = {}
         self.path = Path(args.resume or Path("runs", args.save or f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"))
         if self.writes and not args.resume:
@@ -89,7 +96,7 @@ class Run:
             self._resume()
         elif self.writes:
             config = vars(args) | {"kind": kind, "processes": processes.world, "versions": versions(),
-                                   "device_name": device_name(processes.device), "commit": commit()}
+                                   "device_name": device_name(processes.device), "commit": commit()} | (facts or {})
             self.write("config.json", json.dumps(config, indent=1) + "\n")
         self.signals = Signals()
         self.clock = Clock((args.epochs - self.epoch) * steps - self.step)
@@ -132,12 +139,14 @@ class Run:
         """Seed the generators for the next step, or for what follows the last one of an epoch."""
         seed_everything(self.args.seed, self.processes.rank, self.epoch, self.step)
 
-    def after_step(self, loss: torch.Tensor, logits: torch.Tensor, y: torch.Tensor, **watched: torch.Tensor | None) -> None:
+    def after_step(self, loss: torch.Tensor, logits: torch.Tensor, y: torch.Tensor, means: torch.Tensor | None = None,
+                   **watched: torch.Tensor | None) -> None:
         """Account for a step that is taken; report, save and stop when it is time to.
 
-        loss: of the global batch; logits, y: of this process; watched: further scalars that have to stay finite.
+        loss: of the global batch; logits, y: of this process; means: [self.means], to be averaged over the epoch; watched:
+        further scalars that have to stay finite.
         """
-        self.meter.update(loss, logits, y)
+        self.meter.update(loss, logits, y, means)
         for name, value in {"the loss": loss, **watched}.items():
             if value is not None:  # on a GPU nobody waits for the answer here
                 at = torch.where(value.detach().isfinite(), NEVER, self.step)
@@ -148,7 +157,7 @@ class Run:
         self.step += 1
         self.clock.tick()
         if reports:
-            mean, accuracy = self.meter.read()
+            mean, accuracy, *_ = self.meter.read()
             self.log(f"epoch {self.epoch} step {self.step - 1}/{self.steps}: loss {mean:.4f}, accuracy {accuracy:.2f} %, "
                      f"{self.clock}")
         overdue = self.writes and time.perf_counter() - self.saved >= 60 * self.args.checkpoint_minutes
@@ -165,7 +174,7 @@ class Run:
                 raise NotFinite(f"{name} is {value} after step {self.step} of epoch {self.epoch}; {self._kept()}")
         self.history.append(values | {"seconds": round(self._epoch_seconds(), 3)})
         self._write_metrics()
-        self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.processes)
+        self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.processes, self.means)
         self.seconds, self.epoch_started = 0.0, time.perf_counter()
         self.save()
         self._stop(*self.processes.largest(self.signals.received))
@@ -363,22 +372,23 @@ def set_deterministic() -> None:
 
 
 class Meter:
-    """Running mean of the loss and the accuracy over all processes, kept on the device until read."""
+    """Running mean of the loss, the accuracy and further numbers over all processes, kept on the device until read."""
 
-    def __init__(self, processes: Processes):
+    def __init__(self, processes: Processes, means: int = 0):
         self.processes = processes
-        self.totals = torch.zeros(3, dtype=torch.float64, device=processes.device)  # of this process: loss, correct, images
+        self.totals = torch.zeros(3 + means, dtype=torch.float64, device=processes.device)  # images, loss, correct, the others
 
-    def update(self, loss: torch.Tensor, logits: torch.Tensor, y: torch.Tensor) -> None:
-        """loss: mean over y; logits [N, num_classes]; y [N]"""
-        loss = loss.detach().double()
-        correct = (logits.detach().argmax(1) == y).double().sum()
-        self.totals += torch.stack([loss * len(y), correct, torch.full_like(loss, len(y))])
+    def update(self, loss: torch.Tensor, logits: torch.Tensor, y: torch.Tensor, means: torch.Tensor | None = None) -> None:
+        """loss: mean over y; logits [N, num_classes]; y [N]; means: the further numbers of this batch"""
+        correct = (logits.detach().argmax(1) == y).double().mean()
+        values = torch.stack([torch.ones_like(correct), loss.detach().double(), correct])
+        self.totals += len(y) * (values if means is None else torch.cat([values, means.detach().double()]))
 
-    def read(self) -> tuple[float, float]:
-        """(mean loss, accuracy in percent)"""
-        loss, correct, count = self.processes.gather(self.totals).sum(0).tolist()
-        return loss / count, 100 * correct / count
+    def read(self) -> tuple[float, ...]:
+        """(mean loss, accuracy in percent, mean of each further number)"""
+        count, *sums = self.processes.gather(self.totals).sum(0).tolist()
+        loss, correct, *means = (total / count for total in sums)
+        return loss, 100 * correct, *means
 
 
 class Clock:
@@ -486,3 +496,77 @@ def add_run_arguments(add: Callable) -> None:
     add("--checkpoint_minutes", type=minutes, default=10.0, help="between two checkpoints inside an epoch; 0: every step")
     add("--resume", metavar="RUN", help="continue the run in this folder; may come with "
                                         + ", ".join(f"--{name}" for name in MAY_CHANGE[:-1]))
+
+
+# What two runs of one row of a table, or of one band of a plot, may differ in.
+_INCIDENTAL = ("seed", "save", "data", "device", "device_name", "versions", "commit", "report_freq", "plot", "tensorboard",
+               "eigenvalue", "nasbench", "workers", "parameters", "multiply_adds")
+
+
+def read_run(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(configuration, metrics of each epoch) of a run folder. Raises InputError where there is none."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text())
+        metrics = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a run folder with at least one epoch ({error})") from error
+    return config, metrics
+
+
+def grouped(paths: list[str]) -> dict[str, list[str]]:
+    """The run folders that differ in nothing but their seed, together, by what they are and what sets them apart."""
+    settings = {path: {k: v for k, v in read_run(path)[0].items() if k not in _INCIDENTAL} for path in paths}
+    groups = {}
+    for path, s in settings.items():
+        others = [other for other in settings.values() if other["kind"] == s["kind"]]
+        apart = [f"{k} {v}" for k, v in s.items() if any(other.get(k) != v for other in others)]
+        groups.setdefault(", ".join([s["kind"], *apart]), []).append(path)
+    return groups
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean ± sample standard deviation; one value stands alone."""
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A table in markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def summary(paths: list[str]) -> str:
+    """The protocol's table: mean ± deviation over the seeds, all at the last epoch.
+
+    Validation accuracy of a search, test accuracy of an evaluation. An evaluation of a run folder shows that search's time
+    and Λ.
+    """
+    rows = []
+    for name, members in grouped(paths).items():
+        columns = {column: [] for column in ("accuracy", "parameters", "multiply_adds", "minutes", "lambda")}
+        for config, metrics in map(read_run, members):
+            columns["accuracy"].append(metrics[-1].get("test_accuracy", metrics[-1].get("valid_accuracy")))
+            columns["parameters"] += [config["parameters"] / 1e6] if "parameters" in config else []
+            columns["multiply_adds"] += [config["multiply_adds"] / 1e6] if "multiply_adds" in config else []
+            if config["kind"] == "eval":
+                try:
+                    metrics = read_run(config["arch"])[1]
+                except InputError:  # a published cell
+                    continue
+            columns["minutes"].append(sum(line["seconds"] for line in metrics) / 60)
+            columns["lambda"] += [metrics[-1]["lambda_train"]] if "lambda_train" in metrics[-1] else []
+        rows.append([name, len(members), *map(spread, columns.values())])
+    return table(["runs", "seeds", "accuracy, %", "parameters, M", "multiply-adds, M", "search, min", "Λ"], rows)
+
+
+def main() -> None:
+    parser = Parser(description="Tabulate finished runs: mean ± standard deviation over seeds.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of searches or evaluations")
+    print(summary(parser.parse_args().runs), end="")
+
+
+if __name__ == "__main__":
+    script(main)

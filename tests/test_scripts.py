@@ -39,8 +39,12 @@ def test_a_search_leaves_a_whole_run_folder(searched):
     assert config["search_space"] == "s2" and config["lambda_reg"] == 0.125 and config["versions"]["torch"] == torch.__version__
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in metrics] == [0, 1] and [line["lambda_reg"] for line in metrics] == [0, 0.125]
-    for name in ("lambda_train", "lambda_valid", "entropy", "skip_connections", "valid_accuracy", "seconds"):
+    for name in ("lambda_train", "lambda_valid", "entropy", "skip_connections", "valid_accuracy", "seconds",
+                 "lambda_grad_norm", "loss_grad_norm", "clipped"):
         assert name in metrics[1]
+    assert metrics[0]["lambda_grad_norm"] == 0 < metrics[1]["lambda_grad_norm"]
+    alphas = [torch.tensor(line["alphas"]) for line in metrics]  # of each type of cell [14, 2]
+    assert alphas[0].shape == (2, 14, 2) and not torch.equal(*alphas)
     assert isinstance(genotypes.load(str(path)), Genotype)
     for shown in ("s/step", " left", "loss", "accuracy", "normal: ", "reduce: ", "skip connections: ", "Λ by epoch: ",
                   "train it: python train_eval.py --arch runs/one --dataset synthetic"):

@@ -1,0 +1,262 @@
+"""What shows the results: the studies, the pictures, the table of runs, NAS-Bench-201's file, and ImageNet from a folder."""
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_search import batch, double, make
+from torch import nn
+
+import train_eval
+import train_search
+from ldarts import InputError, NetworkImageNet, genotypes, runs, study, visualize
+from ldarts.data import FolderBatches
+from ldarts.model import count_multiply_adds, count_parameters
+
+ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|avg_pool_3x3~1|nor_conv_1x1~2|"
+
+
+def run_main(monkeypatch, module, *args):
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, args)])
+    module.main()
+
+
+def refused(monkeypatch, capsys, module, *args) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        monkeypatch.setattr(sys, "argv", ["x", *map(str, args)])
+        runs.script(module.main)
+    message = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize("grad_clip, clipped", [(1e-3, 1.0), (1e3, 0.0)])
+def test_a_step_returns_the_norms_of_its_two_gradients(grad_clip, clipped):
+    net, arch, optimizer = make("s2")
+    _, dw, d_lambda, _ = arch.lambda_grads(double(batch()), "cosine", 1e-4, "exact")
+    norms = [torch.cat([d.flatten() for d in grads]).norm() for grads in (d_lambda, dw)]
+    step = dict(unrolled=False, alpha_first=False, kind="cosine", epsilon=1e-4, method="exact", grad_clip=grad_clip)
+    grads = train_search.search_step(net, arch, optimizer, double(batch()), double(batch(2)), lambda_t=0.1, **step)
+    torch.testing.assert_close(grads.norms, torch.stack([0.1 * norms[0], norms[1], torch.tensor(clipped).double()]))
+    grads = train_search.search_step(net, arch, optimizer, double(batch()), double(batch(2)), lambda_t=0.0, **step)
+    assert grads.norms[0] == 0 and grads.norms[1] > 0
+
+
+def test_the_eigenvalue_is_that_of_the_whole_hessian():
+    net, arch, _ = make("nasbench201")
+    alpha, = net.arch_parameters()
+    gradient, = torch.autograd.grad(arch._loss(double(batch())), alpha, create_graph=True)
+    rows = [torch.autograd.grad(g, alpha, retain_graph=True)[0].flatten() for g in gradient.flatten()]
+    eigenvalues = torch.linalg.eigvalsh(torch.stack(rows))
+    before = torch.get_rng_state()
+    found = arch.alpha_eigenvalue(double(batch()), iterations=30, tolerance=0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found == pytest.approx(float(eigenvalues[eigenvalues.abs().argmax()]), rel=0.05)
+
+
+def test_a_snapshot_measures_each_direction_and_leaves_the_net_alone():
+    net = make("s2", dtype=torch.float32)[0]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    args = SimpleNamespace(kinds=["cosine"], dtypes=["float64"], epsilons=[1e-1, 1e-7], length=1e-5)
+    rows = list(study.measure(args, net, [batch(1)], [batch(2)]))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    found = {(row["estimator"], row["epsilon"]): row for row in rows}
+    assert len(found) == 7
+    exact, random = found["exact", None], found["random", None]
+    assert exact["cosine"] == pytest.approx(1) and abs(random["cosine"]) < 0.1
+    assert exact["same"] == pytest.approx(1e-5 * exact["norm"], rel=0.2) and exact["same"] != exact["held_out"][0]
+    for method in ("central", "forward"):
+        assert found[method, 1e-7]["cosine"] > 0.999 and found[method, 1e-1]["cosine"] < 0.9
+        assert found[method, 1e-7]["same"] == pytest.approx(exact["same"], rel=1e-2)
+
+
+def fake_command(folder, name, save, *flags):
+    """A run folder as either command leaves one, without the work; the flags are those it takes."""
+    script = {"train_search.py": train_search, "train_eval.py": train_eval}[name]
+    path = Path(folder, "runs", save)
+    path.mkdir(parents=True)
+    flags = list(map(str, flags))
+    if "--arch" in flags:
+        flags[flags.index("--arch") + 1] = "LAMBDA_DARTS"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *flags])
+        args = script.parse_args()
+    args = vars(args[0] if isinstance(args, tuple) else args)
+    alphas = torch.tensor([[0.0, 0.4]]).repeat(14, 1)
+    alphas[:4, 0] = 1  # skip connections on both edges into the first node and on the strongest two into the second
+    lines = [{"epoch": epoch, "lambda_train": 0.1 * epoch, "entropy": 0.6, "alpha_eigenvalue": 0.2, "valid_accuracy": 20.0,
+              "alphas": [alphas.tolist()] * 2, "seconds": 1.0, "test_accuracy": 40.0 + args["seed"]} for epoch in range(2)]
+    (path / "config.json").write_text(json.dumps(args | {"parameters": 5000, "kind": "x"}))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "genotype.json").write_text(genotypes.to_json(genotypes.PUBLISHED["DARTS"]))
+
+
+def test_the_study_of_collapse_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "command", fake_command)
+    flags = ["collapse", "--dataset", "synthetic", "--out", "out", "--spaces", "s2", "--epochs", "2", "--variants"]
+    run_main(monkeypatch, study, *flags, "DARTS", "sign", "--seeds", 0)
+    first = (tmp_path / "out/s2-sign-0.json").read_bytes()
+    run_main(monkeypatch, study, *flags, "DARTS", "sign", "--seeds", 0, 2)
+    assert (tmp_path / "out/s2-sign-0.json").read_bytes() == first
+    assert {path.name for path in (tmp_path / "out/runs").iterdir()} == {
+        f"s2-{v}-{seed}{e}" for v in ("DARTS", "sign") for seed in (0, 2) for e in ("", "-eval")}
+    config = json.loads((tmp_path / "out/runs/s2-sign-2/config.json").read_text())
+    assert (config["lambda_kind"], config["lambda_grad"], config["lambda_reg"], config["seed"]) == ("sign", "exact", 0.125, 2)
+    assert json.loads((tmp_path / "out/runs/s2-DARTS-2/config.json").read_text())["lambda_reg"] == 0
+    capsys.readouterr()
+    run_main(monkeypatch, study, "collapse", "--out", "out", "--spaces", "s2", "--show")
+    printed = capsys.readouterr().out
+    assert "| sign | 2 | 0.100 ± 0.000 | 0.600 ± 0.000 | 4.000 ± 0.000 |" in printed and "| 41.00 ± 1.41 |" in printed
+    assert (tmp_path / "out/collapse.png").stat().st_size > 10_000
+    assert "--epochs" in refused(monkeypatch, capsys, study, *flags[:-2], "3", "--variants", "DARTS", "--seeds", 0)
+
+
+@pytest.mark.parametrize("name", [*genotypes.PUBLISHED, ARCH])
+def test_no_label_of_a_cell_covers_another(name):
+    for names, edges, _ in visualize.cell_graphs(genotypes.load(name)).values():
+        at = visualize.lanes(edges)
+        assert len(at) == len(edges) and 0 not in at
+        for a, ((j, i, _), lane) in enumerate(zip(edges, at)):
+            assert not any(lane == other and j < m and k < i for (k, m, _), other in zip(edges[:a], at[:a]))
+
+
+def write_run(path, seed, accuracy, **config):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"kind": "search", "search_space": "s2", "seed": seed, "save": path.name,
+                                                  "epochs": 1, **config}))
+    (path / "genotype.json").write_text(genotypes.to_json(genotypes.PUBLISHED["c10_s2_lambdadarts_corr"]))
+    line = {"epoch": 0, "valid_accuracy": accuracy, "lambda_train": 0.25, "seconds": 90, "entropy": 0.6,
+            "alphas": [[[0.1, 0.2]] * 14] * 2}
+    if config.get("kind") == "eval":
+        line = {"epoch": 0, "test_accuracy": accuracy, "seconds": 10}
+    (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed, accuracy in ((0, 20.0), (1, 23.0)):
+        write_run(tmp_path / f"runs/s{seed}", seed, accuracy)
+    write_run(tmp_path / "runs/other", 0, 30.0, epochs=2)
+    write_run(tmp_path / "runs/e", 0, 50.0, kind="eval", arch="runs/s0", parameters=2.5e6, multiply_adds=4e8)
+    run_main(monkeypatch, runs, "runs/s0", "runs/s1", "runs/other")
+    printed = capsys.readouterr().out
+    assert "| search, epochs 1 | 2 | 21.50 ± 2.12 | – | – | 1.50 ± 0.00 | 0.25 ± 0.00 |" in printed
+    assert "| search, epochs 2 | 1 | 30.00 | – | – | 1.50 | 0.25 |" in printed
+    run_main(monkeypatch, runs, "runs/e", "runs/s0")
+    assert "| eval | 1 | 50.00 | 2.50 | 400.00 | 1.50 | 0.25 |" in capsys.readouterr().out
+    assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none")
+
+
+def test_pictures_of_runs_and_names(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    for seed in range(2):
+        write_run(tmp_path / f"runs/s{seed}", seed, 20.0 + seed)
+    run_main(monkeypatch, visualize, "runs/s0", "runs/s1", "DARTS", ARCH, "--out", "pictures", "--format", "svg")
+    written = capsys.readouterr().out.split()
+    assert {"runs/s0/cells.svg", "runs/s1/alphas.svg", "runs/s0/curves.svg", "pictures/curves.svg", "pictures/DARTS.svg",
+            "pictures/cell.svg"} <= set(written)
+    assert all(Path(path).read_text().rstrip().endswith("</svg>") for path in written)
+
+
+@pytest.mark.parametrize("module, flags, package", [
+    (visualize, ["DARTS"], "matplotlib"), (train_search, ["--dataset", "synthetic", "--plot"], "matplotlib"),
+    (train_search, ["--dataset", "synthetic", "--tensorboard"], "tensorboard"),
+    (train_search, ["--dataset", "synthetic", "--search_space", "nasbench201", "--nasbench", "x.pth"], "nas-bench-201"),
+    (train_eval, ["--dataset", "imagenet"], "pillow")])
+def test_a_missing_extra_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, module, flags, package):
+    monkeypatch.chdir(tmp_path)
+    for name in ("matplotlib", "tensorboard", "nas_201_api", "PIL"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert f"pip install {package}" in refused(monkeypatch, capsys, module, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_multiply_adds_by_hand():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, groups=8),
+                        nn.Flatten(), nn.Linear(8 * 16, 10))
+    assert count_multiply_adds(net, 8) == 16 * 8 * 27 + 16 * 8 * 9 + 8 * 16 * 10
+    assert next(net.parameters()).device.type == "cpu"
+
+
+def test_an_arch_string_is_looked_up_in_a_benchmark_file(tmp_path):
+    api = pytest.importorskip("nas_201_api")
+
+    def trial(name, seed, evaluated, accuracy):
+        result = api.ResultsCount(name, None, {0: 99.0}, {0: 0.1}, 1.0, 10.0, {"arch_str": ARCH}, seed, 1, None)
+        result.update_OLD_eval(evaluated, {0: accuracy}, {0: 0.5})
+        return result
+
+    results = api.ArchResults(0, ARCH)
+    for seed, shift in ((777, 0.0), (888, 2.0)):
+        for name, evaluated, accuracy in (("cifar10", "ori-test", 90.0), ("cifar100", "x-test", 70.0),
+                                          ("ImageNet16-120", "x-test", 40.0)):
+            results.update(name, seed, trial(name, seed, evaluated, accuracy + shift))
+    other = ARCH.replace("none", "skip_connect")
+    state = {"meta_archs": [other, ARCH], "arch2infos": {1: {"less": results.state_dict(), "full": results.state_dict()}},
+             "evaluated_indexes": [1]}
+    torch.save(state, tmp_path / "bench.pth", _use_new_zipfile_serialization=False)
+    look_up = genotypes.benchmark(str(tmp_path / "bench.pth"))
+    assert look_up(ARCH) == {"cifar10": 91.0, "cifar100": 71.0, "ImageNet16-120": 41.0}
+    assert look_up(other) == {}
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "bench.pth").read_bytes()[:500])
+    for name in ("cut.pth", "none.pth"):
+        with pytest.raises(InputError, match=name):
+            genotypes.benchmark(str(tmp_path / name))
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Two classes of generated JPEGs, of sizes that are wide, high and small."""
+    image = pytest.importorskip("PIL.Image")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 4), ("val", 3)):
+        for c, name in enumerate(("n01", "n02")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for k in range(count):
+                size = ((300, 260), (120, 400), (500, 90), (64, 64))[k]
+                pixels = torch.rand(size[1], size[0], 3, generator=generator) * 100 + 100 * c
+                image.fromarray(pixels.byte().numpy()).save(tmp_path / part / name / f"{k}.jpeg")
+    return tmp_path
+
+
+def test_imagenet_batches_depend_on_seed_and_epoch_alone(imagenet):
+    def batches(seed, workers, epoch, train=True, **share):
+        kind = "train" if train else "val"
+        return list(FolderBatches(imagenet / kind, 4, seed, train=train, device=torch.device("cpu"), workers=workers,
+                                  **share).epoch(epoch))
+
+    first = batches(0, 0, 1)
+    assert len(first) == 2 and first[0][0].shape == (4, 3, 224, 224) and sum(int(y.sum()) for _, y in first) == 4
+    for other in (batches(0, 2, 1), [tuple(map(torch.cat, zip(*parts))) for parts in zip(
+            batches(0, 0, 1, rank=0, world=2), batches(0, 0, 1, rank=1, world=2))]):
+        assert all(torch.equal(a, b) for pair in zip(first, other) for a, b in zip(*pair))
+    assert not torch.equal(first[0][0], batches(0, 0, 2)[0][0]) and not torch.equal(first[0][0], batches(1, 0, 1)[0][0])
+    tested = batches(0, 0, 0, train=False)
+    assert [len(y) for _, y in tested] == [4, 2] and torch.cat([y for _, y in tested]).tolist() == [0, 0, 0, 1, 1, 1]
+    bright = torch.stack([x.mean() for x in torch.cat([x for x, _ in tested])])
+    assert bright[:3].max() < bright[3:].min()  # images and labels stay together
+
+
+def test_imagenet_trains_and_names_a_damaged_image(imagenet, monkeypatch, capsys):
+    monkeypatch.chdir(imagenet)
+    flags = ["--dataset", "imagenet", "--data", imagenet, "--init_channels", 16, "--layers", 3, "--batch_size", 4,
+             "--epochs", 2, "--workers", 2]
+    run_main(monkeypatch, train_eval, *flags, "--save", "one")
+    config, metrics = runs.read_run("runs/one")
+    assert (config["learning_rate"], config["weight_decay"], config["label_smoothing"], config["drop_path_prob"]) == (
+        0.5, 3e-5, 0.1, 0.0)
+    assert len(metrics) == 2 and 0 <= metrics[1]["test_accuracy"] <= 100
+    (imagenet / "train/n02/1.jpeg").write_bytes(b"no image")
+    assert "train/n02/1.jpeg" in refused(monkeypatch, capsys, train_eval, *flags, "--save", "two")
+
+
+def test_the_published_cell_on_imagenet():
+    with torch.device("meta"):
+        net = NetworkImageNet(48, 1000, 14, True, genotypes.load("LAMBDA_DARTS"))
+    assert (count_parameters(net), count_multiply_adds(net, 224)) == (5140288, 565652544)
