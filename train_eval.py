@@ -22,7 +22,7 @@ from ldarts import InputError, Network, NetworkImageNet, NetworkNAS201, genotype
 from ldarts.data import DATASETS, Batches, FolderBatches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.model import count_multiply_adds, count_parameters
-from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, load_checkpoint,
+from ldarts.runs import (AMP, MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, load_checkpoint,
                          pick_device, script, seed_everything, set_deterministic)
 
 
@@ -52,6 +52,7 @@ def parse_args():
     add("--seed", type=int, default=0)
     add("--grad_clip", type=float, default=5.0)
     add("--evaluate", metavar="CHECKPOINT", help="test this checkpoint and stop")
+    add("--compile", action="store_true", help="torch.compile the network")
     add_run_arguments(add)
     args = parser.parse_args()
     genotype = genotypes.load(args.resume or args.arch)  # a run folder holds its genotype
@@ -121,6 +122,12 @@ def main():
         build = NetworkImageNet if imagenet else Network
         net = build(args.init_channels, num_classes, args.layers, args.auxiliary, genotype)
     net.to(device, memory_format=layout)
+    run_net = torch.compile(net) if args.compile else net
+
+    def forward(x, drop_path_prob=0.0):
+        with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "none"):
+            return run_net(x, drop_path_prob)
+
     criterion, smoothed = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
 
     def test():
@@ -131,7 +138,7 @@ def main():
         else:
             share = torch.arange(len(test_set.labels))[processes.rank :: processes.world]
             batches = eval_batches(test_set, share, args.batch_size, memory_format=layout)
-        return evaluate(lambda x: net(x)[0], criterion, batches, processes)
+        return evaluate(lambda x: forward(x)[0].float(), criterion, batches, processes)
 
     if args.evaluate:
         try:
@@ -156,11 +163,14 @@ def main():
             f"{size['parameters']:,} parameters, {size['multiply_adds'] / 1e6:.1f} M multiply-adds, on {device}")
     for epoch in range(run.epoch, args.epochs):
         net.train()
+        drop_path_prob = args.drop_path_prob * epoch / args.epochs
+        if args.compile and args.drop_path_prob:  # so that one compiled network serves every epoch
+            drop_path_prob = torch.tensor(drop_path_prob, device=device)
         for step, (x, y) in enumerate(train_batches.epoch(epoch, start=run.step), run.step):
             run.seed()
-            logits, logits_aux = net(x, args.drop_path_prob * epoch / args.epochs)
-            loss = smoothed(logits, y)
-            total = loss if logits_aux is None else loss + args.auxiliary_weight * smoothed(logits_aux, y)
+            logits, logits_aux = forward(x, drop_path_prob)
+            loss = smoothed(logits.float(), y)
+            total = loss if logits_aux is None else loss + args.auxiliary_weight * smoothed(logits_aux.float(), y)
             loss, *grads = processes.average([loss.detach(), *torch.autograd.grad(total, list(net.parameters()))])
             for p, grad in zip(net.parameters(), grads):
                 p.grad = grad

@@ -9,7 +9,9 @@
 
 Writes runs/<name>/ and prints the genotype and the command that trains it. Movahedi et al., ICLR 2023.
 """
+import argparse
 import math
+import os
 
 import torch
 from torch import nn
@@ -17,11 +19,12 @@ from torch import nn
 from ldarts import Architect, InputError, SearchNetwork, spaces, visualize
 from ldarts.alignment import KINDS
 from ldarts.architect import METHODS
+from ldarts.capture import Captured, optimizer_tensors
 from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.errors import require
 from ldarts.genotypes import benchmark, to_json
-from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, pick_device, script,
+from ldarts.runs import (AMP, MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, pick_device, script,
                          seed_everything, set_deterministic)
 
 
@@ -60,6 +63,8 @@ def parse_args():
     add("--nasbench", metavar="FILE", help="log the test accuracies of NAS-Bench-201's file every epoch (needs nas-bench-201)")
     add("--plot", action="store_true", help="draw the cells, α and the curves anew every epoch (needs matplotlib)")
     add("--tensorboard", action="store_true", help="write TensorBoard's event files into the run folder (needs tensorboard)")
+    add("--graph", action=argparse.BooleanOptionalAction,
+        help="a step as one CUDA graph (default: on a GPU, with one process, but for the noise of s4)")
     add_run_arguments(add)
     args = parser.parse_args()
     in_201, on_svhn = args.search_space == "nasbench201", args.dataset == "svhn"
@@ -69,7 +74,20 @@ def parse_args():
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
+    if args.graph is None:
+        args.graph = graph_hinders(args) is None
+    elif args.graph and (reason := graph_hinders(args)):
+        raise InputError(f"--graph: {reason}; leave it out")
     return args
+
+
+def graph_hinders(args) -> str | None:
+    """Why the step can't be a CUDA graph."""
+    if pick_device(args.device).type != "cuda":
+        return "needs a GPU"
+    if args.search_space == "s4":
+        return "the noise of s4 is drawn again for every pass of a difference, which a graph can't do"
+    return "several processes exchange gradients within the step" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
 
 
 def check(args) -> None:
@@ -95,6 +113,9 @@ def check(args) -> None:
     for name in ("learning_rate_min", "momentum", "weight_decay", "arch_weight_decay", "lambda_reg"):
         if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
             raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
+    if args.amp != "none" and args.lambda_grad == "forward" and args.lambda_reg:
+        raise InputError("--amp bf16 with --lambda_grad forward: it is the difference of two passes of one precision; use central "
+                         "or exact")
     if not 0 <= args.cutout_prob <= 1:
         raise InputError(f"--cutout_prob {args.cutout_prob}: must be from 0 to 1")
 
@@ -103,20 +124,21 @@ def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, la
                 hessian="central"):
     """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
 
-    Returns the WeightGrads of the training batch, with their norms.
+    method: how ∇Λ is computed, None: a step without Λ. Waits for the device nowhere; numbers that change from step to step,
+    lambda_t and the learning rate, may be tensors. Returns the WeightGrads of the training batch, with their norms.
     """
     def alpha_step():
         arch.step(arch.alpha_grads(train, valid, optimizer.param_groups[0]["lr"], optimizer, unrolled, hessian))
 
     if alpha_first:
         alpha_step()
-    grads = arch.weight_grads(train, kind, epsilon, method if lambda_t else None)
+    grads = arch.weight_grads(train, kind, epsilon, method)
     # w minimises L_train - λ Λ
-    total = torch._foreach_sub(grads.dw, torch._foreach_mul(grads.d_lambda, lambda_t)) if lambda_t else grads.dw
+    total = torch._foreach_sub(grads.dw, torch._foreach_mul(grads.d_lambda, lambda_t)) if method else grads.dw
     for p, grad in zip(arch.weights, total):
         p.grad = grad
     loss_norm = nn.utils.get_total_norm(grads.dw)
-    lambda_norm = lambda_t * nn.utils.get_total_norm(grads.d_lambda) if lambda_t else torch.zeros_like(loss_norm)
+    lambda_norm = lambda_t * nn.utils.get_total_norm(grads.d_lambda) if method else torch.zeros_like(loss_norm)
     clipped = nn.utils.clip_grad_norm_(arch.weights, grad_clip) > grad_clip
     optimizer.step()
     if not alpha_first:
@@ -152,11 +174,23 @@ def main():
         raise InputError(f"--lambda_reg {args.lambda_reg} with {args.layers} cells: Λ compares normal cells and here is "
                          f"{normal_cells}; use --layers 4 or more, or --lambda_reg 0")
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(net.weight_parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay,
-                                fused=True)
+    # In a graph, numbers that change have to be tensors.
+    rate = torch.tensor(args.learning_rate, device=device) if args.graph else args.learning_rate
+    optimizer = torch.optim.SGD(net.weight_parameters(), rate, args.momentum, weight_decay=args.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, args.learning_rate_min)
     arch = Architect(net, criterion, args.arch_learning_rate, (0.5, 0.999), args.arch_weight_decay, args.momentum,
-                     args.weight_decay, processes.average)
+                     args.weight_decay, processes.average, AMP[args.amp], capturable=args.graph)
+
+    def state():
+        return [*net.parameters(), *net.buffers(), *optimizer_tensors(optimizer), *optimizer_tensors(arch.optimizer)]
+
+    def step_by(method):
+        def take(x, y, valid_x, valid_y, lambda_t):
+            return search_step(net, arch, optimizer, (x, y), (valid_x, valid_y), unrolled=args.unrolled,
+                               alpha_first=args.search_space != "nasbench201", lambda_t=lambda_t, kind=args.lambda_kind,
+                               epsilon=args.epsilon, method=method, grad_clip=args.grad_clip, hessian=args.hessian)
+
+        return Captured(take, state) if args.graph else take
 
     run = Run("search", args, processes, {"model": net, "optimizer": optimizer, "arch": arch.optimizer,
                                           "scheduler": scheduler}, len(train_batches), means=3)
@@ -166,18 +200,20 @@ def main():
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(run.path)
     probe = next(eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))
+    method = take = None
     for epoch in range(run.epoch, args.epochs):
         lambda_t = args.lambda_reg * epoch / max(1, args.epochs - 1)
         grown = args.cutout_prob * epoch / max(1, args.epochs - 1)
         net.train()
+        if take is None or method != (args.lambda_grad if lambda_t else None):  # the first epoch has λ = 0
+            method = args.lambda_grad if lambda_t else None
+            take = step_by(method)
+        weight = torch.tensor(lambda_t, device=device)
         for step, train in enumerate(train_batches.epoch(epoch, grown, run.step), run.step):
             if step == run.step or step % len(valid_batches) == 0:  # the α half starts over where it is the smaller one
                 valid_stream = valid_batches.epoch(epoch, grown, step % len(valid_batches))
             run.seed()
-            grads = search_step(net, arch, optimizer, train, next(valid_stream), unrolled=args.unrolled,
-                                alpha_first=args.search_space != "nasbench201", lambda_t=lambda_t, kind=args.lambda_kind,
-                                epsilon=args.epsilon, method=args.lambda_grad, grad_clip=args.grad_clip,
-                                hessian=args.hessian)
+            grads = take(*train, *next(valid_stream), weight)
             run.after_step(grads.loss, grads.logits, train[1], grads.norms, Λ=grads.alignment)
         scheduler.step()
 

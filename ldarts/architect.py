@@ -1,5 +1,5 @@
 """`Architect`: the gradients with respect to α, and the gradient of Λ with respect to the weights."""
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
@@ -29,17 +29,20 @@ class Architect:
     net: the supernet; criterion: (logits, y) -> scalar loss; lr, betas, weight_decay: of Adam on α; w_momentum,
     w_weight_decay: those of the SGD on w, which the unrolled step imitates; average: tensors -> their means over the
     processes. Every gradient of a batch is averaged before anything that is not linear in it, so that the results, loss
-    included, are those of the global batch (logits stay those of the process). No method here changes a weight, a buffer
+    included, are those of the global batch (logits stay those of the process). amp: the dtype to which autocast lowers the
+    passes that no difference is taken of. capturable: of Adam, for CUDA graphs. No method here changes a weight, a buffer
     or a momentum, except that lambda_grads moves the batch-norm statistics once, as the training pass that it is.
     """
 
     def __init__(self, net: SearchNetwork, criterion: Callable[[Tensor, Tensor], Tensor], lr: float = 3e-4,
                  betas: tuple[float, float] = (0.5, 0.999), weight_decay: float = 1e-3,
                  w_momentum: float = 0.9, w_weight_decay: float = 3e-4,
-                 average: Callable[[Sequence[Tensor]], list[Tensor]] = list):
-        self.net, self.criterion, self.average = net, criterion, average
+                 average: Callable[[Sequence[Tensor]], list[Tensor]] = list, amp: torch.dtype | None = None,
+                 capturable: bool = False):
+        self.net, self.criterion, self.average, self.amp = net, criterion, average, amp
         self.w_momentum, self.w_weight_decay = w_momentum, w_weight_decay
-        self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas, weight_decay=weight_decay,
+                                          capturable=capturable)
         # Lists, because a walk through the thousands of modules of a supernet takes milliseconds.
         self.weights = net.weight_parameters()
         self._norms = tracking_norms(net)
@@ -66,16 +69,16 @@ class Architect:
             w = self.weights
             if not unrolled:
                 with without_grad(w):  # which nobody would read
-                    return self.average(torch.autograd.grad(self._loss(valid), alphas))
+                    return self.average(torch.autograd.grad(self._loss(valid, amp=self.amp), alphas))
             rng = self._rng(train[0].device)
-            loss = self._loss(train)
+            loss = self._loss(train, amp=self.amp)
             dw = torch.autograd.grad(loss, w, create_graph=hessian == "exact")
             unrolled_w = torch._foreach_mul([p.detach() for p in w], 1 - eta * self.w_weight_decay)
             torch._foreach_sub_(unrolled_w, torch._foreach_mul([g.detach() for g in self.average(dw)], eta))
             if (momenta := self._momenta(w, w_optimizer)) is not None:
                 torch._foreach_sub_(unrolled_w, torch._foreach_mul(momenta, eta * self.w_momentum))
             with placed(w, unrolled_w):
-                grads = self.average(torch.autograd.grad(self._loss(valid), [*alphas, *w]))
+                grads = self.average(torch.autograd.grad(self._loss(valid, amp=self.amp), [*alphas, *w]))
             d_alpha, vector = grads[: len(alphas)], grads[len(alphas) :]  # ∂L_valid(w', α), by α and by w'
             if hessian == "exact":
                 product = torch.autograd.grad(dw, alphas, vector)
@@ -109,8 +112,7 @@ class Architect:
         w = self.weights
         rng = self._rng(batch[0].device)
         p = self.cell_leaves()
-        logits = self.net(batch[0], p)
-        loss = self.criterion(logits, batch[1])
+        logits, loss = self._pass(batch, p, self.amp)
         if method is None:
             loss, *dw = self.average([loss.detach(), *torch.autograd.grad(loss, w)])
             return WeightGrads(loss, logits.detach(), dw, None, None)
@@ -174,12 +176,20 @@ class Architect:
             p = self.cell_leaves()
             return self.alignment(self.average(torch.autograd.grad(self._loss(batch, p), p)), kind)[0]
 
-    def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None, rng: Tensor | None = None) -> Tensor:
+    def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None, rng: Tensor | None = None,
+              amp: torch.dtype | None = None) -> Tensor:
         """The loss at p; rng: draw the same noise as a pass before did."""
-        x, y = batch
         if rng is not None:
-            self._set_rng(x.device, rng)
-        return self.criterion(self.net(x, p), y)
+            self._set_rng(batch[0].device, rng)
+        return self._pass(batch, p, amp)[1]
+
+    def _pass(self, batch: Batch, p: Sequence[Tensor] | None, amp: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """(logits, loss)"""
+        x, y = batch
+        # Without its cache, because a weight is read once a pass and has other values in the next.
+        with torch.autocast(x.device.type, amp, cache_enabled=False) if amp else nullcontext():
+            logits = self.net(x, p)
+            return logits, self.criterion(logits, y)
 
     # A difference between passes needs the same noise in each: only S4 draws any.
     def _rng(self, device: torch.device) -> Tensor | None:

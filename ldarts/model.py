@@ -25,14 +25,15 @@ class Cell(nn.Module):
         self.sources = [j for _, j in edges]
         self._ops = nn.ModuleList(OPS[name](C, 2 if reduction and j < 2 else 1, True) for name, j in edges)
 
-    def forward(self, s0: Tensor, s1: Tensor, drop_prob: float) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, drop_prob: float | Tensor) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
+        drops = isinstance(drop_prob, Tensor) or drop_prob > 0  # a tensor's value is on the device: it is not looked at
         for node in range(len(self._ops) // 2):
             terms = []
             for edge in (2 * node, 2 * node + 1):
                 op = self._ops[edge]
                 h = op(states[self.sources[edge]])
-                if self.training and drop_prob > 0 and not isinstance(op, nn.Identity):
+                if self.training and drops and not isinstance(op, nn.Identity):
                     h = drop_path(h, drop_prob)
                 terms.append(h)
             states.append(terms[0] + terms[1])
@@ -79,7 +80,7 @@ class _Stacked(nn.Module):
         self.auxiliary = auxiliary
         self.classifier = nn.Linear(C_prev, num_classes)
 
-    def _run(self, s0: Tensor, s1: Tensor, drop_path_prob: float) -> tuple[Tensor, Tensor | None]:
+    def _run(self, s0: Tensor, s1: Tensor, drop_path_prob: float | Tensor) -> tuple[Tensor, Tensor | None]:
         logits_aux = None
         for i, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1, drop_path_prob)
@@ -108,7 +109,7 @@ class Network(_Stacked):
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
         self._stack(3 * C, 3 * C, C, num_classes, layers, auxiliary, genotype, False, auxiliary_stride=3)
 
-    def forward(self, x: Tensor, drop_path_prob: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, drop_path_prob: float | Tensor = 0.0) -> tuple[Tensor, Tensor | None]:
         s = self.stem(x)
         return self._run(s, s, drop_path_prob)
 
@@ -125,7 +126,7 @@ class NetworkImageNet(_Stacked):
         self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(C, C, 3, 2, 1, bias=False), nn.BatchNorm2d(C))
         self._stack(C, C, C, num_classes, layers, auxiliary, genotype, True, auxiliary_stride=2)
 
-    def forward(self, x: Tensor, drop_path_prob: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, drop_path_prob: float | Tensor = 0.0) -> tuple[Tensor, Tensor | None]:
         s0 = self.stem0(x)
         return self._run(s0, self.stem1(s0), drop_path_prob)
 
@@ -146,7 +147,7 @@ class NetworkNAS201(nn.Module):
         self.lastact = nn.Sequential(nn.BatchNorm2d(4 * C), nn.ReLU())
         self.classifier = nn.Linear(4 * C, num_classes)
 
-    def forward(self, x: Tensor, drop_path_prob: float = 0.0) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, drop_path_prob: float | Tensor = 0.0) -> tuple[Tensor, None]:
         x = self.stem(x)
         for cell in self.cells:
             if isinstance(cell, nn.ModuleList):

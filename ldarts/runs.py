@@ -29,6 +29,7 @@ from .distributed import Processes
 from .errors import InputError, NotFinite
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+AMP = {"none": None, "bf16": torch.bfloat16}
 FORMAT = 1  # of checkpoints
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 SEAL = b"\nldarts-sha256:"  # then 64 digits, behind the zip archive, where torch.load does not look
@@ -492,6 +493,7 @@ def add_run_arguments(add: Callable) -> None:
     """What both scripts take; add: a parser's add_argument."""
     add("--device", default="auto")
     add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
+    add("--amp", choices=AMP, default="none", help="bf16: passes under autocast, but for those of a difference")
     add("--deterministic", action="store_true", help="the same bits on every run also on a GPU, at a price in time")
     add("--checkpoint_minutes", type=minutes, default=10.0, help="between two checkpoints inside an epoch; 0: every step")
     add("--resume", metavar="RUN", help="continue the run in this folder; may come with "

@@ -1,0 +1,103 @@
+"""What surrounds a CUDA graph, with a stand-in for torch.cuda that works as a graph does: a capture computes nothing."""
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ldarts
+from ldarts.capture import Captured, optimizer_tensors
+from train_search import search_step
+
+
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+class Graph:
+    """Records one call of `step` and undoes it; replay calls it again, into the memory of the first results."""
+
+    def __init__(self, captured):
+        self.captured = captured
+
+    @contextlib.contextmanager
+    def capture(self):
+        state = [(t, t.detach().clone()) for t in self.captured.state()]
+        yield
+        with torch.no_grad():
+            for t, old in state:
+                t.copy_(old)
+
+    def replay(self):
+        found = self.captured.step(*self.captured.inputs)
+        for held, new in zip(flat(self.captured.result), flat(found), strict=True):
+            held.copy_(new)
+
+
+def flat(result):
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [t for part in result or () for t in flat(part)]
+
+
+def search(capture, monkeypatch, unrolled):
+    torch.manual_seed(0)
+    net = ldarts.SearchNetwork(2, 10, 4, "s2").double().to(memory_format=torch.channels_last)
+    rate = torch.tensor(0.025, dtype=torch.float64)
+    optimizer = torch.optim.SGD(net.weight_parameters(), rate, 0.9, weight_decay=3e-4, fused=True)
+    arch = ldarts.Architect(net, F.cross_entropy)
+
+    def step(x, y, valid_x, valid_y, lambda_t):
+        return search_step(net, arch, optimizer, (x, y), (valid_x, valid_y), unrolled=unrolled, alpha_first=True,
+                           lambda_t=lambda_t, kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)
+
+    take = step
+    if capture:
+        take = Captured(step, lambda: [*net.parameters(), *net.buffers(), *optimizer_tensors(optimizer),
+                                       *optimizer_tensors(arch.optimizer)])
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(take))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph.capture())
+    losses = []
+    for i in range(3):
+        rate.fill_(0.025 / (1 + i))
+        x = [torch.randn(4, 3, 8, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+        y = [torch.randint(10, (4,)) for _ in range(2)]
+        lambda_t = torch.tensor(0.1 * i, dtype=torch.float64)
+        losses.append(float(take(x[0], y[0], x[1], y[1], lambda_t).loss))
+    return losses, [*net.parameters(), *net.buffers()]
+
+
+@pytest.mark.parametrize("unrolled", [False, True], ids=["first order", "second order"])
+def test_a_captured_search_is_the_search(unrolled, monkeypatch):
+    """Warming up leaves no trace, and images, λ and the learning rate of every step reach the graph."""
+    expected, state = search(False, monkeypatch, unrolled)
+    found, captured_state = search(True, monkeypatch, unrolled)
+    assert found == expected and all(torch.equal(a, b) for a, b in zip(captured_state, state))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU; there is none")
+def test_a_graph_on_a_gpu_is_the_step():
+    results = []
+    for capture in (False, True):
+        torch.manual_seed(0)
+        net = ldarts.SearchNetwork(4, 10, 4, "darts").cuda().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(net.weight_parameters(), torch.tensor(0.025, device="cuda"), 0.9, fused=True)
+        arch = ldarts.Architect(net, F.cross_entropy, capturable=True)
+
+        def step(x, y, lambda_t):
+            return search_step(net, arch, optimizer, (x, y), (x, y), unrolled=False, alpha_first=True, lambda_t=lambda_t,
+                               kind="cosine", epsilon=1e-2, method="central", grad_clip=5.0)
+
+        take = Captured(step, lambda: [*net.parameters(), *net.buffers(), *optimizer_tensors(optimizer),
+                                       *optimizer_tensors(arch.optimizer)]) if capture else step
+        generator = torch.Generator().manual_seed(0)
+        for i in range(3):
+            x = torch.randn(8, 3, 32, 32, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
+            take(x, torch.arange(8, device="cuda"), torch.tensor(0.1 * i, device="cuda"))
+        results.append([p.detach().clone() for p in net.parameters()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
