@@ -22,7 +22,7 @@ from ldarts import InputError, Network, NetworkImageNet, NetworkNAS201, genotype
 from ldarts.data import DATASETS, Batches, FolderBatches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.model import count_multiply_adds, count_parameters
-from ldarts.runs import (AMP, MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, load_checkpoint,
+from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, amp_dtype, evaluate, load_checkpoint,
                          pick_device, script, seed_everything, set_deterministic)
 
 
@@ -103,6 +103,7 @@ def main():
     if args.deterministic:
         set_deterministic()
     device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
+    amp = amp_dtype(args.amp, device)
     processes = Processes(device)
     imagenet, ranks = args.dataset == "imagenet", dict(rank=processes.rank, world=processes.world)
     if imagenet:
@@ -125,7 +126,7 @@ def main():
     run_net = torch.compile(net) if args.compile else net
 
     def forward(x, drop_path_prob=0.0):
-        with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "none"):
+        with torch.autocast(device.type, amp, enabled=amp is not None):
             return run_net(x, drop_path_prob)
 
     criterion, smoothed = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)

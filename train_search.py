@@ -24,7 +24,7 @@ from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.errors import require
 from ldarts.genotypes import benchmark, to_json
-from ldarts.runs import (AMP, MEMORY_FORMATS, Parser, Run, add_run_arguments, evaluate, pick_device, script,
+from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, amp_dtype, evaluate, pick_device, script,
                          seed_everything, set_deterministic)
 
 
@@ -156,6 +156,7 @@ def main():
     if args.deterministic:
         set_deterministic()
     device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
+    amp = amp_dtype(args.amp, device)
     processes = Processes(device)
     look_up = benchmark(args.nasbench) if args.nasbench else None
     train_set, _ = load(args.dataset, args.data, device, args.seed)
@@ -179,7 +180,7 @@ def main():
     optimizer = torch.optim.SGD(net.weight_parameters(), rate, args.momentum, weight_decay=args.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, args.learning_rate_min)
     arch = Architect(net, criterion, args.arch_learning_rate, (0.5, 0.999), args.arch_weight_decay, args.momentum,
-                     args.weight_decay, processes.average, AMP[args.amp], capturable=args.graph)
+                     args.weight_decay, processes.average, amp, capturable=args.graph)
 
     def state():
         return [*net.parameters(), *net.buffers(), *optimizer_tensors(optimizer), *optimizer_tensors(arch.optimizer)]

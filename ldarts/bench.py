@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mixed_sum import compiled_for, mixed_sum, mixed_sum_ref
-from .runs import AMP, MEMORY_FORMATS, Parser, device_name, pick_device, script
+from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, pick_device, script
 
 STAGES = {"1": (64, 16, 32, 32), "2": (64, 32, 16, 16), "3": (64, 64, 8, 8)}
 
@@ -119,7 +119,7 @@ def bench_step(args: argparse.Namespace) -> None:
         device, memory_format=torch.channels_last)
     rate = torch.tensor(0.025, device=device) if graph else 0.025
     optimizer = torch.optim.SGD(net.weight_parameters(), rate, 0.9, weight_decay=3e-4, fused=True)
-    arch = Architect(net, F.cross_entropy, amp=AMP[args.amp], capturable=graph)
+    arch = Architect(net, F.cross_entropy, amp=amp_dtype(args.amp, device), capturable=graph)
 
     def step(x, y, valid_x, valid_y):
         return search_step(net, arch, optimizer, (x, y), (valid_x, valid_y), unrolled=args.unrolled, alpha_first=not in_201,
@@ -203,7 +203,7 @@ def bench_eval(args: argparse.Namespace) -> None:
         optimizer = torch.optim.SGD(net.parameters(), 0.025, 0.9, weight_decay=3e-4)
         x, y = random_batch(args.batch_size, args.device)
         x, drop = x.contiguous(memory_format=layout), torch.tensor(0.2, device=args.device)
-        amp, run_net = (AMP[args.amp], torch.compile(net) if args.compile else net) if name == "ours" else (None, net)
+        amp, run_net = (amp_dtype(args.amp, args.device), torch.compile(net) if args.compile else net) if name == "ours" else (None, net)
 
         def step():
             with torch.autocast(args.device.type, amp, enabled=amp is not None):

@@ -1,5 +1,6 @@
 """What surrounds a CUDA graph, with a stand-in for torch.cuda that works as a graph does: a capture computes nothing."""
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -77,6 +78,25 @@ def test_a_captured_search_is_the_search(unrolled, monkeypatch):
     expected, state = search(False, monkeypatch, unrolled)
     found, captured_state = search(True, monkeypatch, unrolled)
     assert found == expected and all(torch.equal(a, b) for a, b in zip(captured_state, state))
+
+
+def test_passes_in_bf16_point_where_float64_does():
+    """α gradients and both gradients by w of a supernet after some steps; the passes of a difference stay in float32."""
+    torch.manual_seed(0)
+    net = ldarts.SearchNetwork(8, 10, 8, "s2").to(memory_format=torch.channels_last)
+    x, y = torch.randn(32, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(32) % 10
+    found = {}
+    for name, dtype, amp in (("float64", torch.float64, None), ("bf16", torch.float32, torch.bfloat16)):
+        arch = ldarts.Architect(copy.deepcopy(net).to(dtype), F.cross_entropy, amp=amp)
+        batch = x.to(dtype), y
+        _, dw, exact, value = arch.lambda_grads(batch, "cosine", 0.0, "exact")
+        central = arch.lambda_grads(batch, "cosine", 1e-2, "central")[2]
+        alphas = arch.alpha_grads(batch, batch, 0.025, None, False)
+        found[name] = [torch.cat([t.double().flatten() for t in part]) for part in (alphas, dw, exact, central)], float(value)
+    cosines = [float(F.cosine_similarity(a, b, 0)) for a, b in zip(found["float64"][0], found["bf16"][0])]
+    print("bf16 against float64: cosine of the gradients by α {:.4f}, of ∇L {:.4f}, of ∇Λ exact {:.4f}, central {:.4f}".format(*cosines),
+          f"Λ {found['bf16'][1]:+.4f} against {found['float64'][1]:+.4f}")
+    assert all(c > least for c, least in zip(cosines, (0.9, 0.75, 0.5, 0.3))) and abs(found["bf16"][1] - found["float64"][1]) < 0.03
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU; there is none")

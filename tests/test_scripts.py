@@ -81,6 +81,9 @@ BAD_SEARCH = {
     "odd channels": (["--init_channels", "3"], "3 channels"),
     "no such device": (["--device", "gpu"], "--device gpu"),
     "not a number": (["--lambda_reg", "nan"], "--lambda_reg"),
+    "bf16 on a CPU": (["--amp", "bf16", "--device", "cpu"], "--amp bf16"),
+    "bf16 in a forward difference": (["--amp", "bf16", "--lambda_grad", "forward"], "--lambda_grad forward"),
+    "a graph without a GPU": (["--graph", "--device", "cpu"], "--graph: needs a GPU"),
     "unknown flag": (["--lambda", "1"], "--lambda"),
     "no data": (["--dataset", "svhn", "--data", "/nonexistent/x"], "/nonexistent/x"),
 }
