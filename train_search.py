@@ -77,7 +77,7 @@ def parse_args():
     if args.graph is None:
         args.graph = graph_hinders(args) is None
     elif args.graph and (reason := graph_hinders(args)):
-        raise InputError(f"--graph: {reason}; leave it out")
+        raise InputError(f"--graph: {reason}; use --no-graph")
     return args
 
 

@@ -437,7 +437,7 @@ def script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-MAY_CHANGE = ("data", "device", "report_freq", "checkpoint_minutes", "resume")  # when a run is continued
+MAY_CHANGE = ("data", "device", "graph", "report_freq", "checkpoint_minutes", "workers", "plot", "tensorboard", "resume")  # when a run is continued
 
 
 class Parser(argparse.ArgumentParser):
@@ -509,8 +509,8 @@ def add_run_arguments(add: Callable) -> None:
 
 
 # What two runs of one row of a table, or of one band of a plot, may differ in.
-_INCIDENTAL = ("seed", "save", "data", "device", "device_name", "versions", "commit", "report_freq", "plot", "tensorboard",
-               "eigenvalue", "nasbench", "workers", "parameters", "multiply_adds")
+_INCIDENTAL = (*MAY_CHANGE, "seed", "save", "device_name", "versions", "commit", "deterministic", "eigenvalue", "nasbench",
+               "parameters", "multiply_adds")
 
 
 def read_run(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -381,7 +381,7 @@ def test_other_arguments_are_refused_with_both_values(stopped, folder, monkeypat
                              ("--search_space", "s2", "nasbench201"), ("--epsilon", "0.5", "0.0001")):
         message = refused(train_search, ["--resume", "runs/one", option, new], monkeypatch, capsys)
         assert f"{option} {new}: runs/one was started with {old}" in message
-        assert "only data, device, report_freq, checkpoint_minutes may change" in message
+        assert "only data, device, graph, report_freq, checkpoint_minutes, workers, plot, tensorboard may change" in message
     assert "--cutout True: runs/one was started with False" in refused(
         train_search, ["--resume", "runs/one", "--cutout"], monkeypatch, capsys)
     for value in ("-1", "nan", "soon"):
