@@ -24,6 +24,7 @@ from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.errors import require
 from ldarts.genotypes import benchmark, to_json
+from ldarts.mixed_sum import compiled_for
 from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, amp_dtype, evaluate, pick_device, script,
                          seed_everything, set_deterministic)
 
@@ -193,6 +194,7 @@ def main():
 
         return Captured(take, state) if args.graph else take
 
+    compiled_for(device.type)  # a first compilation is no time of the run's steps
     run = Run("search", args, processes, {"model": net, "optimizer": optimizer, "arch": arch.optimizer,
                                           "scheduler": scheduler}, len(train_batches), means=3)
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {split} images for w and {images - split} for α, "
