@@ -14,6 +14,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -196,13 +197,13 @@ struct Bank {
   int64_t N, C, in_h, in_w, out_h, out_w, stride, units, halo = 0, period, width;
   std::vector<int64_t> taps, dilation, padding;  // of each unit; padding keeps the size
   std::vector<Buffer<T>> depthwise;         // [taps * taps, period * kV], the pattern of the channels along a row
-  std::vector<Buffer<T>> forward, backward; // pointwise weights, [in, width] and [out, width]
+  std::vector<Buffer<T>> pointwise;         // [in, width], for the backward pass [out, width]
   std::vector<Input<T>> input;
   std::vector<Taps<T>> output_taps, input_taps;  // [units], [units, stride, stride]: by row and column mod stride
   int64_t pitch, row, grad_pitch;
 
   Bank(at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
-       int64_t stride, at::IntArrayRef dilations)
+       int64_t stride, at::IntArrayRef dilations, bool back)
       : N(x[0].size(0)), C(x[0].size(1)), in_h(x[0].size(2)), in_w(x[0].size(3)), out_h((in_h - 1) / stride + 1),
         out_w((in_w - 1) / stride + 1), stride(stride), units(dw.size()), period(pattern_period<T>(C)),
         width(round_up(C, kV<T>)), dilation(dilations.vec()) {
@@ -218,12 +219,11 @@ struct Bank {
       const T *from = d.template const_data_ptr<T>(), *matrix = p.template const_data_ptr<T>();
       depthwise.emplace_back(k * k * period * V);
       for (int64_t t = 0; t < k * k; ++t)
-        for (int64_t i = 0; i < period * V; ++i) depthwise[u][t * period * V + i] = from[i % C * k * k + t];
-      forward.emplace_back(C * width);
-      backward.emplace_back(C * width);
+        for (int64_t i = 0, c = 0; i < period * V; ++i, c = c + 1 < C ? c + 1 : 0)
+          depthwise[u][t * period * V + i] = from[c * k * k + t];
+      pointwise.emplace_back(C * width);
       for (int64_t out = 0; out < C; ++out)
-        for (int64_t in = 0; in < C; ++in)
-          forward[u][in * width + out] = backward[u][out * width + in] = matrix[out * C + in];
+        for (int64_t in = 0; in < C; ++in) pointwise[u][back ? out * width + in : in * width + out] = matrix[out * C + in];
       auto pattern = [&](int64_t which, T absent) {
         Buffer<T> result(period * V, absent);
         if (!affine || which >= coefficients.size(0)) return result;
@@ -319,7 +319,7 @@ void forward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList again
           for (int64_t o = 0; o < bank.out_h; ++o, z += bank.row, other += bank.row) {
             bank.convolve(u, o, padded.data(), y.data());
             std::fill(part.begin(), part.end(), T(0));
-            multiply(y.data(), bank.out_w, C, bank.forward[u].data(), bank.width,
+            multiply(y.data(), bank.out_w, C, bank.pointwise[u].data(), bank.width,
                      [&](int64_t q, auto rows, int64_t c, const Vec<T>* values) {
                        const int64_t count = std::min(kV<T>, C - c);
                        auto sum = Vec<T>::loadu(part.data() + c), product = Vec<T>::loadu(part.data() + bank.width + c);
@@ -399,7 +399,7 @@ struct Backward {
     });
     for (int64_t o = 0; o < count; ++o) {
       T* to = dy_row(first + o);
-      multiply(dz.data() + o * bank.row, bank.out_w, C, bank.backward[u].data(), bank.width,
+      multiply(dz.data() + o * bank.row, bank.out_w, C, bank.pointwise[u].data(), bank.width,
                [&](int64_t q, auto pixels, int64_t c, const Vec<T>* values) {
                  for (int r = 0; r < pixels; ++r) store(to + (q + r) * C + c, values[r], std::min(V, C - c));
                });
@@ -564,7 +564,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> bank_forward(
   std::vector<at::Tensor> zs;
   at::Tensor moments;
   AT_DISPATCH_FLOATING_TYPES(x[0].scalar_type(), "bank_forward", [&] {
-    const Bank<scalar_t> bank(xs, values, affine, dw, pw, stride, dilations);
+    const Bank<scalar_t> bank(xs, values, affine, dw, pw, stride, dilations, false);
     const auto options = x[0].options().memory_format(at::MemoryFormat::ChannelsLast);
     for (int64_t u = 0; u < bank.units; ++u) zs.push_back(at::empty({bank.N, bank.C, bank.out_h, bank.out_w}, options));
     moments = at::zeros({std::min(kChunks, bank.N), bank.units, 2, bank.C}, x[0].options().dtype(at::kDouble));
@@ -589,7 +589,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::ve
   std::vector<at::Tensor> d_depthwise, d_pointwise, d_x;
   at::Tensor sums;
   AT_DISPATCH_FLOATING_TYPES(x[0].scalar_type(), "bank_backward", [&] {
-    const Bank<scalar_t> bank(xs, values, affine, dw, pw, stride, dilations);
+    const Bank<scalar_t> bank(xs, values, affine, dw, pw, stride, dilations, true);
     const int64_t chunks = std::min(kChunks, bank.N), V = kV<scalar_t>;
     Grads<scalar_t> out;
     int64_t taps = 0;
@@ -611,6 +611,86 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::ve
   return {d_x, sums.defined() ? sums : at::empty({0}), d_depthwise, d_pointwise};
 }
 
+// s and b of norms, [2, units, C], from their table.
+std::optional<at::Tensor> affine_of(const std::optional<at::Tensor>& table) {
+  if (!table) return std::nullopt;
+  const auto inverse = table->select(1, 0);
+  return at::stack({inverse, -inverse * table->select(1, 1)});
+}
+
+// -> z of each unit; of the norms behind them the table [units, 2, C] of 1/σ and μ, and mean and variance, [units, 2, C] in
+// float64, in which their difference is safe; scale and shift [2, p.size(0), C] of the last units, which are terms of nodes.
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor> bank(
+    at::TensorList x, const std::optional<at::Tensor>& before, at::TensorList dw, at::TensorList pw, int64_t stride,
+    at::IntArrayRef dilations, double eps, const at::Tensor& p) {
+  auto [zs, moments] = bank_forward(x, {}, affine_of(before), dw, pw, stride, dilations, {});
+  const int64_t U = zs.size(), L = p.size(0), C = zs[0].size(1);
+  const double count = zs[0].numel() / C;
+  const auto table = at::empty_like(moments), terms = at::empty({2, L, C}, moments.options()), ps = p.to(at::kDouble).contiguous();
+  double *m = moments.mutable_data_ptr<double>(), *t = table.mutable_data_ptr<double>(), *scale = terms.mutable_data_ptr<double>();
+  for (int64_t u = 0; u < U; ++u, m += 2 * C, t += 2 * C)
+    for (int64_t c = 0; c < C; ++c) {
+      t[C + c] = m[c] /= count;
+      m[C + c] = std::max(0.0, m[C + c] / count - m[c] * m[c]);
+      t[c] = 1 / std::sqrt(m[C + c] + eps);
+      if (const int64_t l = u - (U - L); l >= 0) {
+        scale[l * C + c] = ps.const_data_ptr<double>()[l] * t[c];
+        scale[(L + l) * C + c] = -scale[l * C + c] * m[c];
+      }
+    }
+  return {zs, table.to(x[0].scalar_type()), moments, terms.to(x[0].scalar_type())};
+}
+
+// The gradients of `bank` by before, p, x, dw and pw, from those by each z (raw), by the terms of the last units (lazy: of
+// p (z - μ) / σ, which stands for them) and by the table.
+std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> bank_grad(
+    at::TensorList x, const std::optional<at::Tensor>& before, at::TensorList dw, at::TensorList pw, int64_t stride,
+    at::IntArrayRef dilations, at::TensorList z, const at::Tensor& table, const at::Tensor& p,
+    const c10::List<std::optional<at::Tensor>>& raw, const c10::List<std::optional<at::Tensor>>& lazy,
+    const std::optional<at::Tensor>& d_table, bool by_x, bool by_weight) {
+  const int64_t U = z.size(), L = p.size(0), C = z[0].size(1);
+  const double count = z[0].numel() / C;
+  c10::List<std::optional<at::Tensor>> grads;
+  std::vector<at::Tensor> given, their_z;
+  for (int64_t u = 0; u < U; ++u) {
+    grads.push_back(u < U - L ? std::nullopt : lazy.get(u - (U - L)));
+    if (const std::optional<at::Tensor> grad = grads.get(u)) given.push_back(*grad), their_z.push_back(z[u]);
+  }
+  const auto double_of = [](const at::Tensor& t) { return t.to(at::kDouble).contiguous(); };
+  const auto tables = double_of(table), ps = double_of(p), d_tables = d_table ? double_of(*d_table) : at::zeros_like(tables);
+  const auto scale = at::ones({U, C}, tables.options()), d_moments = at::empty_like(tables), d_p = at::zeros_like(ps);
+  const auto sums = given.empty() ? at::Tensor() : bank_sums(given, their_z);  // [given, 2, C], of G and G z
+  const double *t = tables.const_data_ptr<double>(), *d = d_tables.const_data_ptr<double>();
+  const double* sum = given.empty() ? nullptr : sums.const_data_ptr<double>();
+  double *to = d_moments.mutable_data_ptr<double>(), *factor = scale.mutable_data_ptr<double>();
+  for (int64_t u = 0; u < U; ++u, t += 2 * C, d += 2 * C, to += 2 * C, factor += C) {
+    const bool term = grads.get(u).has_value();
+    const int64_t l = u - (U - L);
+    for (int64_t c = 0; c < C; ++c) {
+      double d_inverse = d[c], d_mean = d[C + c];
+      if (term) {
+        const double centred = sum[C + c] - t[C + c] * sum[c], weight = ps.const_data_ptr<double>()[l];
+        d_p.mutable_data_ptr<double>()[l] += t[c] * centred;
+        d_inverse += weight * centred;
+        factor[c] = weight * t[c];
+        d_mean -= factor[c] * sum[c];
+      }
+      const double d_variance = -0.5 * t[c] * t[c] * t[c] * d_inverse;
+      to[c] = (d_mean - 2 * t[C + c] * d_variance) / count;
+      to[C + c] = d_variance / count;
+    }
+    if (term) sum += 2 * C;
+  }
+  auto [d_x, by_affine, d_dw, d_pw] = bank_backward(x, {}, affine_of(before), dw, pw, stride, dilations, z, raw, grads, scale,
+                                                    d_moments, by_x, by_weight);
+  at::Tensor d_before;
+  if (before && by_x) {
+    const auto d_scale = by_affine.select(1, 1), d_shift = by_affine.select(1, 0);  // s = 1/σ, b = -μ/σ
+    d_before = at::stack({d_scale - before->select(1, 1) * d_shift, -before->select(1, 0) * d_shift}, 1).to(before->scalar_type());
+  }
+  return {d_before, d_p.to(p.scalar_type()), d_x, d_dw, d_pw};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ldarts, m) {
@@ -620,12 +700,19 @@ TORCH_LIBRARY_FRAGMENT(ldarts, m) {
         "Tensor[] z, Tensor?[] raw, Tensor?[] grad, Tensor scale, Tensor d_moments, bool by_x, bool by_weight) -> "
         "(Tensor[], Tensor, Tensor[], Tensor[])");
   m.def("bank_sums(Tensor[] grad, Tensor[] z) -> Tensor");
+  m.def("bank(Tensor[] x, Tensor? before, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, float eps, Tensor p) -> "
+        "(Tensor[], Tensor, Tensor, Tensor)");
+  m.def("bank_grad(Tensor[] x, Tensor? before, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, Tensor[] z, Tensor table, "
+        "Tensor p, Tensor?[] raw, Tensor?[] lazy, Tensor? d_table, bool by_x, bool by_weight) -> "
+        "(Tensor, Tensor, Tensor[], Tensor[], Tensor[])");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
   m.impl("bank_forward", bank_forward);
   m.impl("bank_backward", bank_backward);
   m.impl("bank_sums", bank_sums);
+  m.impl("bank", bank);
+  m.impl("bank_grad", bank_grad);
 }
 
 }  // namespace ldarts

@@ -4,8 +4,8 @@ Every operation maps [N, C, H, W] to [N, C, H / stride, W / stride]. `affine` sa
 and a shift: not in the search, where they would undo the architecture weights.
 """
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
 
 
 class ReLUFirst(nn.Module):
@@ -79,7 +79,17 @@ class FactorizedReduce(nn.Module):
         return self.after_relu(self.relu(x))
 
     def after_relu(self, x: Tensor) -> Tensor:
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1))
+        return self.from_pixels(*self.pixels(x))
+
+    @staticmethod
+    def pixels(x: Tensor) -> tuple[Tensor, Tensor]:
+        """The pixels of x that conv_1 and conv_2 read, for all reductions that leave one state."""
+        return x[:, :, ::2, ::2].clone(), x[:, :, 1::2, 1::2].clone()
+
+    def from_pixels(self, even: Tensor, odd: Tensor) -> Tensor:
+        """forward(x) from pixels(relu(x))."""
+        halves = [F.conv2d(half, conv.weight) for half, conv in ((even, self.conv_1), (odd, self.conv_2))]
+        return self.bn(torch.cat(halves, dim=1))
 
 
 class Zero(nn.Module):

@@ -35,15 +35,11 @@ def bank(x: Sequence[Tensor], before: Tensor | None, units: Sequence[Unit], p: T
     weights of the units that are terms, [L], the last L of them. Moves the running statistics of the norms that track them,
     as BatchNorm2d does in training.
     """
-    affine = None if before is None else torch.stack([before[:, 0], -before[:, 0] * before[:, 1]])  # [2, U, C]
-    geometry = units[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in units], units[0][2].eps
     weights = [unit[k].weight for k in (0, 1) for unit in units]
-    table, mean, variance, *tensors = _Bank.apply(geometry, affine, p, *x, *weights)
-    zs, lazy = tensors[: len(units)], tensors[len(units) :]
-    move_statistics([norm for _, _, norm in units], mean, variance, zs[0].numel() // zs[0].shape[1])
-    inverse, mean = table.detach()[len(units) - len(lazy) :].unbind(1)
-    scale = p.detach()[:, None] * inverse
-    return zs, table, Terms(lazy, scale, -scale * mean)
+    geometry = units[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in units]
+    table, statistics, terms, *zs = _Bank.apply(geometry, units[0][2].eps, before, p, *x, *weights)
+    move_statistics([norm for _, _, norm in units], statistics, zs[0].numel() // zs[0].shape[1])
+    return zs[: len(units)], table, Terms(zs[len(units) :], *terms)
 
 
 def fan(z: Sequence[Tensor], p: Tensor) -> list[Terms]:
@@ -61,14 +57,13 @@ def node(terms: Sequence[Terms]) -> Tensor:
 
 
 @torch.no_grad()
-def move_statistics(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor, count: int) -> None:
-    """Running statistics after a batch of `count` pixels with this mean and (biased) variance, [norms, C]."""
+def move_statistics(norms: Sequence[nn.BatchNorm2d], statistics: Tensor, count: int) -> None:
+    """Running statistics after a batch of `count` pixels with these means and (biased) variances, [norms, 2, C]."""
     if not norms[0].track_running_stats:
         return
-    dtype = norms[0].running_mean.dtype
-    torch._foreach_lerp_([n.running_mean for n in norms], list(mean.to(dtype).unbind()), norms[0].momentum)
-    torch._foreach_lerp_([n.running_var for n in norms], list((variance * (count / max(1, count - 1))).to(dtype).unbind()),
-                         norms[0].momentum)
+    mean, variance = statistics.to(norms[0].running_mean.dtype).unbind(1)
+    torch._foreach_lerp_([n.running_mean for n in norms], list(mean.unbind()), norms[0].momentum)
+    torch._foreach_lerp_([n.running_var for n in norms], list((variance * (count / max(1, count - 1))).unbind()), norms[0].momentum)
     torch._foreach_add_([n.num_batches_tracked for n in norms], 1)
 
 
@@ -102,24 +97,30 @@ class _Fan(torch.autograd.Function):
 
 class _Bank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, geometry, affine, p, *tensors):
-        inputs = _Inputs(geometry, affine, *tensors)
-        zs, moments = inputs.forward()
-        mean, square = (moments / (zs[0].numel() // zs[0].shape[1])).unbind(1)  # in float64, in which the difference is safe
-        variance = (square - mean * mean).clamp_min(0)
-        table = torch.stack([(variance + inputs.eps).rsqrt(), mean], 1).to(zs[0].dtype)
+    def forward(ctx, geometry, eps, before, p, *tensors):
+        U = len(geometry[1])
+        x, (dw, pw) = tensors[: -2 * U], _parts(tensors[-2 * U :], U)
+        zs, table, statistics, terms = torch.ops.ldarts.bank(x, before, dw, pw, *geometry, eps, p)
         ctx.geometry, ctx.count = geometry, len(tensors)
-        ctx.save_for_backward(affine, p, table, *tensors, *zs)
-        ctx.mark_non_differentiable(mean, variance)
+        ctx.save_for_backward(before, p, table, *tensors, *zs)
+        ctx.mark_non_differentiable(statistics, terms)
         ctx.set_materialize_grads(False)
-        return table, mean, variance, *zs, *(z.view_as(z) for z in zs[len(zs) - len(p) :])
+        return table, statistics, terms, *zs, *(z.view_as(z) for z in zs[U - len(p) :])
 
     @staticmethod
-    def backward(ctx, d_table, _mean, _variance, *grads):
-        affine, p, table, *saved = ctx.saved_tensors
+    def backward(ctx, d_table, _statistics, _terms, *grads):
+        before, p, table, *saved = ctx.saved_tensors
         tensors, zs = saved[: ctx.count], saved[ctx.count :]
         U, L, n = len(zs), len(p), zs[0].numel() // zs[0].shape[1]
+        x, (dw, pw) = tensors[: -2 * U], _parts(tensors[-2 * U :], U)
         raw, lazy = list(grads[:U]), list(grads[U:])
+        by_x, by_weight = any(ctx.needs_input_grad[i] for i in (2, *range(4, 4 + len(x)))), any(ctx.needs_input_grad[-2 * U :])
+        if not torch.is_grad_enabled():  # nobody will differentiate this: all of it in one call
+            d_before, d_p, d_x, d_dw, d_pw = torch.ops.ldarts.bank_grad(
+                x, before, dw, pw, *ctx.geometry, zs, table, p, raw, lazy, d_table, by_x, by_weight)
+            nothing = [None] * U
+            return None, None, d_before, d_p, *(d_x or [None] * len(x)), *(d_dw or nothing), *(d_pw or nothing)
+
         inverse, mean = table.double().unbind(1)  # [U, C]
         d_inverse, d_mean = (torch.zeros_like(table) if d_table is None else d_table).double().unbind(1)
         d_p, scale = None, torch.ones_like(inverse)
@@ -134,10 +135,14 @@ class _Bank(torch.autograd.Function):
             scale = torch.cat([scale[: U - L], weight * inverse[behind]])
         d_variance = -0.5 * inverse**3 * d_inverse
         d_moments = torch.stack([d_mean - 2 * mean * d_variance, d_variance], 1) / n
-        asked = (any(ctx.needs_input_grad[i] for i in (1, *range(3, 3 + ctx.count - 2 * U))), any(ctx.needs_input_grad[-2 * U :]))
-        by_affine, *others = _BankBackward.apply(ctx.geometry, asked, affine, scale, d_moments, *tensors, *zs, *raw,
+        affine = None if before is None else torch.stack([before[:, 0], -before[:, 0] * before[:, 1]])  # s and b, [2, U, C]
+        by_affine, *others = _BankBackward.apply(ctx.geometry, (by_x, by_weight), affine, scale, d_moments, *tensors, *zs, *raw,
                                                  *[None] * (U - L), *lazy)
-        return None, by_affine, d_p, *others
+        d_before = None
+        if by_affine is not None:
+            d_scale, d_shift = by_affine
+            d_before = torch.stack([d_scale - before[:, 1] * d_shift, -before[:, 0] * d_shift], 1)
+        return None, None, d_before, d_p, *others
 
 
 class _BankBackward(torch.autograd.Function):
@@ -223,13 +228,13 @@ class _Inputs:
     """The arguments of the two operators."""
 
     def __init__(self, geometry, affine, *tensors):
-        self.stride, self.dilations, self.eps = geometry
+        self.stride, self.dilations = geometry
         U = len(self.dilations)
         self.affine, self.value = affine, []
         self.x, (self.dw, self.pw) = tensors[: -2 * U], _parts(tensors[-2 * U :], U)
 
     def replace(self, **changed) -> "_Inputs":
-        other = _Inputs((self.stride, self.dilations, self.eps), self.affine, *self.x, *self.dw, *self.pw)
+        other = _Inputs((self.stride, self.dilations), self.affine, *self.x, *self.dw, *self.pw)
         other.dw, other.pw = self.dw, self.pw
         vars(other).update(changed)
         return other
