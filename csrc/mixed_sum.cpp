@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <sstream>
 #include <vector>
 
@@ -66,9 +67,8 @@ at::MemoryFormat check_terms(at::TensorList terms) {
 
 at::Tensor check_weights(const at::Tensor& weights, int64_t count, const at::Tensor& like) {
   check_dtype("mixed_sum: weights", weights);
-  const bool per_channel = weights.dim() == 2 && weights.device().is_cpu() && like.dim() == 4 && weights.size(1) == like.size(1);
-  TORCH_CHECK_VALUE((weights.dim() == 1 || per_channel) && weights.size(0) == count, "mixed_sum: weights have shape ",
-                    weights.sizes(), ", expected [", count, "], one for each term, or on the CPU [", count, ", channels]");
+  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == count, "mixed_sum: weights have shape ", weights.sizes(),
+                    ", expected [", count, "], one for each term");
   TORCH_CHECK_VALUE(weights.device() == like.device(), "mixed_sum: weights have device ", weights.device(),
                     ", expected ", like.device());
   TORCH_CHECK_VALUE(weights.element_size() >= like.element_size(), "mixed_sum: weights have dtype ",
@@ -143,18 +143,19 @@ std::vector<const T*> pointers(at::TensorList tensors) {
   return result;
 }
 
+// Weights [M, C] and shift [C] (or none: 0), which repeat along a channels-last term; C = 1: along any.
 template <typename T>
-void sum_kernel(const at::Tensor& weights, at::TensorList terms, const at::Tensor& out) {
+void sum_kernel(const at::Tensor& weights, const at::Tensor& shift, at::TensorList terms, const at::Tensor& out) {
   using L = Lanes<T>;
   using Acc = typename L::Acc;
   const int64_t M = terms.size();
   const auto term = pointers<T>(terms);
-  // Weights [M], or [M, C] for channels-last terms, as they repeat along a term: M rows of `repeat` values.
-  const int64_t C = weights.dim() == 2 ? weights.size(1) : 1, repeat = std::lcm(C, L::kSize);
+  const int64_t C = weights.size(1), repeat = std::lcm(C, L::kSize);
   const int64_t block = std::max<int64_t>(1, kBlock / repeat) * repeat;
-  Buffer<Acc> pattern;
+  Buffer<Acc> pattern, first(repeat, Acc(0));  // [M, repeat] and [repeat]
   for (int64_t m = 0; m < M; ++m)
     for (int64_t i = 0; i < repeat; ++i) pattern.push_back(weights.const_data_ptr<Acc>()[m * C + i % C]);
+  for (int64_t i = 0; i < repeat && shift.defined(); ++i) first[i] = shift.const_data_ptr<Acc>()[i % C];
   T* result = out.mutable_data_ptr<T>();
   each_block(block, out.numel(), M, [&](int64_t begin, int64_t size, int64_t) {
     Buffer<Acc> acc(block);
@@ -162,7 +163,7 @@ void sum_kernel(const at::Tensor& weights, at::TensorList terms, const at::Tenso
       const bool last = m + group == M;
       int64_t at = 0;
       L::each(size, [&](int64_t i, auto count) {
-        auto sum = m == 0 ? typename L::Vec(0) : L::Vec::loadu(acc.data() + i);
+        auto sum = L::Vec::loadu(m == 0 ? first.data() + at : acc.data() + i);
         const Acc* w = pattern.data() + m * repeat + at;
         for (int64_t k = 0; k < group; ++k)
           sum = at::vec::fmadd(L::Vec::loadu(w + k * repeat), L::load(term[m + k] + begin + i, count), sum);
@@ -227,10 +228,21 @@ void dot_kernel(const at::Tensor& grad, at::TensorList terms, const at::Tensor& 
 at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
   const auto format = check_terms(terms);
   const auto w = check_weights(weights, terms.size(), terms[0]);
-  TORCH_CHECK_VALUE(w.dim() == 1 || terms[0].is_contiguous(at::MemoryFormat::ChannelsLast),
-                    "mixed_sum: terms are contiguous, expected channels-last, for weights per channel");
   auto out = at::empty_like(terms[0], terms[0].options().memory_format(format));
-  DISPATCH(out.scalar_type(), sum_kernel, w, terms, out);
+  DISPATCH(out.scalar_type(), sum_kernel, w.unsqueeze(1), at::Tensor(), terms, out);
+  return out;
+}
+
+// The sum with weights [M, C] for each channel, + shift [C]; channels-last, without derivatives: for ldarts/separable.py.
+at::Tensor node_sum(const at::Tensor& weights, const std::optional<at::Tensor>& shift, at::TensorList terms) {
+  std::vector<at::Tensor> dense;
+  for (const auto& t : terms) dense.push_back(t.contiguous(at::MemoryFormat::ChannelsLast));
+  check_terms(dense);
+  const auto wide = [&](const at::Tensor& t) { return t.to(at::toOpMathType(dense[0].scalar_type())).contiguous(); };
+  TORCH_CHECK_VALUE(weights.sizes() == at::IntArrayRef({static_cast<int64_t>(terms.size()), terms[0].size(1)}),
+                    "node_sum: weights have shape ", weights.sizes(), ", expected [", terms.size(), ", ", terms[0].size(1), "]");
+  auto out = at::empty_like(dense[0], dense[0].options().memory_format(at::MemoryFormat::ChannelsLast));
+  DISPATCH(out.scalar_type(), sum_kernel, wide(weights), shift ? wide(*shift) : at::Tensor(), dense, out);
   return out;
 }
 
@@ -258,12 +270,14 @@ TORCH_LIBRARY(ldarts, m) {
   m.def("mixed_sum(Tensor weights, Tensor[] terms) -> Tensor");
   m.def("mixed_scale(Tensor grad, Tensor weights) -> Tensor[]");
   m.def("mixed_dot(Tensor grad, Tensor[] terms) -> Tensor");
+  m.def("node_sum(Tensor weights, Tensor? shift, Tensor[] terms) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
   m.impl("mixed_sum", mixed_sum);
   m.impl("mixed_scale", mixed_scale);
   m.impl("mixed_dot", mixed_dot);
+  m.impl("node_sum", node_sum);
 }
 
 }  // namespace ldarts

@@ -14,7 +14,6 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -351,8 +350,8 @@ struct Grads {  // undefined: not asked for. The first dimension of the last thr
 template <typename T>
 struct Backward {
   const Bank<T>& bank;
-  at::TensorList zs, raws, grads;  // raws, grads: undefined where there is none
-  at::Tensor scales, d_moments;    // [units, C], [units, 2, C]
+  at::TensorList zs, raws, grads;  // raws: undefined where there is none; grads: of the last units
+  at::Tensor scales, d_moments;    // [grads, C], [units, 2, C]
   Grads<T>& out;
   int64_t chunk = 0, n = 0, u = 0, tap = 0;  // where a thread is; tap: the first of unit u among those of all units
 
@@ -364,13 +363,14 @@ struct Backward {
   Buffer<T> da = Buffer<T>(bank.stride * da_pitch), part = Buffer<T>(3 * pattern);
   Buffer<T> d_sum = Buffer<T>(pattern), d_square = d_sum, factor = d_sum;
 
+  int64_t term() const { return u - (bank.units - static_cast<int64_t>(grads.size())); }
   T* dy_row(int64_t o) { return dy.data() + (o + bank.halo) * bank.grad_pitch + bank.halo * C; }
 
   void unit() {
     for (int64_t i = 0; i < pattern; ++i) {
       d_sum[i] = d_moments.const_data_ptr<T>()[2 * u * C + i % C];
       d_square[i] = 2 * d_moments.const_data_ptr<T>()[(2 * u + 1) * C + i % C];
-      factor[i] = scales.const_data_ptr<T>()[u * C + i % C];
+      if (term() >= 0) factor[i] = scales.const_data_ptr<T>()[term() * C + i % C];
     }
     const Input<T>& in = bank.input[u];
     const bool same = u > 0 && in.x == bank.input[u - 1].x && in.value == bank.input[u - 1].value;
@@ -390,7 +390,7 @@ struct Backward {
     auto rows_of = [&](const at::Tensor& t) {
       return t.defined() ? t.const_data_ptr<T>() + n * bank.out_size() + first * bank.row : nullptr;
     };
-    const T *z = rows_of(zs[u]), *raw = rows_of(raws[u]), *grad = rows_of(grads[u]);
+    const T *z = rows_of(zs[u]), *raw = rows_of(raws[u]), *grad = term() < 0 ? nullptr : rows_of(grads[term()]);
     each_vector<T>(count * bank.row, bank.period, [&](int64_t i, int64_t at, int64_t size) {
       auto sum = at::vec::fmadd(Vec<T>::loadu(d_square.data() + at), load(z + i, size), Vec<T>::loadu(d_sum.data() + at));
       if (grad) sum = at::vec::fmadd(Vec<T>::loadu(factor.data() + at), load(grad + i, size), sum);
@@ -520,6 +520,15 @@ void check(at::TensorList x, at::TensorList dw, at::TensorList pw, at::IntArrayR
   }
 }
 
+// The sum over the first dimension, in order.
+at::Tensor sum_of(const at::Tensor& parts) {
+  const auto out = parts[0].clone();
+  double* sum = out.mutable_data_ptr<double>();
+  const int64_t size = out.numel();
+  for (int64_t i = size; i < parts.numel(); ++i) sum[i % size] += parts.const_data_ptr<double>()[i];
+  return out;
+}
+
 // [units, 2, C]: per channel the sums of grad and of grad * z, in float64.
 at::Tensor bank_sums(at::TensorList grad, at::TensorList z) {
   TORCH_CHECK_VALUE(!grad.empty() && grad.size() == z.size(), "bank: ", grad.size(), " gradients of ", z.size(), " tensors");
@@ -553,7 +562,7 @@ at::Tensor bank_sums(at::TensorList grad, at::TensorList z) {
         }
     });
   });
-  return out.sum(0);
+  return sum_of(out);
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> bank_forward(
@@ -570,22 +579,18 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> bank_forward(
     moments = at::zeros({std::min(kChunks, bank.N), bank.units, 2, bank.C}, x[0].options().dtype(at::kDouble));
     forward_kernel(bank, zs, others, moments);
   });
-  return {zs, moments.sum(0)};
+  return {zs, sum_of(moments)};
 }
 
 // -> gradients by x, sums [units, 3, C] of h, h x and h value (empty without affine), gradients by dw, gradients by pw
 std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> bank_backward(
     at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
     int64_t stride, at::IntArrayRef dilations, at::TensorList z, const c10::List<std::optional<at::Tensor>>& raw,
-    const c10::List<std::optional<at::Tensor>>& grad, const at::Tensor& scale, const at::Tensor& d_moments, bool by_x,
-    bool by_weight) {
+    at::TensorList grad, const at::Tensor& scale, const at::Tensor& d_moments, bool by_x, bool by_weight) {
   check(x, dw, pw, dilations);
-  auto given = [](const c10::List<std::optional<at::Tensor>>& list) {
-    std::vector<at::Tensor> tensors;
-    for (const std::optional<at::Tensor>& t : list) tensors.push_back(t.value_or(at::Tensor()));
-    return dense(tensors);
-  };
-  const auto xs = dense(x), values = dense(value), zs = dense(z), raws = given(raw), grads = given(grad);
+  std::vector<at::Tensor> given;
+  for (const std::optional<at::Tensor>& t : raw) given.push_back(t.value_or(at::Tensor()));
+  const auto xs = dense(x), values = dense(value), zs = dense(z), raws = dense(given), grads = dense(grad);
   std::vector<at::Tensor> d_depthwise, d_pointwise, d_x;
   at::Tensor sums;
   AT_DISPATCH_FLOATING_TYPES(x[0].scalar_type(), "bank_backward", [&] {
@@ -605,90 +610,10 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::ve
     backward_kernel(bank, zs, raws, grads, scale.to(x[0].scalar_type()).contiguous(),
                     d_moments.to(x[0].scalar_type()).contiguous(), out);
     d_x = out.x;
-    if (out.sums.defined()) sums = out.sums.sum(0);
+    if (out.sums.defined()) sums = sum_of(out.sums);
     if (by_weight) weight_gradients(bank, out, d_depthwise, d_pointwise);
   });
   return {d_x, sums.defined() ? sums : at::empty({0}), d_depthwise, d_pointwise};
-}
-
-// s and b of norms, [2, units, C], from their table.
-std::optional<at::Tensor> affine_of(const std::optional<at::Tensor>& table) {
-  if (!table) return std::nullopt;
-  const auto inverse = table->select(1, 0);
-  return at::stack({inverse, -inverse * table->select(1, 1)});
-}
-
-// -> z of each unit; of the norms behind them the table [units, 2, C] of 1/σ and μ, and mean and variance, [units, 2, C] in
-// float64, in which their difference is safe; scale and shift [2, p.size(0), C] of the last units, which are terms of nodes.
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor> bank(
-    at::TensorList x, const std::optional<at::Tensor>& before, at::TensorList dw, at::TensorList pw, int64_t stride,
-    at::IntArrayRef dilations, double eps, const at::Tensor& p) {
-  auto [zs, moments] = bank_forward(x, {}, affine_of(before), dw, pw, stride, dilations, {});
-  const int64_t U = zs.size(), L = p.size(0), C = zs[0].size(1);
-  const double count = zs[0].numel() / C;
-  const auto table = at::empty_like(moments), terms = at::empty({2, L, C}, moments.options()), ps = p.to(at::kDouble).contiguous();
-  double *m = moments.mutable_data_ptr<double>(), *t = table.mutable_data_ptr<double>(), *scale = terms.mutable_data_ptr<double>();
-  for (int64_t u = 0; u < U; ++u, m += 2 * C, t += 2 * C)
-    for (int64_t c = 0; c < C; ++c) {
-      t[C + c] = m[c] /= count;
-      m[C + c] = std::max(0.0, m[C + c] / count - m[c] * m[c]);
-      t[c] = 1 / std::sqrt(m[C + c] + eps);
-      if (const int64_t l = u - (U - L); l >= 0) {
-        scale[l * C + c] = ps.const_data_ptr<double>()[l] * t[c];
-        scale[(L + l) * C + c] = -scale[l * C + c] * m[c];
-      }
-    }
-  return {zs, table.to(x[0].scalar_type()), moments, terms.to(x[0].scalar_type())};
-}
-
-// The gradients of `bank` by before, p, x, dw and pw, from those by each z (raw), by the terms of the last units (lazy: of
-// p (z - μ) / σ, which stands for them) and by the table.
-std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> bank_grad(
-    at::TensorList x, const std::optional<at::Tensor>& before, at::TensorList dw, at::TensorList pw, int64_t stride,
-    at::IntArrayRef dilations, at::TensorList z, const at::Tensor& table, const at::Tensor& p,
-    const c10::List<std::optional<at::Tensor>>& raw, const c10::List<std::optional<at::Tensor>>& lazy,
-    const std::optional<at::Tensor>& d_table, bool by_x, bool by_weight) {
-  const int64_t U = z.size(), L = p.size(0), C = z[0].size(1);
-  const double count = z[0].numel() / C;
-  c10::List<std::optional<at::Tensor>> grads;
-  std::vector<at::Tensor> given, their_z;
-  for (int64_t u = 0; u < U; ++u) {
-    grads.push_back(u < U - L ? std::nullopt : lazy.get(u - (U - L)));
-    if (const std::optional<at::Tensor> grad = grads.get(u)) given.push_back(*grad), their_z.push_back(z[u]);
-  }
-  const auto double_of = [](const at::Tensor& t) { return t.to(at::kDouble).contiguous(); };
-  const auto tables = double_of(table), ps = double_of(p), d_tables = d_table ? double_of(*d_table) : at::zeros_like(tables);
-  const auto scale = at::ones({U, C}, tables.options()), d_moments = at::empty_like(tables), d_p = at::zeros_like(ps);
-  const auto sums = given.empty() ? at::Tensor() : bank_sums(given, their_z);  // [given, 2, C], of G and G z
-  const double *t = tables.const_data_ptr<double>(), *d = d_tables.const_data_ptr<double>();
-  const double* sum = given.empty() ? nullptr : sums.const_data_ptr<double>();
-  double *to = d_moments.mutable_data_ptr<double>(), *factor = scale.mutable_data_ptr<double>();
-  for (int64_t u = 0; u < U; ++u, t += 2 * C, d += 2 * C, to += 2 * C, factor += C) {
-    const bool term = grads.get(u).has_value();
-    const int64_t l = u - (U - L);
-    for (int64_t c = 0; c < C; ++c) {
-      double d_inverse = d[c], d_mean = d[C + c];
-      if (term) {
-        const double centred = sum[C + c] - t[C + c] * sum[c], weight = ps.const_data_ptr<double>()[l];
-        d_p.mutable_data_ptr<double>()[l] += t[c] * centred;
-        d_inverse += weight * centred;
-        factor[c] = weight * t[c];
-        d_mean -= factor[c] * sum[c];
-      }
-      const double d_variance = -0.5 * t[c] * t[c] * t[c] * d_inverse;
-      to[c] = (d_mean - 2 * t[C + c] * d_variance) / count;
-      to[C + c] = d_variance / count;
-    }
-    if (term) sum += 2 * C;
-  }
-  auto [d_x, by_affine, d_dw, d_pw] = bank_backward(x, {}, affine_of(before), dw, pw, stride, dilations, z, raw, grads, scale,
-                                                    d_moments, by_x, by_weight);
-  at::Tensor d_before;
-  if (before && by_x) {
-    const auto d_scale = by_affine.select(1, 1), d_shift = by_affine.select(1, 0);  // s = 1/σ, b = -μ/σ
-    d_before = at::stack({d_scale - before->select(1, 1) * d_shift, -before->select(1, 0) * d_shift}, 1).to(before->scalar_type());
-  }
-  return {d_before, d_p.to(p.scalar_type()), d_x, d_dw, d_pw};
 }
 
 }  // namespace
@@ -697,22 +622,15 @@ TORCH_LIBRARY_FRAGMENT(ldarts, m) {
   m.def("bank_forward(Tensor[] x, Tensor[] value, Tensor? affine, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, "
         "Tensor[] against) -> (Tensor[], Tensor)");
   m.def("bank_backward(Tensor[] x, Tensor[] value, Tensor? affine, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, "
-        "Tensor[] z, Tensor?[] raw, Tensor?[] grad, Tensor scale, Tensor d_moments, bool by_x, bool by_weight) -> "
+        "Tensor[] z, Tensor?[] raw, Tensor[] grad, Tensor scale, Tensor d_moments, bool by_x, bool by_weight) -> "
         "(Tensor[], Tensor, Tensor[], Tensor[])");
   m.def("bank_sums(Tensor[] grad, Tensor[] z) -> Tensor");
-  m.def("bank(Tensor[] x, Tensor? before, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, float eps, Tensor p) -> "
-        "(Tensor[], Tensor, Tensor, Tensor)");
-  m.def("bank_grad(Tensor[] x, Tensor? before, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, Tensor[] z, Tensor table, "
-        "Tensor p, Tensor?[] raw, Tensor?[] lazy, Tensor? d_table, bool by_x, bool by_weight) -> "
-        "(Tensor, Tensor, Tensor[], Tensor[], Tensor[])");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
   m.impl("bank_forward", bank_forward);
   m.impl("bank_backward", bank_backward);
   m.impl("bank_sums", bank_sums);
-  m.impl("bank", bank);
-  m.impl("bank_grad", bank_grad);
 }
 
 }  // namespace ldarts

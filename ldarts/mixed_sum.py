@@ -103,7 +103,7 @@ def build_options() -> dict:
     from torch.utils import cpp_extension
     csrc = PACKAGE.parent / "csrc" if (PACKAGE.parent / "csrc").is_dir() else PACKAGE / "csrc"
     cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    sources = [csrc / "mixed_sum.cpp", csrc / "separable.cpp"] + ([csrc / "mixed_sum.cu"] if cuda else [])
+    sources = [csrc / name for name in ("mixed_sum.cpp", "norms.cpp", "separable.cpp")] + ([csrc / "mixed_sum.cu"] if cuda else [])
     level = torch.backends.cpu.get_cpu_capability()  # what at::vec is to be compiled for
     cflags = ["-O3", "-std=c++20", "-march=native", f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}", "-fopenmp"]
     nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]

@@ -3,6 +3,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import InputError
 from .genotypes import Genotype, parse_arch
@@ -167,14 +168,7 @@ def count_parameters(net: nn.Module) -> int:
 
 def count_multiply_adds(net: nn.Module, size: int = 32) -> int:
     """Multiply-adds of the convolutions and the classifier for one image [3, size, size], as the papers count them."""
-    net, total = copy.deepcopy(net).to("meta").eval(), 0
-
-    def count(module: nn.Module, _, output: Tensor) -> None:
-        nonlocal total
-        total += output.numel() * module.weight[0].numel()
-
-    for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(count)
-    net(torch.empty(1, 3, size, size, device="meta"))
-    return total
+    counter = FlopCounterMode(display=False)
+    with counter:
+        copy.deepcopy(net).to("meta").eval()(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() // 2

@@ -1,5 +1,4 @@
 """`SearchNetwork`, the supernet: every candidate operation on every edge, weighted by softmax(α)."""
-import operator
 from contextlib import contextmanager
 from typing import Iterator, NamedTuple, Sequence
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .genotypes import Genotype, format_arch
 from .mixed_sum import compiled_for, mixed_sum
-from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ResNetBasicblock, SepConv, Zero
+from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ReLUFirst, ResNetBasicblock, SepConv, Zero
 from .separable import Terms, Unit, bank, fan, node
 from .spaces import get
 
@@ -21,37 +20,56 @@ def kept_columns(primitives: Sequence[Sequence[str]]) -> list[list[int]]:
     return [[e * width + k for k, name in enumerate(names) if name != "none"] for e, names in enumerate(primitives)]
 
 
-def leave(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[Tensor]]:
-    """The terms [op(state) for op in edge, but Zero] of each edge that leaves a state, one after the other.
+Product = tuple[Tensor, nn.BatchNorm2d | None]  # what an operation computes, and the norm that it ends in
 
-    What depends on the state alone is computed once: the ReLU that most operations begin with, the pixels that reductions
-    read, and the pools with the batch norm behind them, whose running statistics are then the same on every edge.
+
+def products(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[Product]]:
+    """(z, norm) of each operation but Zero on each edge that leaves a state, where op(state) is norm(z), or z.
+
+    What depends on the state alone is computed once: the ReLU that most operations begin with, the pixels that reductions read,
+    and the pools, of which one z serves every edge.
     """
     relu, pixels, pools = None, None, {}
     for edge in edges:
-        terms = []
+        found: list[Product] = []
         for op in edge:
             if isinstance(op, Zero):
                 continue
-            pool = next(op.children(), op) if isinstance(op, nn.Sequential) else op
-            if isinstance(pool, (nn.AvgPool2d, nn.MaxPool2d)):
-                if type(pool) in pools:
-                    term, first = pools[type(pool)]
-                    if op.training:
-                        copy_buffers(op, first)
-                else:
-                    term = op(state)
-                    pools[type(pool)] = term, op
-            elif hasattr(op, "after_relu"):
-                relu = F.relu(state) if relu is None else relu
-                if isinstance(op, FactorizedReduce):
-                    pixels = op.pixels(relu) if pixels is None else pixels
-                    term = op.from_pixels(*pixels)
-                else:
-                    term = op.after_relu(relu)
+            first, *rest = op if isinstance(op, nn.Sequential) else [op]
+            if isinstance(first, (nn.AvgPool2d, nn.MaxPool2d)):
+                if type(first) not in pools:
+                    pools[type(first)] = first(state)
+                found.append((pools[type(first)], rest[0] if rest else None))
+                continue
+            if isinstance(op, (ReLUFirst, FactorizedReduce)) and relu is None:
+                relu = F.relu(state)
+            if isinstance(op, ReLUFirst):
+                found.append((op.before_norm(relu), op.op[-1]))
+            elif isinstance(op, FactorizedReduce):
+                pixels = op.pixels(relu) if pixels is None else pixels
+                found.append((op.before_norm(pixels), op.bn))
             else:
-                term = op(state)
-            terms.append(term)
+                found.append((op(state), None))
+        yield found
+
+
+def leave(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[Tensor]]:
+    """The terms [op(state) for op in edge, but Zero] of each edge that leaves a state, one after the other; one z is normalised
+    once, and its running statistics are those of every norm that it stands before."""
+    normed: dict[int, tuple[Tensor, Tensor, nn.BatchNorm2d]] = {}
+    for edge in products(state, edges):
+        terms = []
+        for z, norm in edge:
+            if norm is None:
+                terms.append(z)
+            elif id(z) in normed:
+                _, term, first = normed[id(z)]
+                terms.append(term)
+                if norm.training:
+                    copy_buffers(norm, first)
+            else:
+                normed[id(z)] = z, norm(z), norm
+                terms.append(normed[id(z)][1])
         yield terms
 
 
@@ -79,30 +97,29 @@ def banks_of(edges: Sequence[Sequence[nn.Module]]) -> Banks:
 
 def leave_by_banks(state: Tensor, banks: Banks, p: Tensor) -> Iterator[list[Terms]]:
     """As `leave`, weighted: the terms p_k op_k(state) of each edge. p: in the order of the banks."""
-    terms: list[list[Terms]] = [[] for _ in banks.others]
     count = len(banks.second)
     p_seps, p_dils, p_others = p.split([count, len(banks.first) - count, len(p) - len(banks.first)])
+    terms: list[list[Terms]] = [[] for _ in banks.others]
+
+    def share_out(found: list[Terms], widths: Sequence[int]) -> None:
+        for edge, one in zip([edge for edge, width in zip(terms, widths) if width], found, strict=True):
+            edge.append(one)
+
     if banks.first:
-        zs, table, found = bank([state], None, banks.first, p_dils)
-        share_out(found, banks.dils, terms)
+        zs, table, found = bank([state], None, banks.first, p_dils, list(filter(None, banks.dils)))
+        share_out(found, banks.dils)
     if count:
-        share_out(bank(zs[:count], table[:count], banks.second, p_seps)[2], banks.seps, terms)
-    plain = list(leave(state, banks.others))
-    if plain[0] and all(len(edge) == len(plain[0]) and all(map(operator.is_, edge, plain[0])) for edge in plain):
-        found = fan(plain[0], p_others.view(len(plain), -1))  # the same on every edge
-    else:
-        widths = [len(edge) for edge in plain]
-        found = [fan(zs, one[None])[0] if zs else None for zs, one in zip(plain, p_others.split(widths))]
-    return ([*edge, one] if one else edge for edge, one in zip(terms, found))
-
-
-def share_out(found: Terms, widths: Sequence[int], edges: Sequence[list[Terms]]) -> None:
-    """Append to each edge its share of the terms."""
-    first = 0
-    for edge, width, scale, shift in zip(edges, widths, found.scale.split(widths), found.shift.split(widths)):
-        if width:
-            edge.append(Terms(found.z[first : first + width], scale, shift))
-        first += width
+        share_out(bank(zs[:count], table[:count], banks.second, p_seps, list(filter(None, banks.seps)))[2], banks.seps)
+    others = list(products(state, banks.others))
+    places: dict[int, int] = {}
+    edges = [[places.setdefault(id(z), len(places)) for z, _ in edge] for edge in others]
+    norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
+    for k, (_, norm) in zip(sum(edges, []), sum(others, [])):
+        norms[k] += [norm] if norm is not None else []
+    if places:
+        z = list({id(z): z for edge in others for z, _ in edge}.values())
+        share_out(fan(z, norms, list(filter(None, edges)), p_others), list(map(len, edges)))
+    return iter(terms)
 
 
 @torch.no_grad()

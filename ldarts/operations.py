@@ -18,7 +18,11 @@ class ReLUFirst(nn.Module):
 
     def after_relu(self, x: Tensor) -> Tensor:
         """forward(x) from relu(x)."""
-        for layer in self.op[1:]:
+        return self.op[-1](self.before_norm(x))
+
+    def before_norm(self, x: Tensor) -> Tensor:
+        """What the last batch norm normalises, from relu(x)."""
+        for layer in self.op[1:-1]:
             x = layer(x)
         return x
 
@@ -79,17 +83,16 @@ class FactorizedReduce(nn.Module):
         return self.after_relu(self.relu(x))
 
     def after_relu(self, x: Tensor) -> Tensor:
-        return self.from_pixels(*self.pixels(x))
+        return self.bn(self.before_norm(self.pixels(x)))
 
     @staticmethod
     def pixels(x: Tensor) -> tuple[Tensor, Tensor]:
         """The pixels of x that conv_1 and conv_2 read, for all reductions that leave one state."""
         return x[:, :, ::2, ::2].clone(), x[:, :, 1::2, 1::2].clone()
 
-    def from_pixels(self, even: Tensor, odd: Tensor) -> Tensor:
-        """forward(x) from pixels(relu(x))."""
-        halves = [F.conv2d(half, conv.weight) for half, conv in ((even, self.conv_1), (odd, self.conv_2))]
-        return self.bn(torch.cat(halves, dim=1))
+    def before_norm(self, pixels: tuple[Tensor, Tensor]) -> Tensor:
+        """What the batch norm normalises, from pixels(relu(x))."""
+        return torch.cat([F.conv2d(x, conv.weight) for x, conv in zip(pixels, (self.conv_1, self.conv_2))], dim=1)
 
 
 class Zero(nn.Module):

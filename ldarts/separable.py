@@ -6,14 +6,15 @@ a time, keeping nothing but z: what a batch norm or a ReLU would put out never i
 
     Σ_m p_m (z_m - μ_m) / σ_m
 
-and its gradient G goes back to every term as it is: the terms (`Terms`) stand for p_m (z_m - μ_m) / σ_m, and the function that
-made them multiplies G by p_m / σ_m where it reads it. The operations of `operations.py`, called one after the other, are the
-plain form that tests hold all this to, gradients of gradients included.
+over all terms of all edges, the pools and reductions included (`fan`), and its gradient G goes back as it is to one token for
+each edge; whoever made the terms multiplies it by p_m / σ_m where it is read. The operations of `operations.py`, called one
+after the other, are the plain form that tests hold all this to, gradients of gradients included.
 """
+import copy
+import itertools
 from typing import NamedTuple, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -21,39 +22,52 @@ Unit = tuple[nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]  # depthwise, pointwise, the 
 
 
 class Terms(NamedTuple):
-    """Terms p_k (z_k - μ_k) / σ_k of a node; their z and numbers are to be read by `node` alone."""
+    """Terms p_k (z_k - μ_k) / σ_k of one edge, for `node` to read."""
 
-    z: Sequence[Tensor]  # K of [N, C, H, W]
-    scale: Tensor  # [K, C], p / σ, without a gradient
-    shift: Tensor  # [K, C], -p μ / σ, without a gradient
+    token: Tensor  # of the shape of a z; its gradient is that of the node
+    z: Sequence[Tensor]  # K of [N, C, H, W], read without a gradient
+    scale: Tensor  # [K, C], p / σ
+    shift: Tensor  # [K, C], -p μ / σ
 
 
-def bank(x: Sequence[Tensor], before: Tensor | None, units: Sequence[Unit], p: Tensor) -> tuple[list[Tensor], Tensor, Terms]:
-    """-> z of each unit, channels-last; the table [U, 2, C] of 1/σ and μ of their norms; the terms of the last units.
+def bank(x: Sequence[Tensor], before: Tensor | None, units: Sequence[Unit], p: Tensor,
+         widths: Sequence[int]) -> tuple[list[Tensor], Tensor, list[Terms]]:
+    """-> z of each unit, channels-last; the table [U, 2, C] of 1/σ and μ of their norms; the terms of each edge.
 
     x: one input [N, C, H, W] for all units, or one each. before: None, or the table of the norms in front, [U, 2, C]. p: the
-    weights of the units that are terms, [L], the last L of them. Moves the running statistics of the norms that track them,
-    as BatchNorm2d does in training.
+    weights of the units that are terms, [L], the last L of them; widths: how many of these each edge has, at least 1. Moves the
+    running statistics of the norms that track them, as BatchNorm2d does in training.
     """
-    weights = [unit[k].weight for k in (0, 1) for unit in units]
     geometry = units[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in units]
-    table, statistics, terms, *zs = _Bank.apply(geometry, units[0][2].eps, before, p, *x, *weights)
-    move_statistics([norm for _, _, norm in units], statistics, zs[0].numel() // zs[0].shape[1])
-    return zs[: len(units)], table, Terms(zs[len(units) :], *terms)
+    weights = [unit[k].weight for k in (0, 1) for unit in units]
+    table, statistics, numbers, *zs = _Bank.apply(geometry, units[0][2].eps, widths, before, p, *x, *weights)
+    zs, tokens = zs[: len(units)], zs[len(units) :]
+    move_statistics([norm for _, _, norm in units], statistics, pixels(zs[0]))
+    of_edge = _split(zs[len(zs) - len(p) :], widths)
+    return zs, table, [Terms(*edge) for edge in zip(tokens, of_edge, *(n.split(widths) for n in numbers))]
 
 
-def fan(z: Sequence[Tensor], p: Tensor) -> list[Terms]:
-    """p[e, k] z_k for each of the E edges on which K operations put out the same z_k. p: [E, K]"""
-    copies = _Fan.apply(p, *z)
-    scale = p.detach()[:, :, None].expand(-1, -1, z[0].shape[1])  # [E, K, C]
-    nothing = torch.zeros_like(scale[0])
-    return [Terms(copies[e * len(z) : (e + 1) * len(z)], one, nothing) for e, one in enumerate(scale.unbind())]
+def fan(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2d]], edges: Sequence[Sequence[int]],
+        p: Tensor) -> list[Terms]:
+    """-> the terms p (z_k - μ_k) / σ_k of each edge, k from `edges`, p [sum of their lengths].
+
+    norms: the batch norms that z_k stands before, all with the same result; none: the term is p z_k.
+    """
+    normed = [bool(of_z) for of_z in norms]
+    eps = next((of_z[0].eps for of_z in norms if of_z), 0.0)
+    table, statistics, numbers, *tokens = _Fan.apply(edges, normed, eps, p, *z)
+    if any(normed):
+        repeated = [k for k, of_z in enumerate(norms) for _ in of_z]
+        move_statistics([norm for of_z in norms for norm in of_z], statistics[repeated], pixels(z[0]))
+    widths = [len(edge) for edge in edges]
+    return [Terms(token, [z[k] for k in edge], *of_edge)
+            for token, edge, *of_edge in zip(tokens, edges, *(n.split(widths) for n in numbers))]
 
 
 def node(terms: Sequence[Terms]) -> Tensor:
     """The sum of all terms, in one pass over them."""
     return _Node.apply(torch.cat([t.scale for t in terms]), torch.cat([t.shift for t in terms]).sum(0),
-                       *[z for t in terms for z in t.z])
+                       [z for t in terms for z in t.z], *[t.token for t in terms])
 
 
 @torch.no_grad()
@@ -69,191 +83,273 @@ def move_statistics(norms: Sequence[nn.BatchNorm2d], statistics: Tensor, count: 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scale, shift, *z):
-        ctx.count = len(z)
-        return torch.ops.ldarts.mixed_sum(scale, z).add_(shift[:, None, None])
+    def forward(ctx, scale, shift, zs, *tokens):
+        ctx.count = len(tokens)
+        return torch.ops.ldarts.node_sum(scale, shift, zs)
 
     @staticmethod
     def backward(ctx, grad):
-        return None, None, *[grad.contiguous(memory_format=torch.channels_last)] * ctx.count
+        return None, None, None, *[grad.contiguous(memory_format=torch.channels_last)] * ctx.count
 
 
-class _Fan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, p, *z):
-        ctx.save_for_backward(p, *z)
-        ctx.set_materialize_grads(False)
-        return tuple(one.view_as(one) for _ in p for one in z)
+class _Norms:
+    """Terms and the arithmetic of the norms behind their z (csrc/norms.cpp); gs: the gradient of each edge's terms."""
 
-    @staticmethod
-    def backward(ctx, *grads):
-        p, *z = ctx.saved_tensors
-        ops, K = torch.ops.ldarts, len(z)
-        grads = _zeros_for_none(grads, z * len(p))
-        by_p = torch.stack([ops.mixed_dot(one, grads[k::K]) for k, one in enumerate(z)], 1) if ctx.needs_input_grad[0] else None
-        by_z = (ops.mixed_sum(row, grads[k::K]) if ctx.needs_input_grad[1 + k] else None for k, row in enumerate(p.unbind(1)))
-        return None if by_p is None else by_p.to(p.dtype), *by_z
+    def __init__(self, of: Sequence[Sequence[int]], normed: Sequence[bool]):
+        """of: the z of the terms of each edge; normed: which z have norms behind them."""
+        self.of, self.edge = [k for edge in of for k in edge], [e for e, edge in enumerate(of) for _ in edge]
+        self.normed, self.edges = [int(one) for one in normed], len(of)
+
+    def tables(self, moments, p, count, eps):
+        return torch.ops.ldarts.norm_tables(moments, self.normed, p, self.of, count, eps)
+
+    def sums(self, gs, zs):
+        """Sums per channel of G and of G z of each term, [terms, 2, C]."""
+        if not self.of:
+            return torch.zeros(0, 2, zs[0].shape[1], dtype=torch.float64)
+        return torch.ops.ldarts.bank_sums(self.of_edge(gs), self.of_z(zs))
+
+    def of_edge(self, gs):
+        return [gs[e] for e in self.edge]
+
+    def of_z(self, zs):
+        return [zs[k] for k in self.of]
+
+    def gradients(self, table, p, d_table, sums, zs):
+        """-> scale [terms, C], d_moments [z, 2, C], by p: the gradient by a z is Σ scale G + d_moments[0] + 2 d_moments[1] z."""
+        return torch.ops.ldarts.norm_gradients(table, p, d_table, sums, self.of, self.normed, pixels(zs[0]))
+
+    def derivatives(self, numbers, zs, gs, w, by_moments, v_p):
+        """Of `gradients`, whose arguments are `numbers`, and of what the gradients by each z are made of.
+
+        -> gradients by table, p and d_table, each z and each G; from those by the gradients of each z, w (None: 0), with
+        by_moments, the sums of w and w z, and from v_p, those by the gradient of p.
+        """
+        scale, d_moments, _ = self.gradients(*numbers, zs)
+        by_scale = None
+        if w is not None:
+            by_scale = self.sums(gs, w)[:, 1]
+            by_moments = by_moments * torch.tensor([[1.0], [2.0]])
+        *by_numbers, by_sums = torch.ops.ldarts.norm_gradients_backward(
+            *numbers, self.of, self.normed, pixels(zs[0]), by_scale, by_moments, v_p)
+        total, product = by_sums.unbind(1)
+        by_z = [[] if w is None else [(2 * d, one)] for d, one in zip(d_moments[:, 1], w or zs)]
+        by_g, shift = [[] for _ in gs], [0] * len(gs)
+        for i, (k, e) in enumerate(zip(self.of, self.edge)):
+            by_z[k].append((product[i], gs[e]))
+            by_g[e] += [(product[i], zs[k])] if w is None else [(product[i], zs[k]), (scale[i], w[k])]
+            shift[e] = shift[e] + total[i]
+        return *by_numbers, list(map(combine, by_z)), list(map(combine, by_g, shift))
+
+
+def combine(terms: Sequence[tuple[Tensor, Tensor]], shift: Tensor | None = None) -> Tensor | None:
+    """Σ weight · tensor, weights [C], + shift [C]."""
+    if not terms:
+        return None
+    weights, tensors = zip(*terms)
+    return torch.ops.ldarts.node_sum(torch.stack(weights), shift, tensors)
+
+
+def pixels(z: Tensor) -> int:
+    """How many there are of each channel."""
+    return z.numel() // z.shape[1]
 
 
 class _Bank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, geometry, eps, before, p, *tensors):
+    def forward(ctx, geometry, eps, widths, before, p, *tensors):
         U = len(geometry[1])
-        x, (dw, pw) = tensors[: -2 * U], _parts(tensors[-2 * U :], U)
-        zs, table, statistics, terms = torch.ops.ldarts.bank(x, before, dw, pw, *geometry, eps, p)
-        ctx.geometry, ctx.count = geometry, len(tensors)
+        zs, moments = _Inputs(geometry, before, *_split(tensors, [len(tensors) - 2 * U, U, U])).forward()
+        norms = _Norms(_split(range(U - len(p), U), widths), [True] * U)
+        table, statistics, numbers = norms.tables(moments, p, pixels(zs[0]), eps)
+        ctx.geometry, ctx.norms = geometry, norms
         ctx.save_for_backward(before, p, table, *tensors, *zs)
-        ctx.mark_non_differentiable(statistics, terms)
+        ctx.mark_non_differentiable(statistics, numbers)
         ctx.set_materialize_grads(False)
-        return table, statistics, terms, *zs, *(z.view_as(z) for z in zs[U - len(p) :])
+        return table, statistics, numbers, *zs, *(zs[-1].view_as(zs[-1]) for _ in widths)
 
     @staticmethod
-    def backward(ctx, d_table, _statistics, _terms, *grads):
+    def backward(ctx, d_table, _statistics, _numbers, *grads):
         before, p, table, *saved = ctx.saved_tensors
-        tensors, zs = saved[: ctx.count], saved[ctx.count :]
-        U, L, n = len(zs), len(p), zs[0].numel() // zs[0].shape[1]
-        x, (dw, pw) = tensors[: -2 * U], _parts(tensors[-2 * U :], U)
-        raw, lazy = list(grads[:U]), list(grads[U:])
-        by_x, by_weight = any(ctx.needs_input_grad[i] for i in (2, *range(4, 4 + len(x)))), any(ctx.needs_input_grad[-2 * U :])
-        if not torch.is_grad_enabled():  # nobody will differentiate this: all of it in one call
-            d_before, d_p, d_x, d_dw, d_pw = torch.ops.ldarts.bank_grad(
-                x, before, dw, pw, *ctx.geometry, zs, table, p, raw, lazy, d_table, by_x, by_weight)
-            nothing = [None] * U
-            return None, None, d_before, d_p, *(d_x or [None] * len(x)), *(d_dw or nothing), *(d_pw or nothing)
-
-        inverse, mean = table.double().unbind(1)  # [U, C]
-        d_inverse, d_mean = (torch.zeros_like(table) if d_table is None else d_table).double().unbind(1)
-        d_p, scale = None, torch.ones_like(inverse)
-        if any(g is not None for g in lazy):
-            lazy = _zeros_for_none(lazy, zs[U - L :])
-            total, product = _Sums.apply(*lazy, *zs[U - L :]).unbind(1)  # of G and G z, [L, C]
-            behind, weight = slice(U - L, U), p.double()[:, None]
-            centred = product - mean[behind] * total
-            d_p = (inverse[behind] * centred).sum(1).to(p.dtype)
-            d_inverse = d_inverse + F.pad(weight * centred, (0, 0, U - L, 0))
-            d_mean = d_mean - F.pad(weight * inverse[behind] * total, (0, 0, U - L, 0))
-            scale = torch.cat([scale[: U - L], weight * inverse[behind]])
-        d_variance = -0.5 * inverse**3 * d_inverse
-        d_moments = torch.stack([d_mean - 2 * mean * d_variance, d_variance], 1) / n
-        affine = None if before is None else torch.stack([before[:, 0], -before[:, 0] * before[:, 1]])  # s and b, [2, U, C]
-        by_affine, *others = _BankBackward.apply(ctx.geometry, (by_x, by_weight), affine, scale, d_moments, *tensors, *zs, *raw,
-                                                 *[None] * (U - L), *lazy)
-        d_before = None
-        if by_affine is not None:
-            d_scale, d_shift = by_affine
-            d_before = torch.stack([d_scale - before[:, 1] * d_shift, -before[:, 0] * d_shift], 1)
-        return None, None, d_before, d_p, *others
+        U = len(ctx.geometry[1])
+        asked = any(ctx.needs_input_grad[k] for k in (3, *range(5, len(ctx.needs_input_grad) - 2 * U))), any(ctx.needs_input_grad[-2 * U :])
+        gs = _zeros_for_none(grads[U:], [saved[-1]] * len(grads[U:]))
+        arguments = ctx.geometry, ctx.norms, asked, before, p, table, d_table, *saved, *grads[:U], *gs
+        # A Function costs as much as the rest of a small bank: without a derivative to come, the plain call.
+        found = _BankGrad.apply(*arguments) if torch.is_grad_enabled() else _BankGrad.compute(*arguments)[0]
+        return None, None, None, *found
 
 
-class _BankBackward(torch.autograd.Function):
-    """-> gradients by affine, by each x, and by the depthwise and the pointwise weight of each unit."""
+class _BankGrad(torch.autograd.Function):
+    """-> gradients by before, by p, by each x, and by the depthwise and the pointwise weight of each unit, from those by the
+    table, by each z (or None) and by the token of each edge."""
 
     @staticmethod
-    def forward(ctx, geometry, asked, affine, scale, d_moments, *tensors):
-        U = len(geometry[1])
-        inputs, (zs, raw, lazy) = _Inputs(geometry, affine, *tensors[: -3 * U]), _parts(tensors[-3 * U :], U)
-        ctx.geometry = geometry
-        ctx.save_for_backward(affine, scale, d_moments, *tensors)
+    def compute(geometry, norms, asked, before, p, table, d_table, *tensors):
+        """-> the results; sums that their derivatives need again"""
+        x, dw, pw, zs, raw, gs = _BankGrad.parts(geometry, norms, tensors)
+        sums = norms.sums(gs, zs)
+        scale, d_moments, d_p = norms.gradients(table, p, d_table, sums, zs)
+        d_x, by_affine, d_dw, d_pw = _Inputs(geometry, before, x, dw, pw).backward(zs, raw, norms.of_edge(gs), scale, d_moments, *asked)
+        d_before = _by_table(before, by_affine).to(table.dtype) if before is not None and asked[0] else None
+        nothing = [None] * len(zs)
+        return (d_before, d_p.to(p.dtype), *(d_x or [None] * len(x)), *(d_dw or nothing), *(d_pw or nothing)), (sums, by_affine)
+
+    @staticmethod
+    def parts(geometry, norms, tensors):
+        U, E = len(geometry[1]), norms.edges
+        return _split(tensors, [len(tensors) - 4 * U - E, U, U, U, U, E])
+
+    @staticmethod
+    def forward(ctx, geometry, norms, asked, before, p, table, d_table, *tensors):
+        results, sums = _BankGrad.compute(geometry, norms, asked, before, p, table, d_table, *tensors)
+        ctx.geometry, ctx.norms = geometry, norms
+        ctx.save_for_backward(before, p, table, d_table, *sums, *tensors)
         ctx.set_materialize_grads(False)
-        d_x, sums, d_dw, d_pw = inputs.backward(zs, raw, lazy, scale, d_moments, *asked)
-        by_affine = torch.stack([sums[:, 1], sums[:, 0]]).to(affine.dtype) if affine is not None and asked[0] else None
-        nothing = [None] * U
-        return by_affine, *(d_x or [None] * len(inputs.x)), *(d_dw or nothing), *(d_pw or nothing)
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v_affine, *v):
+    def backward(ctx, v_before, v_p, *v):
         """z, and with it the gradient, is linear in each of a, D and P: its derivatives are banks with one of them replaced."""
-        affine, scale, d_moments, *saved = ctx.saved_tensors
-        U = len(ctx.geometry[1])
-        inputs, (zs, raw, lazy) = _Inputs(ctx.geometry, affine, *saved[: -3 * U]), _parts(saved[-3 * U :], U)
-        v_x, (v_dw, v_pw) = v[: -2 * U], _parts(v[-2 * U :], U)
+        before, p, table, d_table, sums, by_affine, *tensors = ctx.saved_tensors
+        x, dw, pw, zs, raw, gs = _BankGrad.parts(ctx.geometry, ctx.norms, tensors)
+        inputs, norms, numbers = _Inputs(ctx.geometry, before, x, dw, pw), ctx.norms, (table, p, d_table, sums)
+        scale, d_moments, _ = norms.gradients(*numbers, zs)
+        at_z = zs, raw, norms.of_edge(gs), scale, d_moments
+        v_x, v_dw, v_pw = _split(v, [len(x), len(zs), len(zs)])
+        by_before, with_beta = None, inputs.affine
+        if before is not None:
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in (before, by_affine)]
+                affine, d_before = _affine(leaves[0]), _by_table(*leaves)
+            v_before = torch.zeros_like(before) if v_before is None else v_before
+            by_before, v_affine = torch.autograd.grad(d_before, leaves, v_before.to(d_before.dtype))
+            with_beta = torch.cat([inputs.affine, v_affine[:, [1, 0]].transpose(0, 1).to(affine.dtype)])
         replaced = []
-        if v_affine is not None or any(t is not None for t in v_x):
-            with_beta = None if affine is None else torch.cat(
-                [affine, torch.zeros_like(affine) if v_affine is None else v_affine])
-            replaced.append(inputs.replace(affine=with_beta, value=_zeros_for_none(v_x, inputs.x)))
+        if before is not None or any(t is not None for t in v_x):
+            replaced.append(inputs.replace(affine=with_beta, value=_zeros_for_none(v_x, x)))
         if any(t is not None for t in v_dw):
-            replaced.append(inputs.replace(dw=_zeros_for_none(v_dw, inputs.dw)))
+            replaced.append(inputs.replace(dw=_zeros_for_none(v_dw, dw)))
         if any(t is not None for t in v_pw):
-            replaced.append(inputs.replace(pw=_zeros_for_none(v_pw, inputs.pw)))
+            replaced.append(inputs.replace(pw=_zeros_for_none(v_pw, pw)))
 
-        by_affine, by_moments, by_x, by_dw, by_pw, w = None, 0, None, None, None, None
+        w = by_moments = by_x = by_dw = by_pw = by_s_b = None
         for other in replaced:
             one, moments = other.forward(zs)
-            w = _add(w, one)  # the gradient by dz
-            by_moments = by_moments + torch.stack([moments[:, 0], 2 * moments[:, 1]], 1)
+            w, by_moments = _add(w, one), _plus(by_moments, moments)
             in_a = bool(other.value)
-            d_x, sums, d_dw, d_pw = other.backward(zs, raw, lazy, scale, d_moments, not in_a or affine is not None, True)
-            if d_x:
-                by_x = _add(by_x, d_x)
-            if affine is not None:
-                none = torch.zeros_like(sums[:, 0])
-                term = torch.stack([sums[:, 2], none] if in_a else [sums[:, 1], sums[:, 0]]).to(affine.dtype)
-                by_affine = term if by_affine is None else by_affine + term
-            if other.dw is inputs.dw:
-                by_dw = _add(by_dw, d_dw)
-            if other.pw is inputs.pw:
-                by_pw = _add(by_pw, d_pw)
-        nothing = [None] * U
-        if w is None:
-            return (None,) * (5 + len(saved))
-        # dz = raw + scale * lazy + d_moments[0] + 2 d_moments[1] z
-        factor, square = (t.to(w[0].dtype)[:, :, None, None] for t in (scale, 2 * d_moments[:, 1]))
-        by_scale = torch.stack([torch.zeros_like(scale[0]) if g is None else torch.ops.ldarts.bank_sums([g], [one])[0, 1]
-                                for g, one in zip(lazy, w)])
-        return (None, None, by_affine, by_scale, by_moments, *(by_x or [None] * len(inputs.x)), *(by_dw or nothing),
-                *(by_pw or nothing), *(a * one for a, one in zip(square, w)),
-                *(None if g is None else one for g, one in zip(raw, w)),
-                *(None if g is None else a * one for g, a, one in zip(lazy, factor, w)))
+            d_x, found, d_dw, d_pw = other.backward(*at_z, not in_a or before is not None, True)
+            by_x = _add(by_x, d_x or None)
+            if before is not None:
+                term = [found[:, 2], torch.zeros_like(found[:, 2])] if in_a else [found[:, 1], found[:, 0]]
+                by_s_b = _plus(by_s_b, torch.stack(term))
+            by_dw = _add(by_dw, d_dw if other.dw is dw else None)
+            by_pw = _add(by_pw, d_pw if other.pw is pw else None)
+        if before is not None:
+            by_before = by_before + torch.autograd.grad(affine, leaves[0], by_s_b.to(affine.dtype))[0]
+        by_table, by_p, by_d_table, by_z, by_g = norms.derivatives(numbers, zs, gs, w, by_moments, v_p)
+        nothing = [None] * len(zs)
+        by_raw = [None if g is None or w is None else w[k] for k, g in enumerate(raw)]
+        return (None, None, None, by_before, by_p, by_table, None if d_table is None else by_d_table,
+                *(by_x or [None] * len(x)), *(by_dw or nothing), *(by_pw or nothing), *by_z, *by_raw, *by_g)
 
 
-class _Sums(torch.autograd.Function):
-    """grad of U tensors, then U tensors z -> the sums per channel of grad and of grad z, [U, 2, C] in float64."""
+class _Fan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, edges, normed, eps, p, *zs):
+        norms, behind = _Norms(edges, normed), [z for z, is_normed in zip(zs, normed) if is_normed]
+        moments = torch.ops.ldarts.bank_sums(behind, behind) if behind else torch.zeros(0, 2, zs[0].shape[1], dtype=torch.float64)
+        table, statistics, numbers = norms.tables(moments, p, pixels(zs[0]), eps)
+        ctx.norms = norms
+        ctx.save_for_backward(p, table, *zs)
+        ctx.mark_non_differentiable(statistics, numbers)
+        ctx.set_materialize_grads(False)
+        return table, statistics, numbers, *(zs[0].view_as(zs[0]) for _ in edges)
 
     @staticmethod
-    def forward(ctx, *tensors):
-        ctx.save_for_backward(*tensors)
-        return torch.ops.ldarts.bank_sums(*_parts(tensors, len(tensors) // 2))
+    def backward(ctx, d_table, _statistics, _numbers, *gs):
+        p, table, *zs = ctx.saved_tensors
+        arguments = ctx.norms, p, table, d_table, *zs, *_zeros_for_none(gs, [zs[0]] * len(gs))
+        found = _FanGrad.apply(*arguments) if torch.is_grad_enabled() else _FanGrad.compute(*arguments)[0]
+        return None, None, None, *found
+
+
+class _FanGrad(torch.autograd.Function):
+    """-> gradients by p and by each z, from those by the table and by the token of each edge."""
+
+    @staticmethod
+    def compute(norms, p, table, d_table, *tensors):
+        """-> the results; sums that their derivatives need again"""
+        zs, gs = tensors[: len(norms.normed)], tensors[len(norms.normed) :]
+        sums = norms.sums(gs, zs)
+        scale, d_moments, d_p = norms.gradients(table, p, d_table, sums, zs)
+        by_z = [[(2 * d_moments[k, 1], zs[k])] if normed else [] for k, normed in enumerate(norms.normed)]
+        for k, e, factor in zip(norms.of, norms.edge, scale):
+            by_z[k].append((factor, gs[e]))
+        return (d_p.to(p.dtype), *map(combine, by_z, d_moments[:, 0])), sums
+
+    @staticmethod
+    def forward(ctx, norms, p, table, d_table, *tensors):
+        results, sums = _FanGrad.compute(norms, p, table, d_table, *tensors)
+        ctx.norms = norms
+        ctx.save_for_backward(p, table, d_table, sums, *tensors)
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d):
-        grads, zs = _parts(ctx.saved_tensors, len(d))
-        total, product = d.to(zs[0].dtype)[..., None, None].unbind(1)  # [U, C, 1, 1]
-        return (*(torch.addcmul(t, q, z) for t, q, z in zip(total, product, zs)), *(q * g for q, g in zip(product, grads)))
+    def backward(ctx, v_p, *w):
+        p, table, d_table, sums, *tensors = ctx.saved_tensors
+        zs, gs = tensors[: len(w)], tensors[len(w) :]
+        by_table, by_p, by_d_table, by_z, by_g = ctx.norms.derivatives(
+            (table, p, d_table, sums), zs, gs, w, torch.ops.ldarts.bank_sums(w, zs), v_p)
+        return None, by_p, by_table, None if d_table is None else by_d_table, *by_z, *by_g
 
 
 class _Inputs:
     """The arguments of the two operators."""
 
-    def __init__(self, geometry, affine, *tensors):
-        self.stride, self.dilations = geometry
-        U = len(self.dilations)
-        self.affine, self.value = affine, []
-        self.x, (self.dw, self.pw) = tensors[: -2 * U], _parts(tensors[-2 * U :], U)
+    def __init__(self, geometry, before, x, dw, pw):
+        self.geometry, self.x, self.dw, self.pw, self.value = geometry, x, dw, pw, []
+        self.affine = None if before is None else _affine(before)
 
     def replace(self, **changed) -> "_Inputs":
-        other = _Inputs((self.stride, self.dilations), self.affine, *self.x, *self.dw, *self.pw)
-        other.dw, other.pw = self.dw, self.pw
+        other = copy.copy(self)
         vars(other).update(changed)
         return other
 
     def forward(self, against=()):
-        return torch.ops.ldarts.bank_forward(self.x, self.value, self.affine, self.dw, self.pw, self.stride, self.dilations, against)
+        return torch.ops.ldarts.bank_forward(self.x, self.value, self.affine, self.dw, self.pw, *self.geometry, against)
 
     def backward(self, *arguments):
-        return torch.ops.ldarts.bank_backward(self.x, self.value, self.affine, self.dw, self.pw, self.stride, self.dilations,
-                                              *arguments)
+        return torch.ops.ldarts.bank_backward(self.x, self.value, self.affine, self.dw, self.pw, *self.geometry, *arguments)
 
 
-def _parts(tensors, size):
-    return [tensors[i : i + size] for i in range(0, len(tensors), size)]
+def _affine(table: Tensor) -> Tensor:
+    """s and b of norms, [2, U, C], from their table."""
+    inverse, mean = table.unbind(1)
+    return torch.stack([inverse, -inverse * mean])
+
+
+def _by_table(table: Tensor, by_affine: Tensor) -> Tensor:
+    """The gradient by the table, from those by b and s, [U, 2 or more, C]."""
+    by_shift, by_scale = by_affine[:, 0], by_affine[:, 1]
+    inverse, mean = table.unbind(1)
+    return torch.stack([by_scale - mean * by_shift, -inverse * by_shift], 1)
+
+
+def _split(items: Sequence, widths: Sequence[int]) -> list[Sequence]:
+    ends = list(itertools.accumulate(widths))
+    return [items[end - width : end] for end, width in zip(ends, widths)]
 
 
 def _zeros_for_none(tensors, like):
     return [torch.zeros_like(t) if v is None else v for v, t in zip(tensors, like)]
 
 
+def _plus(old, new):
+    return new if old is None else old if new is None else old + new
+
+
 def _add(old, new):
-    return list(new) if old is None else [a + b for a, b in zip(old, new)]
+    return new if old is None else old if new is None else [_plus(a, b) for a, b in zip(old, new)]

@@ -37,8 +37,8 @@ def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
     x, p = images(9, C, *size, dtype=dtype).requires_grad_(), torch.rand(4, dtype=dtype).requires_grad_()
     weights = [w for op in ops for w in op.parameters()]
 
-    zs, table, dils = bank([x], None, [tuple(op.op[1:4]) for op in ops], p[2:])
-    found = node([bank(zs[:2], table[:2], [tuple(op.op[5:8]) for op in seps], p[:2])[2], dils])
+    zs, table, dils = bank([x], None, [tuple(op.op[1:4]) for op in ops], p[2:], [2])
+    found = node([*bank(zs[:2], table[:2], [tuple(op.op[5:8]) for op in seps], p[:2], [1, 1])[2], *dils])
     statistics = [b.clone() for op in ops for b in op.buffers()]
     for op in ops:
         for module in op.modules():
@@ -60,8 +60,8 @@ def test_only_asked_gradients_of_a_bank(asked):
         op.requires_grad_(False)
     inputs = [x] if asked == "x" else list(op.parameters())
     p = torch.ones(1, dtype=torch.float64)
-    zs, table, _ = bank([x], None, [tuple(op.op[1:4])], p[:0])
-    found = node([bank(zs, table, [tuple(op.op[5:8])], p)[2]])
+    zs, table, _ = bank([x], None, [tuple(op.op[1:4])], p[:0], [])
+    found = node(bank(zs, table, [tuple(op.op[5:8])], p, [1])[2])
     grad = images(*found.shape)
     compare(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(op(x), inputs, grad), 1e-10)
 
@@ -90,13 +90,26 @@ def test_a_supernet_of_banks_has_the_derivatives_of_the_plain_one(space, C, monk
 
 @needs_build
 def test_a_fan_is_its_products():
-    z, p = [images(2, 3, 4, 4).requires_grad_() for _ in range(2)], torch.rand(3, 2, dtype=torch.float64).requires_grad_()
+    """Three z on two edges, two of them behind batch norms, which one is on both edges."""
+    z, p = [images(2, 3, 4, 4).requires_grad_() for _ in range(3)], torch.rand(4, dtype=torch.float64).requires_grad_()
+    norms = [[torch.nn.BatchNorm2d(3, affine=False).double() for _ in range(count)] for count in (2, 0, 1)]
 
     def fused(p, *z):
-        return tuple(node([terms]) for terms in fan(z, p))
+        return tuple(node([terms]) for terms in fan(z, norms, [[0, 1], [2, 0]], p))
+
+    def plain(p, *z):
+        normed = [F.batch_norm(one, None, None, training=True) if of_z else one for one, of_z in zip(z, norms)]
+        return p[0] * normed[0] + p[1] * normed[1], p[2] * normed[2] + p[3] * normed[0]
 
     assert torch.autograd.gradcheck(fused, (p, *z)) and torch.autograd.gradgradcheck(fused, (p, *z))
-    compare(fused(p, *z), [sum(w * one for w, one in zip(row, z)) for row in p], 1e-12)
+    compare(fused(p, *z), plain(p, *z), 1e-12)
+    compare(torch.autograd.grad(fused(p, *z), [p, *z], plain(p, *z)), torch.autograd.grad(plain(p, *z), [p, *z], plain(p, *z)), 1e-11)
+    for one, of_z in zip(z, norms):
+        for norm in of_z:
+            expected = torch.nn.BatchNorm2d(3, affine=False).double()
+            for _ in range(int(norm.num_batches_tracked)):
+                expected(one)
+            compare(norm.buffers(), expected.buffers(), 1e-12)
 
 
 @needs_build
@@ -106,7 +119,7 @@ def test_the_same_bits_whatever_the_number_of_threads_of_a_bank():
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            zs, table, _ = bank([x], None, [tuple(op.op[1:4])], torch.ones(0))
+            zs, table, _ = bank([x], None, [tuple(op.op[1:4])], torch.ones(0), [])
             results.append([*zs, table, *torch.autograd.grad((zs[0] ** 2).sum(), [x, op.op[1].weight, op.op[2].weight])])
     finally:
         torch.set_num_threads(threads)
@@ -116,12 +129,13 @@ def test_the_same_bits_whatever_the_number_of_threads_of_a_bank():
 @needs_build
 def test_weights_per_channel():
     z, weights = [images(2, 5, 3, 3) for _ in range(9)], torch.rand(9, 5, dtype=torch.float64)
-    found = torch.ops.ldarts.mixed_sum(weights, z)
-    compare([found], [sum(w[:, None, None] * one for w, one in zip(weights, z))], 1e-12)
-    with pytest.raises(ValueError, match="channels-last"):
-        torch.ops.ldarts.mixed_sum(weights, [one.contiguous() for one in z])
+    z[3] = z[3].contiguous()  # brought to the layout of the sum
+    expected = sum(w[:, None, None] * one for w, one in zip(weights, z))
+    for shift in (torch.rand(5, dtype=torch.float64), None):
+        found = torch.ops.ldarts.node_sum(weights, shift, z)
+        compare([found], [expected if shift is None else expected + shift[:, None, None]], 1e-12)
     with pytest.raises(ValueError, match="weights have shape"):
-        torch.ops.ldarts.mixed_sum(weights[:, :4], z)
+        torch.ops.ldarts.node_sum(weights[:, :4], None, z)
 
 
 @needs_build

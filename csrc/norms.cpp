@@ -1,0 +1,157 @@
+// What follows from sums per channel, for the batch norms behind the z of ldarts/separable.py: their statistics, the gradients
+// through them, and the derivatives of these gradients. All in float64, in which the differences below are safe.
+//
+// A term m is p_m (z - mu) / sigma of one z, k = of[m]. [K, 2, C]: a table holds 1/sigma and mu of each z, moments its sums of
+// z and z z over `count` pixels; [M, 2, C]: sums are those of G and G z for each term, G the gradient by it.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+namespace ldarts {
+namespace {
+
+at::Tensor wide(const at::Tensor& t) { return t.to(at::kDouble).contiguous(); }
+const double* read(const at::Tensor& t) { return t.const_data_ptr<double>(); }
+double* write(const at::Tensor& t) { return t.mutable_data_ptr<double>(); }
+
+// -> table [K, 2, C]; mean and (biased) variance [K, 2, C] in float64; scale p / sigma and shift -p mu / sigma [2, M, C].
+// moments: of the z that are `normed`; the others stand as they are, with a table of 1 and 0.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_tables(const at::Tensor& moments, at::IntArrayRef normed,
+                                                           const at::Tensor& p, at::IntArrayRef of, int64_t count, double eps) {
+  const int64_t K = normed.size(), M = of.size(), C = moments.size(2);
+  const auto table = at::empty({K, 2, C}, moments.options()), statistics = at::zeros_like(table);
+  const auto numbers = at::empty({2, M, C}, moments.options()), weights = wide(p);
+  const double* sums = read(moments);
+  for (int64_t k = 0; k < K; ++k) {
+    double *t = write(table) + 2 * k * C, *s = write(statistics) + 2 * k * C;
+    for (int64_t c = 0; c < C; ++c) {
+      if (normed[k]) {
+        s[c] = sums[c] / count;
+        s[C + c] = std::max(0.0, sums[C + c] / count - s[c] * s[c]);
+      }
+      t[c] = normed[k] ? 1 / std::sqrt(s[C + c] + eps) : 1;
+      t[C + c] = s[c];
+    }
+    if (normed[k]) sums += 2 * C;
+  }
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t c = 0; c < C; ++c) {
+      const double *t = read(table) + 2 * of[m] * C, scale = read(weights)[m] * t[c];
+      write(numbers)[m * C + c] = scale;
+      write(numbers)[(M + m) * C + c] = -scale * t[C + c];
+    }
+  return {table.to(p.scalar_type()), statistics, numbers.to(p.scalar_type())};
+}
+
+// The loops of the two functions below: what both compute first, for each z, and then what they do with it.
+struct Gradients {
+  int64_t K, M, C;
+  double count;
+  at::IntArrayRef of;
+  at::IntArrayRef normed;
+  at::Tensor table, p, d_table, sums, by_inverse, by_mean;
+
+  Gradients(const at::Tensor& table_, const at::Tensor& p_, const std::optional<at::Tensor>& d_table_, const at::Tensor& sums,
+            at::IntArrayRef of, at::IntArrayRef normed, int64_t count)
+      : K(table_.size(0)), M(of.size()), C(table_.size(2)), count(count), of(of), normed(normed), table(wide(table_)), p(wide(p_)),
+        d_table(d_table_ ? wide(*d_table_) : at::zeros_like(table)), sums(sums), by_inverse(d_table.select(1, 0).clone()),
+        by_mean(d_table.select(1, 1).clone()) {
+    each_term([&](int64_t m, int64_t k, int64_t c, double inverse, double mean) {
+      write(by_inverse)[k] += weight(m) * centred(m, c, mean);
+      write(by_mean)[k] -= weight(m) * inverse * total(m, c);
+    });
+  }
+
+  double weight(int64_t m) const { return read(p)[m]; }
+  double total(int64_t m, int64_t c) const { return read(sums)[2 * m * C + c]; }
+  double centred(int64_t m, int64_t c, double mean) const { return read(sums)[(2 * m + 1) * C + c] - mean * total(m, c); }
+
+  // visit(term, place of its z and channel in [K, C], channel, 1/sigma, mu)
+  template <typename Visit>
+  void each_term(const Visit& visit) const {
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t c = 0; c < C; ++c)
+        visit(m, of[m] * C + c, c, read(table)[2 * of[m] * C + c], read(table)[(2 * of[m] + 1) * C + c]);
+  }
+
+  // visit(place in [K, 2, C] of a z that is normed and a channel, place in [K, C], 1/sigma, mu)
+  template <typename Visit>
+  void each_normed(const Visit& visit) const {
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t c = 0; c < C && normed[k]; ++c)
+        visit(2 * k * C + c, k * C + c, read(table)[2 * k * C + c], read(table)[(2 * k + 1) * C + c]);
+  }
+};
+
+// -> scale [M, C], d_moments [K, 2, C], d_p [M]: the gradient by a z is the sum of scale G over its terms, + d_moments[0]
+// + 2 d_moments[1] z.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
+    const at::Tensor& table, const at::Tensor& p, const std::optional<at::Tensor>& d_table, const at::Tensor& sums,
+    at::IntArrayRef of, at::IntArrayRef normed, int64_t count) {
+  const Gradients g(table, p, d_table, sums, of, normed, count);
+  const auto scale = at::empty({g.M, g.C}, g.table.options()), d_moments = at::zeros_like(g.table), d_p = at::zeros_like(g.p);
+  g.each_term([&](int64_t m, int64_t, int64_t c, double inverse, double mean) {
+    write(scale)[m * g.C + c] = g.weight(m) * inverse;
+    write(d_p)[m] += inverse * g.centred(m, c, mean);
+  });
+  g.each_normed([&](int64_t at, int64_t k, double inverse, double mean) {
+    const double by_variance = -0.5 * inverse * inverse * inverse * read(g.by_inverse)[k];
+    write(d_moments)[at] = (read(g.by_mean)[k] - 2 * mean * by_variance) / count;
+    write(d_moments)[at + g.C] = by_variance / count;
+  });
+  return {scale, d_moments, d_p};
+}
+
+// The gradients by table, p, d_table and sums, from those by scale, d_moments and d_p, which may be missing.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_gradients_backward(
+    const at::Tensor& table, const at::Tensor& p, const std::optional<at::Tensor>& d_table, const at::Tensor& sums,
+    at::IntArrayRef of, at::IntArrayRef normed, int64_t count, const std::optional<at::Tensor>& v_scale,
+    const std::optional<at::Tensor>& v_moments, const std::optional<at::Tensor>& v_p) {
+  const Gradients g(table, p, d_table, sums, of, normed, count);
+  const int64_t C = g.C;
+  const auto by_table = at::zeros_like(g.table), by_d_table = at::zeros_like(g.table), by_sums = at::zeros_like(sums);
+  const auto by_p = at::zeros_like(g.p), vs = v_scale ? wide(*v_scale) : at::zeros({g.M, C}, g.table.options());
+  const auto vm = v_moments ? wide(*v_moments) : at::zeros_like(g.table), vp = v_p ? wide(*v_p) : at::zeros_like(g.p);
+  g.each_normed([&](int64_t at, int64_t k, double inverse, double mean) {
+    const double cube = -0.5 * inverse * inverse * inverse, by_inverse = read(g.by_inverse)[k];
+    const double v_mean = read(vm)[at] / count, v_variance = read(vm)[at + C] / count - 2 * mean * v_mean;
+    write(by_d_table)[at] = cube * v_variance;
+    write(by_d_table)[at + C] = v_mean;
+    write(by_table)[at] = -1.5 * inverse * inverse * by_inverse * v_variance;
+    write(by_table)[at + C] = -2 * cube * by_inverse * v_mean;
+  });
+  g.each_term([&](int64_t m, int64_t, int64_t c, double inverse, double mean) {
+    const int64_t at = 2 * of[m] * C + c;
+    const double v_inverse = read(by_d_table)[at], v_mean = read(by_d_table)[at + C], total = g.total(m, c);
+    const double v_scale = read(vs)[m * C + c] - total * v_mean, centred = g.centred(m, c, mean);
+    const double v_centred = g.weight(m) * v_inverse + read(vp)[m] * inverse;
+    write(by_p)[m] += centred * v_inverse + inverse * v_scale;
+    write(by_table)[at] += read(vp)[m] * centred + g.weight(m) * v_scale;
+    write(by_table)[at + C] -= total * v_centred;
+    write(by_sums)[2 * m * C + c] = -g.weight(m) * inverse * v_mean - mean * v_centred;
+    write(by_sums)[(2 * m + 1) * C + c] = v_centred;
+  });
+  const auto dtype = p.scalar_type();
+  return {by_table.to(dtype), by_p.to(dtype), by_d_table.to(dtype), by_sums};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ldarts, m) {
+  m.def("norm_tables(Tensor moments, int[] normed, Tensor p, int[] of, int count, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def("norm_gradients(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] normed, int count) -> "
+        "(Tensor, Tensor, Tensor)");
+  m.def("norm_gradients_backward(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] normed, int count, "
+        "Tensor? v_scale, Tensor? v_moments, Tensor? v_p) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
+  m.impl("norm_tables", norm_tables);
+  m.impl("norm_gradients", norm_gradients);
+  m.impl("norm_gradients_backward", norm_gradients_backward);
+}
+
+}  // namespace ldarts
