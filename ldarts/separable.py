@@ -132,13 +132,12 @@ class _Norms:
             by_moments = by_moments * torch.tensor([[1.0], [2.0]])
         *by_numbers, by_sums = torch.ops.ldarts.norm_gradients_backward(
             *numbers, self.of, self.normed, pixels(zs[0]), by_scale, by_moments, v_p)
-        total, product = by_sums.unbind(1)
-        by_z = [[] if w is None else [(2 * d, one)] for d, one in zip(d_moments[:, 1], w or zs)]
+        by_z = [[] if w is None else [(d, one)] for d, one in zip((2 * d_moments[:, 1]).unbind(), w or zs)]
         by_g, shift = [[] for _ in gs], [0] * len(gs)
-        for i, (k, e) in enumerate(zip(self.of, self.edge)):
-            by_z[k].append((product[i], gs[e]))
-            by_g[e] += [(product[i], zs[k])] if w is None else [(product[i], zs[k]), (scale[i], w[k])]
-            shift[e] = shift[e] + total[i]
+        for k, e, total, product, factor in zip(self.of, self.edge, *(t.unbind() for t in by_sums.unbind(1)), scale.unbind()):
+            by_z[k].append((product, gs[e]))
+            by_g[e] += [(product, zs[k])] if w is None else [(product, zs[k]), (factor, w[k])]
+            shift[e] = shift[e] + total
         return *by_numbers, list(map(combine, by_z)), list(map(combine, by_g, shift))
 
 
@@ -284,10 +283,10 @@ class _FanGrad(torch.autograd.Function):
         zs, gs = tensors[: len(norms.normed)], tensors[len(norms.normed) :]
         sums = norms.sums(gs, zs)
         scale, d_moments, d_p = norms.gradients(table, p, d_table, sums, zs)
-        by_z = [[(2 * d_moments[k, 1], zs[k])] if normed else [] for k, normed in enumerate(norms.normed)]
-        for k, e, factor in zip(norms.of, norms.edge, scale):
+        by_z = [[(d, z)] if normed else [] for d, z, normed in zip((2 * d_moments[:, 1]).unbind(), zs, norms.normed)]
+        for k, e, factor in zip(norms.of, norms.edge, scale.unbind()):
             by_z[k].append((factor, gs[e]))
-        return (d_p.to(p.dtype), *map(combine, by_z, d_moments[:, 0])), sums
+        return (d_p.to(p.dtype), *map(combine, by_z, d_moments[:, 0].unbind())), sums
 
     @staticmethod
     def forward(ctx, norms, p, table, d_table, *tensors):
@@ -301,6 +300,7 @@ class _FanGrad(torch.autograd.Function):
     def backward(ctx, v_p, *w):
         p, table, d_table, sums, *tensors = ctx.saved_tensors
         zs, gs = tensors[: len(w)], tensors[len(w) :]
+        w = [one.contiguous(memory_format=torch.channels_last) for one in w]
         by_table, by_p, by_d_table, by_z, by_g = ctx.norms.derivatives(
             (table, p, d_table, sums), zs, gs, w, torch.ops.ldarts.bank_sums(w, zs), v_p)
         return None, by_p, by_table, None if d_table is None else by_d_table, *by_z, *by_g
