@@ -172,7 +172,9 @@ def main():
             logits, logits_aux = forward(x, drop_path_prob)
             loss = smoothed(logits.float(), y)
             total = loss if logits_aux is None else loss + args.auxiliary_weight * smoothed(logits_aux.float(), y)
-            loss, *grads = processes.average([loss.detach(), *torch.autograd.grad(total, list(net.parameters()))])
+            # Where noise or nothing was chosen, weights may act on no logit: their gradient is 0.
+            grads = torch.autograd.grad(total, list(net.parameters()), materialize_grads=True)
+            loss, *grads = processes.average([loss.detach(), *grads])
             for p, grad in zip(net.parameters(), grads):
                 p.grad = grad
             nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)

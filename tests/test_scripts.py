@@ -124,6 +124,19 @@ def test_a_bad_evaluation_is_one_line_and_leaves_nothing(tmp_path, args, named, 
                    monkeypatch, capsys, before)
 
 
+@pytest.mark.parametrize("arch", ["noise.json", "|none~0|+|none~0|none~1|+|skip_connect~0|none~1|none~2|"], ids=["s4", "nasbench201"])
+def test_cells_that_leave_weights_without_a_gradient_are_trained(tmp_path, arch, monkeypatch):
+    import train_eval
+    edges = [["noise", 0], ["noise", 1]] * 3 + [["noise", 0], ["sep_conv_3x3", 0]]
+    cell = {name: value for kind in ("normal", "reduce") for name, value in ((kind, edges), (f"{kind}_concat", [2, 3, 4, 5]))}
+    (tmp_path / "noise.json").write_text(json.dumps(cell))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_eval.py", "--dataset", "synthetic", "--arch", arch, "--init_channels", "4", "--layers",
+                                      "1", "--epochs", "1", "--batch_size", "500", "--no-auxiliary", "--save", "one"])
+    train_eval.main()
+    assert json.loads((tmp_path / "runs/one/metrics.jsonl").read_text())["epoch"] == 0
+
+
 def assert_refused(script, args, named, folder, monkeypatch, capsys, before=()):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [script.__name__, *args])
