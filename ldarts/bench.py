@@ -158,9 +158,10 @@ def bench_step(args: argparse.Namespace) -> None:
 
 KINDS = {  # of operations, by what their names contain
     "separable convolutions": ("bank_", "_Bank", "depthwise"), "other convolutions": ("conv", "gemm", "addmm"),
-    "batch norm": ("batch_norm", "_foreach_lerp", "lerp"), "sums of nodes": ("mixed_", "_Fan", "_Node", "_Sums", "sum_kernel"),
-    "pools": ("pool",), "ReLU": ("relu", "clamp_min", "threshold"),
-    "copies and zeros": ("copy", "cat", "fill", "zero", "empty", "clone", "Memcpy", "Memset"), "optimizers": ("foreach", "SGD", "Adam"),
+    "batch norm": ("batch_norm", "norm_tables", "norm_gradients", "lerp"),
+    "sums of nodes": ("mixed_", "node_sum", "_Fan", "_Node", "sum_kernel"), "pools": ("pool",),
+    "ReLU": ("relu", "clamp_min", "threshold"), "optimizers": ("foreach", "SGD", "Adam"),
+    "copies and zeros": ("copy", "cat", "fill", "zero", "empty", "clone", "Memcpy", "Memset"),
 }
 
 

@@ -295,6 +295,8 @@ def report_collapse(args, results: dict[Case, dict[str, Any]]) -> str:
 
     numbers = {"Λ": lambda space, line: line["lambda_train"], "entropy of p": lambda space, line: line["entropy"],
                "skip or noise operations": parameter_free, "eigenvalue": lambda space, line: line["alpha_eigenvalue"],
+               "‖λ∇Λ‖ / ‖∇L‖": lambda space, line: line["lambda_grad_norm"] / line["loss_grad_norm"],
+               "clipped steps, %": lambda space, line: 100 * line["clipped"],
                "search accuracy, %": lambda space, line: line["valid_accuracy"]}
     found = list(dict.fromkeys(case[0] for case in results))
     text, curves, tests = "", {}, {}
@@ -321,6 +323,8 @@ def report_collapse(args, results: dict[Case, dict[str, Any]]) -> str:
 
 def draw_collapse(path: Path, curves: dict, tests: dict[str, dict[str, list[float]]]) -> None:
     """A row a space, a column a number; the last column is the test accuracy of each seed's cells, and their mean."""
+    left_out = "entropy of p", "clipped steps, %"
+    curves = {space: {k: v for k, v in numbers.items() if k not in left_out} for space, numbers in curves.items()}
     columns = len(next(iter(curves.values()))) + 1
     figure, axes = pyplot().subplots(len(curves), columns, squeeze=False, layout="constrained",
                                      figsize=(2.7 * columns, 2.4 * len(curves) + 0.4))

@@ -87,6 +87,7 @@ def fake_command(folder, name, save, *flags):
     alphas = torch.tensor([[0.0, 0.4]]).repeat(14, 1)
     alphas[:4, 0] = 1  # skip connections on both edges into the first node and on the strongest two into the second
     lines = [{"epoch": epoch, "lambda_train": 0.1 * epoch, "entropy": 0.6, "alpha_eigenvalue": 0.2, "valid_accuracy": 20.0,
+              "lambda_grad_norm": 3.0, "loss_grad_norm": 2.0, "clipped": 0.25,
               "alphas": [alphas.tolist()] * 2, "seconds": 1.0, "test_accuracy": 40.0 + args["seed"]} for epoch in range(2)]
     (path / "config.json").write_text(json.dumps(args | {"parameters": 5000, "kind": "x"}))
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -110,7 +111,8 @@ def test_the_study_of_collapse_goes_on_where_it_stopped(tmp_path, monkeypatch, c
     capsys.readouterr()
     run_main(monkeypatch, study, "collapse", "--out", "out", "--spaces", "s2", "--show")
     printed = capsys.readouterr().out
-    assert "| sign | 2 | 0.100 ± 0.000 | 0.600 ± 0.000 | 4.000 ± 0.000 |" in printed and "| 41.00 ± 1.41 |" in printed
+    assert "| sign | 2 | 0.100 ± 0.000 | 0.600 ± 0.000 | 4.000 ± 0.000 | 0.200 ± 0.000 | 1.500 ± 0.000 | 25.000 ± 0.000 |" in printed
+    assert "| 41.00 ± 1.41 |" in printed
     assert (tmp_path / "out/collapse.png").stat().st_size > 10_000
     assert "--epochs" in refused(monkeypatch, capsys, study, *flags[:-2], "3", "--variants", "DARTS", "--seeds", 0)
 
