@@ -89,9 +89,14 @@ def main() -> None:
     if not results:
         raise InputError(f"{args.out}: no finished case of this study; run it without --show")
     text = report(args, {case: result["values"] for case, result in results.items()})
-    first, minutes = next(iter(results.values())), sum(result["minutes"] for result in results.values())
-    flags = ", ".join(f"{k} {v}" for k, v in first["settings"].items() if k != "command")
-    text += f"\n{len(results)} of {len(wanted)} cases, {minutes:.1f} minutes, on {first['device']}; {flags}\n"
+    together: dict[str, list[Case]] = {}
+    for case, result in results.items():
+        flags = ", ".join(f"{k} {v}" for k, v in result["settings"].items() if k != "command")
+        together.setdefault(f"on {result['device']}; {flags}", []).append(case)
+    for how, cases in together.items():
+        minutes = sum(results[case]["minutes"] for case in cases)
+        text += f"\n{', '.join(dict.fromkeys(case[0] for case in cases))}: {len(cases)} cases, {minutes:.1f} minutes, {how}\n"
+    text += f"\n{len(results)} of {len(wanted)} cases are there\n"
     write_atomically(Path(args.out, "tables.md"), lambda path: path.write_text(text))
     print(text, end="")
 
@@ -238,12 +243,12 @@ def report_gradient(args, results: dict[Case, list[dict[str, Any]]]) -> str:
 
 
 def draw_gradient(moments: dict[tuple[str, int], Directions], path: Path) -> None:
-    """A column a moment, a row a number; colours: the directions, line styles: the precisions."""
+    """A column a moment, a row a number; colours: the directions, line styles: the precisions, of which the first has bands."""
     numbers, steps = list(NUMBERS.items())[1:], sorted({step for _, step in moments})
     figure, axes = pyplot().subplots(len(numbers), len(steps), squeeze=False, sharex=True, sharey="row",
                                      figsize=(1.2 + 2.9 * len(steps), 2.4 * len(numbers)), layout="constrained")
     colours = {"central": "C0", "forward": "C1", "exact": "C2", "−∇L": "C4", "random": "0.5"}
-    styles = {"float32": "-", "float64": "--", "bfloat16": ":"}
+    styles, first = {"float32": "-", "float64": "--", "bfloat16": ":"}, next(iter(moments))[0]
     for (dtype, step), directions in moments.items():
         epsilons = sorted({epsilon for _, epsilon in directions if epsilon is not None})
         for row, (number, of) in zip(axes, numbers):
@@ -252,7 +257,7 @@ def draw_gradient(moments: dict[tuple[str, int], Directions], path: Path) -> Non
                 by_epsilon = ([v for r in directions.get((name, e), directions.get((name, None), ())) for v in of(r)]
                               for e in epsilons)
                 if rows := list(zip(*by_epsilon)):
-                    band(ax, epsilons, rows, f"{name}, {dtype}", color=colour, ls=styles[dtype])
+                    band(ax, epsilons, rows, f"{name}, {dtype}", dtype == first, color=colour, ls=styles[dtype])
             ax.set(xscale="log", ylabel=number if step == steps[0] else None)
             ax.grid(alpha=0.3)
     for column, step in zip(axes.T, steps):

@@ -150,11 +150,11 @@ def draw_alphas(space: str, alphas: list[list[list[list[float]]]], genotype: "Ge
     save(figure, path)
 
 
-def band(ax, x, rows: list[list[float]], label: str, **style) -> None:
-    """The mean of several curves over x, and a band of one standard deviation to either side."""
+def band(ax, x, rows: list[list[float]], label: str, shade: bool = True, **style) -> None:
+    """The mean of several curves over x, and, with `shade`, a band of one standard deviation to either side."""
     mean = [statistics.fmean(values) for values in zip(*rows)]
     line, = ax.plot(x, mean, label=label, **style)
-    if len(rows) > 1:
+    if shade and len(rows) > 1:
         deviation = [statistics.stdev(values) for values in zip(*rows)]
         ax.fill_between(x, [m - d for m, d in zip(mean, deviation)], [m + d for m, d in zip(mean, deviation)], lw=0,
                         color=line.get_color(), alpha=0.2)

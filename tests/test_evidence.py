@@ -1,5 +1,6 @@
 """What shows the results: the studies, the pictures, the table of runs, NAS-Bench-201's file, and ImageNet from a folder."""
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,3 +262,24 @@ def test_the_published_cell_on_imagenet():
     with torch.device("meta"):
         net = NetworkImageNet(48, 1000, 14, True, genotypes.load("LAMBDA_DARTS"))
     assert (count_parameters(net), count_multiply_adds(net, 224)) == (5140288, 565652544)
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in Path(__file__).parent.glob("evidence/*/tables.md")), ids=lambda p: p.name)
+def test_the_findings_are_those_of_the_results_beside_them(folder, tmp_path, monkeypatch, capsys):
+    """tables.md is what --show makes of the results, and every row that the README quotes stands in one."""
+    cases = sorted(folder.glob("*.json"))
+    for path in cases:
+        shutil.copy(path, tmp_path)
+    spaces, seeds = ({path.stem.split("-")[k] for path in cases} for k in (0, -1))
+    monkeypatch.setattr(study, "find_spec", lambda name: None)  # without the pictures
+    run_main(monkeypatch, study, folder.name.split("-")[0], "--out", tmp_path, "--show", "--seeds", *sorted(seeds),
+             "--spaces", *sorted(spaces, key=["s2", "s4", "darts"].index))
+    assert (tmp_path / "tables.md").read_text() == (folder / "tables.md").read_text() == capsys.readouterr().out
+
+
+def test_rows_of_the_findings_stand_in_their_tables():
+    readme = (study.ROOT / "README.md").read_text()
+    findings = readme[readme.index("### Does the gradient of Λ raise Λ?") : readme.index("### The fused mixed sum")]
+    rows = [line for line in findings.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    there = {line for path in Path(__file__).parent.glob("evidence/*/tables.md") for line in path.read_text().splitlines()}
+    assert len(rows) > 10 and not set(rows) - there
