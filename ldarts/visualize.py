@@ -168,7 +168,6 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
                                      figsize=(3.6 * columns, 2.5 * -(-len(shown) // columns)))
     for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
-    figure.supxlabel("epoch", fontsize=9)
     for ax, name in zip(axes.flat, shown):
         for label, runs in groups.items():
             rows = [[line[name] for line in run if name in line] for run in runs]
@@ -180,8 +179,11 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
         ax.tick_params(labelsize=8)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
+    for ax in axes.flat[max(0, len(shown) - columns) : len(shown)]:
+        ax.set_xlabel("epoch", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    across = max(1, min(len(labels), 60 * columns // (8 + max(map(len, labels)))))  # as many as fit the width
+    figure.legend(handles, labels, loc="outside lower center", ncols=across, fontsize=8)
     save(figure, path)
 
 
