@@ -27,6 +27,14 @@ class ReLUFirst(nn.Module):
         return x
 
 
+def conv_1x1(x: Tensor, weight: Tensor) -> Tensor:
+    """F.conv2d(x, weight) for weights [out, in, 1, 1]; channels-last as a product of matrices, whose gradients of gradients take
+    a quarter of the time."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return F.conv2d(x, weight)
+    return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0]).permute(0, 3, 1, 2)
+
+
 class ReLUConvBN(ReLUFirst):
     def __init__(self, C_in: int, C_out: int, kernel_size: int, stride: int, padding: int, affine: bool = True):
         super().__init__()
@@ -35,6 +43,10 @@ class ReLUConvBN(ReLUFirst):
             nn.Conv2d(C_in, C_out, kernel_size, stride, padding, bias=False),
             nn.BatchNorm2d(C_out, affine=affine),
         )
+
+    def before_norm(self, x: Tensor) -> Tensor:
+        conv = self.op[1]
+        return conv_1x1(x, conv.weight) if conv.kernel_size == conv.stride == (1, 1) else conv(x)
 
 
 class DilConv(ReLUFirst):
@@ -92,7 +104,7 @@ class FactorizedReduce(nn.Module):
 
     def before_norm(self, pixels: tuple[Tensor, Tensor]) -> Tensor:
         """What the batch norm normalises, from pixels(relu(x))."""
-        return torch.cat([F.conv2d(x, conv.weight) for x, conv in zip(pixels, (self.conv_1, self.conv_2))], dim=1)
+        return torch.cat([conv_1x1(x, conv.weight) for x, conv in zip(pixels, (self.conv_1, self.conv_2))], dim=1)
 
 
 class Zero(nn.Module):
