@@ -312,10 +312,9 @@ def report_collapse(args, results: dict[Case, dict[str, Any]]) -> str:
                          for number, of in numbers.items()}
         tests[space] = {v: [run["eval"][-1]["test_accuracy"] for run in runs[v]] for v in variants}
         text += f"\n{space}, at the end:\n\n" + table(
-            ["variant", "seeds", *numbers, "test accuracy, %", "parameters, k", "s per search epoch"],
+            ["variant", "seeds", *numbers, "test accuracy, %", "parameters, k"],
             [[v, len(runs[v]), *(spread([row[-1] for row in curves[space][number][v]], 3) for number in numbers),
-              spread(tests[space][v]), spread([run["parameters"] / 1e3 for run in runs[v]], 1),
-              spread([line["seconds"] for run in runs[v] for line in run["search"]], 1)] for v in variants])
+              spread(tests[space][v]), spread([run["parameters"] / 1e3 for run in runs[v]], 1)] for v in variants])
         epochs = sorted({round(k * (len(runs[variants[0]][0]["search"]) - 1) / 4) for k in range(5)})
         text += f"\n{space}, over the epochs:\n\n" + table(
             ["", "variant", *(f"epoch {epoch}" for epoch in epochs)],
@@ -339,6 +338,7 @@ def draw_collapse(path: Path, curves: dict, tests: dict[str, dict[str, list[floa
             for variant, rows in variants.items():
                 band(ax, range(len(rows[0])), rows, variant, color=f"C{list(VARIANTS).index(variant)}")
             ax.set_title(number, fontsize=10)
+            ax.xaxis.get_major_locator().set_params(integer=True)
         for at, (variant, values) in enumerate(tests[space].items()):
             row[-1].plot([at] * len(values), values, "o", ms=4, alpha=0.6, color=f"C{list(VARIANTS).index(variant)}")
             row[-1].plot([at - 0.25, at + 0.25], [statistics.fmean(values)] * 2, color=f"C{list(VARIANTS).index(variant)}")
