@@ -46,12 +46,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_tables(const at::Tensor& mom
   return {table.to(p.scalar_type()), statistics, numbers.to(p.scalar_type())};
 }
 
-// The loops of the two functions below: what both compute first, for each z, and then what they do with it.
+// What the two functions below begin with, the gradients by 1/sigma and mu of each z, and the loops of both.
 struct Gradients {
   int64_t K, M, C;
   double count;
-  at::IntArrayRef of;
-  at::IntArrayRef normed;
+  at::IntArrayRef of, normed;
   at::Tensor table, p, d_table, sums, by_inverse, by_mean;
 
   Gradients(const at::Tensor& table_, const at::Tensor& p_, const std::optional<at::Tensor>& d_table_, const at::Tensor& sums,

@@ -107,13 +107,10 @@ class _Norms:
         """Sums per channel of G and of G z of each term, [terms, 2, C]."""
         if not self.of:
             return torch.zeros(0, 2, zs[0].shape[1], dtype=torch.float64)
-        return torch.ops.ldarts.bank_sums(self.of_edge(gs), self.of_z(zs))
+        return torch.ops.ldarts.bank_sums(self.of_edge(gs), [zs[k] for k in self.of])
 
     def of_edge(self, gs):
         return [gs[e] for e in self.edge]
-
-    def of_z(self, zs):
-        return [zs[k] for k in self.of]
 
     def gradients(self, table, p, d_table, sums, zs):
         """-> scale [terms, C], d_moments [z, 2, C], by p: the gradient by a z is Σ scale G + d_moments[0] + 2 d_moments[1] z."""
@@ -174,7 +171,7 @@ class _Bank(torch.autograd.Function):
         asked = any(ctx.needs_input_grad[k] for k in (3, *range(5, len(ctx.needs_input_grad) - 2 * U))), any(ctx.needs_input_grad[-2 * U :])
         gs = _zeros_for_none(grads[U:], [saved[-1]] * len(grads[U:]))
         arguments = ctx.geometry, ctx.norms, asked, before, p, table, d_table, *saved, *grads[:U], *gs
-        # A Function costs as much as the rest of a small bank: without a derivative to come, the plain call.
+        # Without a derivative to come, the plain call, which saves nothing.
         found = _BankGrad.apply(*arguments) if torch.is_grad_enabled() else _BankGrad.compute(*arguments)[0]
         return None, None, None, *found
 
