@@ -143,35 +143,43 @@ std::vector<const T*> pointers(at::TensorList tensors) {
   return result;
 }
 
-// Weights [M, C] and shift [C] (or none: 0), which repeat along a channels-last term; C = 1: along any.
+// The weights of each sum repeat along its terms, which are channels-last; C = 1: along any. A block goes through all sums, which
+// may read the same terms.
 template <typename T>
-void sum_kernel(const at::Tensor& weights, const at::Tensor& shift, at::TensorList terms, const at::Tensor& out) {
+void sum_kernel(const std::vector<Sum>& sums, int64_t C, at::TensorList outs) {
   using L = Lanes<T>;
   using Acc = typename L::Acc;
-  const int64_t M = terms.size();
-  const auto term = pointers<T>(terms);
-  const int64_t C = weights.size(1), repeat = std::lcm(C, L::kSize);
-  const int64_t block = std::max<int64_t>(1, kBlock / repeat) * repeat;
-  Buffer<Acc> pattern, first(repeat, Acc(0));  // [M, repeat] and [repeat]
-  for (int64_t m = 0; m < M; ++m)
-    for (int64_t i = 0; i < repeat; ++i) pattern.push_back(weights.const_data_ptr<Acc>()[m * C + i % C]);
-  for (int64_t i = 0; i < repeat && shift.defined(); ++i) first[i] = shift.const_data_ptr<Acc>()[i % C];
-  T* result = out.mutable_data_ptr<T>();
-  each_block(block, out.numel(), M, [&](int64_t begin, int64_t size, int64_t) {
+  struct Job {
+    std::vector<const T*> term;
+    Buffer<Acc> pattern, first;  // [M, repeat] and [repeat]
+    T* result;
+  };
+  const int64_t repeat = std::lcm(C, L::kSize), block = std::max<int64_t>(1, kBlock / repeat) * repeat;
+  std::vector<Job> jobs;
+  int64_t work = 0;
+  for (size_t s = 0; s < sums.size(); ++s) {
+    const int64_t M = sums[s].terms.size();
+    jobs.push_back({pointers<T>(sums[s].terms), Buffer<Acc>(M * repeat), Buffer<Acc>(repeat, Acc(0)), outs[s].mutable_data_ptr<T>()});
+    for (int64_t i = 0; i < M * repeat; ++i) jobs[s].pattern[i] = sums[s].weights[i / repeat * C + i % repeat % C];
+    for (int64_t i = 0; i < repeat && !sums[s].shift.empty(); ++i) jobs[s].first[i] = sums[s].shift[i % C];
+    work += M;
+  }
+  each_block(block, outs[0].numel(), work, [&](int64_t begin, int64_t size, int64_t) {
     Buffer<Acc> acc(block);
-    each_group<kGroup>(M, [&](int64_t m, auto group) {
-      const bool last = m + group == M;
-      int64_t at = 0;
-      L::each(size, [&](int64_t i, auto count) {
-        auto sum = L::Vec::loadu(m == 0 ? first.data() + at : acc.data() + i);
-        const Acc* w = pattern.data() + m * repeat + at;
-        for (int64_t k = 0; k < group; ++k)
-          sum = at::vec::fmadd(L::Vec::loadu(w + k * repeat), L::load(term[m + k] + begin + i, count), sum);
-        if (last) L::store(result + begin + i, sum, count);
-        else sum.store(acc.data() + i);
-        at = at + L::kSize == repeat ? 0 : at + L::kSize;
+    for (const Job& job : jobs)
+      each_group<kGroup>(job.term.size(), [&](int64_t m, auto group) {
+        const bool last = m + group == static_cast<int64_t>(job.term.size());
+        int64_t at = 0;
+        L::each(size, [&](int64_t i, auto count) {
+          auto sum = L::Vec::loadu(m == 0 ? job.first.data() + at : acc.data() + i);
+          const Acc* w = job.pattern.data() + m * repeat + at;
+          for (int64_t k = 0; k < group; ++k)
+            sum = at::vec::fmadd(L::Vec::loadu(w + k * repeat), L::load(job.term[m + k] + begin + i, count), sum);
+          if (last) L::store(job.result + begin + i, sum, count);
+          else sum.store(acc.data() + i);
+          at = at + L::kSize == repeat ? 0 : at + L::kSize;
+        });
       });
-    });
   });
 }
 
@@ -225,25 +233,24 @@ void dot_kernel(const at::Tensor& grad, at::TensorList terms, const at::Tensor& 
 #define DISPATCH(dtype, kernel, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, #kernel, [&] { kernel<scalar_t>(__VA_ARGS__); })
 
+std::vector<double> numbers(const at::Tensor& t) {
+  const auto wide = t.to(at::kDouble).contiguous();
+  return {wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel()};
+}
+
 at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
   const auto format = check_terms(terms);
   const auto w = check_weights(weights, terms.size(), terms[0]);
   auto out = at::empty_like(terms[0], terms[0].options().memory_format(format));
-  DISPATCH(out.scalar_type(), sum_kernel, w.unsqueeze(1), at::Tensor(), terms, out);
+  DISPATCH(out.scalar_type(), sum_kernel, {{numbers(w), {}, terms.vec()}}, 1, out);
   return out;
 }
 
 // The sum with weights [M, C] for each channel, + shift [C]; channels-last, without derivatives: for ldarts/separable.py.
 at::Tensor node_sum(const at::Tensor& weights, const std::optional<at::Tensor>& shift, at::TensorList terms) {
-  std::vector<at::Tensor> dense;
-  for (const auto& t : terms) dense.push_back(t.contiguous(at::MemoryFormat::ChannelsLast));
-  check_terms(dense);
-  const auto wide = [&](const at::Tensor& t) { return t.to(at::toOpMathType(dense[0].scalar_type())).contiguous(); };
   TORCH_CHECK_VALUE(weights.sizes() == at::IntArrayRef({static_cast<int64_t>(terms.size()), terms[0].size(1)}),
                     "node_sum: weights have shape ", weights.sizes(), ", expected [", terms.size(), ", ", terms[0].size(1), "]");
-  auto out = at::empty_like(dense[0], dense[0].options().memory_format(at::MemoryFormat::ChannelsLast));
-  DISPATCH(out.scalar_type(), sum_kernel, wide(weights), shift ? wide(*shift) : at::Tensor(), dense, out);
-  return out;
+  return node_sums({{numbers(weights), shift ? numbers(*shift) : std::vector<double>(), terms.vec()}})[0];
 }
 
 std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& weights) {
@@ -265,6 +272,22 @@ at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
 }
 
 }  // namespace
+
+std::vector<at::Tensor> node_sums(std::vector<Sum> sums) {
+  std::vector<at::Tensor> result, outs;
+  std::vector<Sum> some;
+  for (Sum& sum : sums) {
+    result.push_back(at::empty({0}));
+    if (sum.terms.empty()) continue;
+    for (at::Tensor& t : sum.terms) t = t.contiguous(at::MemoryFormat::ChannelsLast);
+    check_terms(sum.terms);
+    result.back() = at::empty_like(sum.terms[0], sum.terms[0].options().memory_format(at::MemoryFormat::ChannelsLast));
+    outs.push_back(result.back());
+    some.push_back(std::move(sum));
+  }
+  if (!some.empty()) DISPATCH(outs[0].scalar_type(), sum_kernel, some, outs[0].size(1), outs);
+  return result;
+}
 
 TORCH_LIBRARY(ldarts, m) {
   m.def("mixed_sum(Tensor weights, Tensor[] terms) -> Tensor");

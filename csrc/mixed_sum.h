@@ -2,6 +2,8 @@
 // Argument checks shared by the CPU and the CUDA kernels of ldarts::mixed_sum, mixed_scale and mixed_dot.
 #include <ATen/ATen.h>
 
+#include <vector>
+
 namespace ldarts {
 
 // Terms: at least one, all of one shape, dtype, device and memory format (dense: contiguous or channels-last), else an
@@ -19,5 +21,19 @@ at::Tensor check_grad(const at::Tensor& grad, const at::Tensor& like, at::Memory
 
 // The dense format that mixed_scale and its gradients keep: channels-last where `grad` is, contiguous otherwise.
 at::MemoryFormat dense_format(const at::Tensor& grad);
+
+// A sum of terms [N, C, H, W] with weights for each channel, [terms, C], + shift [C] (empty: 0).
+struct Sum {
+  std::vector<double> weights, shift;
+  std::vector<at::Tensor> terms;
+
+  void add(const double* weight, int64_t C, const at::Tensor& term) {
+    weights.insert(weights.end(), weight, weight + C);
+    terms.push_back(term);
+  }
+};
+
+// Sums over tensors of one shape and dtype, on the CPU, channels-last, without derivatives; for one of no terms a tensor of size 0.
+std::vector<at::Tensor> node_sums(std::vector<Sum> sums);
 
 }  // namespace ldarts

@@ -3,12 +3,14 @@
 //
 // A term m is p_m (z - mu) / sigma of one z, k = of[m]. [K, 2, C]: a table holds 1/sigma and mu of each z, moments its sums of
 // z and z z over `count` pixels; [M, 2, C]: sums are those of G and G z for each term, G the gradient by it.
-#include <ATen/ATen.h>
+#include "mixed_sum.h"
+
 #include <torch/library.h>
 
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace ldarts {
 namespace {
@@ -137,20 +139,75 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_gradients_backwa
   return {by_table.to(dtype), by_p.to(dtype), by_d_table.to(dtype), by_sums};
 }
 
+int64_t pixels(const at::Tensor& z) { return z.numel() / z.size(1); }
+
+// The gradients by p and by each z. g: the gradient by the terms of each edge; term m is on edge[m].
+std::tuple<at::Tensor, std::vector<at::Tensor>> term_gradients(
+    const at::Tensor& table, const at::Tensor& p, const std::optional<at::Tensor>& d_table, const at::Tensor& sums,
+    at::IntArrayRef of, at::IntArrayRef edge, at::IntArrayRef normed, at::TensorList z, at::TensorList g) {
+  const auto [scale, d_moments, d_p] = norm_gradients(table, p, d_table, sums, of, normed, pixels(z[0]));
+  const int64_t C = table.size(2);
+  std::vector<Sum> by_z(z.size());
+  for (size_t k = 0; k < z.size(); ++k) {
+    const double* d = read(d_moments) + 2 * k * C;
+    by_z[k].shift.assign(d, d + C);
+    for (int64_t c = 0; c < C && normed[k]; ++c) by_z[k].weights.push_back(2 * d[C + c]);
+    if (normed[k]) by_z[k].terms.push_back(z[k]);
+  }
+  for (size_t m = 0; m < of.size(); ++m) by_z[of[m]].add(read(scale) + m * C, C, g[edge[m]]);
+  return {d_p.to(p.scalar_type()), node_sums(std::move(by_z))};
+}
+
+// Of term_gradients, or of what a bank computes from norm_gradients: -> gradients by table, p, d_table, each z and each g, from
+// those by the gradients of each z, w (none: 0), and of p. w_sums [K, 2, C]: sums of w and w z; g_w [M, C]: of G w for each term.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> term_gradients_backward(
+    const at::Tensor& table, const at::Tensor& p, const std::optional<at::Tensor>& d_table, const at::Tensor& sums,
+    at::IntArrayRef of, at::IntArrayRef edge, at::IntArrayRef normed, at::TensorList z, at::TensorList g, at::TensorList w,
+    const std::optional<at::Tensor>& w_sums, const std::optional<at::Tensor>& g_w, const std::optional<at::Tensor>& v_p) {
+  const int64_t C = table.size(2), count = pixels(z[0]);
+  const auto [scale, d_moments, d_p] = norm_gradients(table, p, d_table, sums, of, normed, count);
+  auto v_moments = w_sums;
+  if (w_sums) v_moments = *w_sums * at::tensor({1.0, 2.0}).unsqueeze(1);
+  const auto [by_table, by_p, by_d_table, by_sums] =
+      norm_gradients_backward(table, p, d_table, sums, of, normed, count, g_w, v_moments, v_p);
+  std::vector<Sum> by(z.size() + g.size());
+  for (size_t k = 0; k < w.size(); ++k) {
+    for (int64_t c = 0; c < C; ++c) by[k].weights.push_back(2 * read(d_moments)[(2 * k + 1) * C + c]);
+    by[k].terms.push_back(w[k]);
+  }
+  for (size_t m = 0; m < of.size(); ++m) {
+    const double *total = read(by_sums) + 2 * m * C, *product = total + C;
+    Sum& by_g = by[z.size() + edge[m]];
+    by[of[m]].add(product, C, g[edge[m]]);
+    by_g.add(product, C, z[of[m]]);
+    if (!w.empty()) by_g.add(read(scale) + m * C, C, w[of[m]]);
+    by_g.shift.resize(C);
+    for (int64_t c = 0; c < C; ++c) by_g.shift[c] += total[c];
+  }
+  auto found = node_sums(std::move(by));
+  std::vector<at::Tensor> by_g(found.begin() + z.size(), found.end());
+  found.resize(z.size());
+  return {by_table, by_p, by_d_table, found, by_g};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ldarts, m) {
   m.def("norm_tables(Tensor moments, int[] normed, Tensor p, int[] of, int count, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("norm_gradients(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] normed, int count) -> "
         "(Tensor, Tensor, Tensor)");
-  m.def("norm_gradients_backward(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] normed, int count, "
-        "Tensor? v_scale, Tensor? v_moments, Tensor? v_p) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("term_gradients(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] edge, int[] normed, Tensor[] z, "
+        "Tensor[] g) -> (Tensor, Tensor[])");
+  m.def("term_gradients_backward(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] edge, int[] normed, "
+        "Tensor[] z, Tensor[] g, Tensor[] w, Tensor? w_sums, Tensor? g_w, Tensor? v_p) -> "
+        "(Tensor, Tensor, Tensor, Tensor[], Tensor[])");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
   m.impl("norm_tables", norm_tables);
   m.impl("norm_gradients", norm_gradients);
-  m.impl("norm_gradients_backward", norm_gradients_backward);
+  m.impl("term_gradients", term_gradients);
+  m.impl("term_gradients_backward", term_gradients_backward);
 }
 
 }  // namespace ldarts

@@ -196,13 +196,13 @@ struct Bank {
   int64_t N, C, in_h, in_w, out_h, out_w, stride, units, halo = 0, period, width;
   std::vector<int64_t> taps, dilation, padding;  // of each unit; padding keeps the size
   std::vector<Buffer<T>> depthwise;         // [taps * taps, period * kV], the pattern of the channels along a row
-  std::vector<Buffer<T>> pointwise;         // [in, width], for the backward pass [out, width]
+  std::vector<Buffer<T>> pointwise, transposed;  // [in, width], [out, width]; only what a pass needs
   std::vector<Input<T>> input;
   std::vector<Taps<T>> output_taps, input_taps;  // [units], [units, stride, stride]: by row and column mod stride
   int64_t pitch, row, grad_pitch;
 
   Bank(at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
-       int64_t stride, at::IntArrayRef dilations, bool back)
+       int64_t stride, at::IntArrayRef dilations, bool forward, bool back)
       : N(x[0].size(0)), C(x[0].size(1)), in_h(x[0].size(2)), in_w(x[0].size(3)), out_h((in_h - 1) / stride + 1),
         out_w((in_w - 1) / stride + 1), stride(stride), units(dw.size()), period(pattern_period<T>(C)),
         width(round_up(C, kV<T>)), dilation(dilations.vec()) {
@@ -220,9 +220,12 @@ struct Bank {
       for (int64_t t = 0; t < k * k; ++t)
         for (int64_t i = 0, c = 0; i < period * V; ++i, c = c + 1 < C ? c + 1 : 0)
           depthwise[u][t * period * V + i] = from[c * k * k + t];
-      pointwise.emplace_back(C * width);
-      for (int64_t out = 0; out < C; ++out)
-        for (int64_t in = 0; in < C; ++in) pointwise[u][back ? out * width + in : in * width + out] = matrix[out * C + in];
+      pointwise.emplace_back(forward ? C * width : 0);
+      transposed.emplace_back(back ? C * width : 0);
+      for (int64_t out = 0; out < C && forward; ++out)
+        for (int64_t in = 0; in < C; ++in) pointwise[u][in * width + out] = matrix[out * C + in];
+      for (int64_t out = 0; out < C && back; ++out)
+        for (int64_t in = 0; in < C; ++in) transposed[u][out * width + in] = matrix[out * C + in];
       auto pattern = [&](int64_t which, T absent) {
         Buffer<T> result(period * V, absent);
         if (!affine || which >= coefficients.size(0)) return result;
@@ -300,8 +303,30 @@ struct Bank {
   }
 };
 
+// z = P y for some pixels; sums per channel of z, of z times `other` (absent: of z z) and, where there is one, of z times grad are
+// added to part, [2 or 3, width].
 template <typename T>
-void forward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList against, const at::Tensor& moments) {
+void project(const Bank<T>& bank, int64_t u, const T* y, int64_t pixels, T* z, const T* other, const T* grad, T* part) {
+  const int64_t C = bank.C;
+  multiply(y, pixels, C, bank.pointwise[u].data(), bank.width, [&](int64_t q, auto rows, int64_t c, const Vec<T>* values) {
+    const int64_t count = std::min(kV<T>, C - c);
+    auto sum = Vec<T>::loadu(part + c), product = Vec<T>::loadu(part + bank.width + c);
+    for (int r = 0; r < rows; ++r) {
+      store(z + (q + r) * C + c, values[r], count);
+      sum = sum + values[r];
+      product = at::vec::fmadd(values[r], other ? load(other + (q + r) * C + c, count) : values[r], product);
+    }
+    sum.store(part + c);
+    product.store(part + bank.width + c);
+    if (!grad) return;
+    product = Vec<T>::loadu(part + 2 * bank.width + c);
+    for (int r = 0; r < rows; ++r) product = at::vec::fmadd(values[r], load(grad + (q + r) * C + c, count), product);
+    product.store(part + 2 * bank.width + c);
+  });
+}
+
+template <typename T>
+void forward_kernel(const Bank<T>& bank, at::TensorList zs, const at::Tensor& moments) {
   const int64_t C = bank.C, U = bank.units, chunks = moments.size(0);
   double* sums = moments.mutable_data_ptr<double>();  // [chunks, units, 2, C]
   at::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
@@ -313,24 +338,11 @@ void forward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList again
           if (u == 0 || bank.input[u].x != bank.input[u - 1].x || bank.input[u].value != bank.input[u - 1].value)
             bank.fill(u, n, padded.data());
           T* z = zs[u].template mutable_data_ptr<T>() + n * bank.out_size();
-          const T* other = against.empty() ? z : against[u].template const_data_ptr<T>() + n * bank.out_size();
           double* total = sums + (chunk * U + u) * 2 * C;
-          for (int64_t o = 0; o < bank.out_h; ++o, z += bank.row, other += bank.row) {
+          for (int64_t o = 0; o < bank.out_h; ++o, z += bank.row) {
             bank.convolve(u, o, padded.data(), y.data());
             std::fill(part.begin(), part.end(), T(0));
-            multiply(y.data(), bank.out_w, C, bank.pointwise[u].data(), bank.width,
-                     [&](int64_t q, auto rows, int64_t c, const Vec<T>* values) {
-                       const int64_t count = std::min(kV<T>, C - c);
-                       auto sum = Vec<T>::loadu(part.data() + c), product = Vec<T>::loadu(part.data() + bank.width + c);
-                       for (int r = 0; r < rows; ++r) {
-                         store(z + (q + r) * C + c, values[r], count);
-                         sum = sum + values[r];
-                         const auto factor = against.empty() ? values[r] : load(other + (q + r) * C + c, count);
-                         product = at::vec::fmadd(values[r], factor, product);
-                       }
-                       sum.store(part.data() + c);
-                       product.store(part.data() + bank.width + c);
-                     });
+            project<T>(bank, u, y.data(), bank.out_w, z, nullptr, nullptr, part.data());
             for (int64_t c = 0; c < C; ++c) {
               total[c] += part[c];
               total[C + c] += part[bank.width + c];
@@ -341,9 +353,10 @@ void forward_kernel(const Bank<T>& bank, at::TensorList zs, at::TensorList again
 }
 
 template <typename T>
-struct Grads {  // undefined: not asked for. The first dimension of the last three: chunks
-  std::vector<at::Tensor> x;
+struct Grads {  // undefined: not asked for. The first dimension of the last four: chunks
+  std::vector<at::Tensor> x, w;  // w: what the forward pass computes
   at::Tensor sums, pointwise, depthwise;  // [., units, 3, C]: sum of h, h x, h value; [., units, C, width]; [., all taps, period * kV]
+  at::Tensor w_sums;                      // [., units, 3, C]: sum of w, w z, w times the gradient by a term
 };
 
 // h = [s x + b > 0] D' P' dz with dz = raw + scale * grad + d_sum + 2 d_square z; the gradient by x is s h (beta h with values).
@@ -360,7 +373,7 @@ struct Backward {
   int64_t da_pitch = round_up((bank.in_w + bank.stride - 1) / bank.stride * C, kV<T>);
   Buffer<T> padded = bank.padded_input(), y = Buffer<T>(rows * bank.row + 2 * V), dz = Buffer<T>(rows * bank.row);
   Buffer<T> dy = Buffer<T>((bank.out_h + 2 * bank.halo) * bank.grad_pitch + 2 * V);  // padded
-  Buffer<T> da = Buffer<T>(bank.stride * da_pitch), part = Buffer<T>(3 * pattern);
+  Buffer<T> da = Buffer<T>(bank.stride * da_pitch), part = Buffer<T>(3 * pattern), w_part = Buffer<T>(3 * bank.width);
   Buffer<T> d_sum = Buffer<T>(pattern), d_square = d_sum, factor = d_sum;
 
   int64_t term() const { return u - (bank.units - static_cast<int64_t>(grads.size())); }
@@ -399,7 +412,7 @@ struct Backward {
     });
     for (int64_t o = 0; o < count; ++o) {
       T* to = dy_row(first + o);
-      multiply(dz.data() + o * bank.row, bank.out_w, C, bank.pointwise[u].data(), bank.width,
+      multiply(dz.data() + o * bank.row, bank.out_w, C, bank.transposed[u].data(), bank.width,
                [&](int64_t q, auto pixels, int64_t c, const Vec<T>* values) {
                  for (int r = 0; r < pixels; ++r) store(to + (q + r) * C + c, values[r], std::min(V, C - c));
                });
@@ -411,6 +424,13 @@ struct Backward {
     if (out.pointwise.defined())
       outer(dz.data(), y.data(), count * bank.out_w, C,
             out.pointwise.template mutable_data_ptr<T>() + (chunk * bank.units + u) * C * bank.width, bank.width);
+    if (out.w.empty()) return;
+    std::fill(w_part.begin(), w_part.end(), T(0));
+    T* w = out.w[u].template mutable_data_ptr<T>() + n * bank.out_size() + first * bank.row;
+    project(bank, u, y.data(), count * bank.out_w, w, z, grad, w_part.data());
+    double* total = out.w_sums.template mutable_data_ptr<double>() + (chunk * bank.units + u) * 3 * C;
+    for (int64_t k = 0; k < 3; ++k)
+      for (int64_t c = 0; c < C; ++c) total[k * C + c] += w_part[k * bank.width + c];
   }
 
   // The gradient by a row of the input, and its share of the sums of h.
@@ -566,35 +586,37 @@ at::Tensor bank_sums(at::TensorList grad, at::TensorList z) {
 }
 
 std::tuple<std::vector<at::Tensor>, at::Tensor> bank_forward(
-    at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
-    int64_t stride, at::IntArrayRef dilations, at::TensorList against) {
+    at::TensorList x, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw, int64_t stride,
+    at::IntArrayRef dilations) {
   check(x, dw, pw, dilations);
-  const auto xs = dense(x), values = dense(value), others = dense(against);
+  const auto xs = dense(x);
   std::vector<at::Tensor> zs;
   at::Tensor moments;
   AT_DISPATCH_FLOATING_TYPES(x[0].scalar_type(), "bank_forward", [&] {
-    const Bank<scalar_t> bank(xs, values, affine, dw, pw, stride, dilations, false);
+    const Bank<scalar_t> bank(xs, {}, affine, dw, pw, stride, dilations, true, false);
     const auto options = x[0].options().memory_format(at::MemoryFormat::ChannelsLast);
     for (int64_t u = 0; u < bank.units; ++u) zs.push_back(at::empty({bank.N, bank.C, bank.out_h, bank.out_w}, options));
     moments = at::zeros({std::min(kChunks, bank.N), bank.units, 2, bank.C}, x[0].options().dtype(at::kDouble));
-    forward_kernel(bank, zs, others, moments);
+    forward_kernel(bank, zs, moments);
   });
   return {zs, sum_of(moments)};
 }
 
-// -> gradients by x, sums [units, 3, C] of h, h x and h value (empty without affine), gradients by dw, gradients by pw
-std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> bank_backward(
+// -> gradients by x, sums [units, 3, C] of h, h x and h value (empty without affine), gradients by dw, gradients by pw; with
+// `forward` (which needs by_weight) w = P D a and sums [units, 3, C] of w, w z and w grad
+std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor>
+bank_backward(
     at::TensorList x, at::TensorList value, const std::optional<at::Tensor>& affine, at::TensorList dw, at::TensorList pw,
     int64_t stride, at::IntArrayRef dilations, at::TensorList z, const c10::List<std::optional<at::Tensor>>& raw,
-    at::TensorList grad, const at::Tensor& scale, const at::Tensor& d_moments, bool by_x, bool by_weight) {
+    at::TensorList grad, const at::Tensor& scale, const at::Tensor& d_moments, bool by_x, bool by_weight, bool forward) {
   check(x, dw, pw, dilations);
   std::vector<at::Tensor> given;
   for (const std::optional<at::Tensor>& t : raw) given.push_back(t.value_or(at::Tensor()));
   const auto xs = dense(x), values = dense(value), zs = dense(z), raws = dense(given), grads = dense(grad);
-  std::vector<at::Tensor> d_depthwise, d_pointwise, d_x;
-  at::Tensor sums;
+  std::vector<at::Tensor> d_depthwise, d_pointwise, d_x, w;
+  at::Tensor sums, w_sums;
   AT_DISPATCH_FLOATING_TYPES(x[0].scalar_type(), "bank_backward", [&] {
-    const Bank<scalar_t> bank(xs, values, affine, dw, pw, stride, dilations, true);
+    const Bank<scalar_t> bank(xs, values, affine, dw, pw, stride, dilations, forward, true);
     const int64_t chunks = std::min(kChunks, bank.N), V = kV<scalar_t>;
     Grads<scalar_t> out;
     int64_t taps = 0;
@@ -607,23 +629,29 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::ve
       out.pointwise = at::zeros({chunks, bank.units, bank.C, bank.width}, x[0].options());
       out.depthwise = at::zeros({chunks, taps, bank.period * V}, x[0].options());
     }
+    if (forward) {
+      for (const auto& t : zs) out.w.push_back(at::empty_like(t));
+      out.w_sums = at::zeros({chunks, bank.units, 3, bank.C}, x[0].options().dtype(at::kDouble));
+    }
     backward_kernel(bank, zs, raws, grads, scale.to(x[0].scalar_type()).contiguous(),
                     d_moments.to(x[0].scalar_type()).contiguous(), out);
     d_x = out.x;
+    w = out.w;
     if (out.sums.defined()) sums = sum_of(out.sums);
+    if (forward) w_sums = sum_of(out.w_sums);
     if (by_weight) weight_gradients(bank, out, d_depthwise, d_pointwise);
   });
-  return {d_x, sums.defined() ? sums : at::empty({0}), d_depthwise, d_pointwise};
+  const auto none = at::empty({0});
+  return {d_x, sums.defined() ? sums : none, d_depthwise, d_pointwise, w, w_sums.defined() ? w_sums : none.clone()};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ldarts, m) {
-  m.def("bank_forward(Tensor[] x, Tensor[] value, Tensor? affine, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, "
-        "Tensor[] against) -> (Tensor[], Tensor)");
+  m.def("bank_forward(Tensor[] x, Tensor? affine, Tensor[] dw, Tensor[] pw, int stride, int[] dilations) -> (Tensor[], Tensor)");
   m.def("bank_backward(Tensor[] x, Tensor[] value, Tensor? affine, Tensor[] dw, Tensor[] pw, int stride, int[] dilations, "
-        "Tensor[] z, Tensor?[] raw, Tensor[] grad, Tensor scale, Tensor d_moments, bool by_x, bool by_weight) -> "
-        "(Tensor[], Tensor, Tensor[], Tensor[])");
+        "Tensor[] z, Tensor?[] raw, Tensor[] grad, Tensor scale, Tensor d_moments, bool by_x, bool by_weight, bool forward) "
+        "-> (Tensor[], Tensor, Tensor[], Tensor[], Tensor[], Tensor)");
   m.def("bank_sums(Tensor[] grad, Tensor[] z) -> Tensor");
 }
 

@@ -107,24 +107,32 @@ class Architect:
         grads = self.weight_grads(batch, kind, epsilon, method)
         return grads.loss, grads.dw, grads.d_lambda, grads.alignment
 
-    def weight_grads(self, batch: Batch, kind: str, epsilon: float, method: str | None) -> "WeightGrads":
-        """lambda_grads with the logits of the training pass; method None: ∇_w L alone, without Λ."""
+    def weight_grads(self, batch: Batch, kind: str, epsilon: float, method: str | None,
+                     lambda_t: Tensor | float | None = None) -> "WeightGrads":
+        """lambda_grads with the logits of the training pass; method None: ∇_w L alone, without Λ.
+
+        lambda_t: dw is ∇_w (L − lambda_t Λ) and d_lambda None, which saves `exact` the gradients by w of its first backward pass.
+        """
         w = self.weights
         rng = self._rng(batch[0].device)
         p = self.cell_leaves()
-        logits, loss = self._pass(batch, p, self.amp)
+        as_one = method == "exact" and lambda_t is not None
+        logits, own_loss = self._pass(batch, p, self.amp, as_one)
         if method is None:
-            loss, *dw = self.average([loss.detach(), *torch.autograd.grad(loss, w)])
+            loss, *dw = self.average([own_loss.detach(), *torch.autograd.grad(own_loss, w)])
             return WeightGrads(loss, logits.detach(), dw, None, None)
-        grads = torch.autograd.grad(loss, [*w, *p], create_graph=method == "exact")
-        own_dw, g = grads[: len(w)], grads[len(w) :]  # of this process: the differences below are averaged as a whole
-        loss, *means = self.average([t.detach() for t in (loss, *grads)])
-        dw = means[: len(w)]
-        value, u = self.alignment(means[len(w) :], kind)
+        grads = torch.autograd.grad(own_loss, p if as_one else [*w, *p], create_graph=method == "exact")
+        own_dw, g = grads[: -len(p)], grads[-len(p) :]  # of this process: the differences below are averaged as a whole
+        loss, *means = self.average([t.detach() for t in (own_loss, *grads)])
+        dw = means[: -len(p)]
+        value, u = self.alignment(means[-len(p) :], kind)
         if method == "exact":
-            normal = [layer for layer, direction in zip(g, u) if direction is not None]
+            normal, d = zip(*((layer, direction) for layer, direction in zip(g, u) if direction is not None))
+            if as_one:
+                dw = torch.autograd.grad([own_loss, *normal], w, [torch.ones_like(own_loss), *torch._foreach_mul(d, -lambda_t)])
+                return WeightGrads(loss, logits.detach(), self.average(dw), None, value)
             # The last weights (the classifier's bias) may act on no g_l: their gradient is 0.
-            d_lambda = torch.autograd.grad(normal, w, [d for d in u if d is not None], materialize_grads=True)
+            d_lambda = torch.autograd.grad(normal, w, d, materialize_grads=True)
             return WeightGrads(loss, logits.detach(), dw, self.average(d_lambda), value)
         eps = epsilon / torch.linalg.vector_norm(torch.cat([d.flatten() for d in u if d is not None]))
 
@@ -137,7 +145,10 @@ class Architect:
             d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), own_dw), eps)
         else:
             d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), shifted(-1)), 2 * eps)
-        return WeightGrads(loss, logits.detach(), dw, self.average(d_lambda), value)
+        d_lambda = self.average(d_lambda)
+        if lambda_t is not None:  # w minimises L - λ Λ
+            dw, d_lambda = torch._foreach_sub(dw, torch._foreach_mul(d_lambda, lambda_t)), None
+        return WeightGrads(loss, logits.detach(), dw, d_lambda, value)
 
     def alpha_eigenvalue(self, batch: Batch, iterations: int = 20, tolerance: float = 0.01) -> float:
         """The eigenvalue of ∂²L/∂α² on one batch that is largest in magnitude, which grows when a search collapses
@@ -183,12 +194,13 @@ class Architect:
             self._set_rng(batch[0].device, rng)
         return self._pass(batch, p, amp)[1]
 
-    def _pass(self, batch: Batch, p: Sequence[Tensor] | None, amp: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    def _pass(self, batch: Batch, p: Sequence[Tensor] | None, amp: torch.dtype | None,
+              p_first: bool = False) -> tuple[Tensor, Tensor]:
         """(logits, loss)"""
         x, y = batch
         # Without its cache, because a weight is read once a pass and has other values in the next.
         with torch.autocast(x.device.type, amp, cache_enabled=False) if amp else nullcontext():
-            logits = self.net(x, p)
+            logits = self.net(x, p, p_first)
             return logits, self.criterion(logits, y)
 
     # A difference between passes needs the same noise in each: only S4 draws any.

@@ -10,7 +10,7 @@ from .errors import InputError
 from .genotypes import Genotype, format_arch
 from .mixed_sum import compiled_for, mixed_sum
 from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ReLUFirst, ResNetBasicblock, SepConv, Zero
-from .separable import Terms, Unit, bank, fan, node
+from .separable import _Concat, Terms, Unit, bank, fan, node
 from .spaces import get
 
 
@@ -95,8 +95,8 @@ def banks_of(edges: Sequence[Sequence[nn.Module]]) -> Banks:
     return Banks([tuple(op.op[1:4]) for op in seps + dils], [tuple(op.op[5:8]) for op in seps], *of_edge, others, order)
 
 
-def leave_by_banks(state: Tensor, banks: Banks, p: Tensor) -> Iterator[list[Terms]]:
-    """As `leave`, weighted: the terms p_k op_k(state) of each edge. p: in the order of the banks."""
+def leave_by_banks(state: Tensor, banks: Banks, p: Tensor, p_first: bool) -> Iterator[list[Terms]]:
+    """As `leave`, weighted: the terms p_k op_k(state) of each edge. p: in the order of the banks; p_first: see bank."""
     count = len(banks.second)
     p_seps, p_dils, p_others = p.split([count, len(banks.first) - count, len(p) - len(banks.first)])
     terms: list[list[Terms]] = [[] for _ in banks.others]
@@ -106,10 +106,11 @@ def leave_by_banks(state: Tensor, banks: Banks, p: Tensor) -> Iterator[list[Term
             edge.append(one)
 
     if banks.first:
-        zs, table, found = bank([state], None, banks.first, p_dils, list(filter(None, banks.dils)))
+        zs, table, found = bank([state], None, banks.first, p_dils, list(filter(None, banks.dils)), p_first)
         share_out(found, banks.dils)
     if count:
-        share_out(bank(zs[:count], table[:count], banks.second, p_seps, list(filter(None, banks.seps)))[2], banks.seps)
+        found = bank(zs[:count], table[:count], banks.second, p_seps, list(filter(None, banks.seps)), p_first)[2]
+        share_out(found, banks.seps)
     others = list(products(state, banks.others))
     places: dict[int, int] = {}
     edges = [[places.setdefault(id(z), len(places)) for z, _ in edge] for edge in others]
@@ -175,18 +176,19 @@ class Cell(nn.Module):
         self.register_buffer("_by_bank", torch.tensor([columns[j][k] for j, banks in enumerate(self._banks) for k in banks.order]),
                              persistent=False)
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, banks: bool = False) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, banks: bool = False, p_first: bool = False) -> Tensor:
         """s0, s1: ReLU of what the two cells before put out; banks: compute the same by the operators of separable.py."""
         states, leaving, used = [self.preprocess0.after_relu(s0), self.preprocess1.after_relu(s1)], [], 0
         weights = weights.flatten()[self._by_bank if banks else self._kept]
         of_state = weights.split([len(b.order) for b in self._banks])
         for i in range(self.steps):
             for j in range(len(leaving), 2 + i):
-                leaving.append(leave_by_banks(states[j], self._banks[j], of_state[j]) if banks else leave(states[j], self._edges[j]))
+                leaving.append(leave_by_banks(states[j], self._banks[j], of_state[j], p_first) if banks
+                               else leave(states[j], self._edges[j]))
             terms = [term for edges in leaving for term in next(edges)]
             states.append(node(terms) if banks else mixed_sum(weights[used : used + len(terms)], terms))
             used += len(terms)
-        return torch.cat(states[-self.steps :], dim=1)
+        return _Concat.apply(*states[-self.steps :])
 
 
 class NAS201Cell(nn.Module):
@@ -277,8 +279,11 @@ class SearchNetwork(nn.Module):
         p = [F.softmax(alpha, dim=-1) for alpha in self.arch_parameters()]
         return [p[cell.reduction] for cell in self.searched_cells()]
 
-    def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
-        """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights()."""
+    def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None, p_first: bool = False) -> Tensor:
+        """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights().
+
+        p_first: a backward pass with create_graph will be asked for gradients by p alone, and need not compute those by w.
+        """
         weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
         if self.space == "nasbench201":
             x = self.stem(x)
@@ -291,7 +296,7 @@ class SearchNetwork(nn.Module):
                      and x.is_contiguous(memory_format=torch.channels_last) and compiled_for("cpu"))
             for cell in self.cells:
                 states = [*states[-1:], F.relu(x)]  # the first cell has the stem twice
-                x = cell(states[0], states[-1], next(weights), banks)
+                x = cell(states[0], states[-1], next(weights), banks, p_first)
         return self.classifier(x.mean((2, 3)))
 
     @torch.no_grad()

@@ -30,17 +30,18 @@ class Terms(NamedTuple):
     shift: Tensor  # [K, C], -p μ / σ
 
 
-def bank(x: Sequence[Tensor], before: Tensor | None, units: Sequence[Unit], p: Tensor,
-         widths: Sequence[int]) -> tuple[list[Tensor], Tensor, list[Terms]]:
+def bank(x: Sequence[Tensor], before: Tensor | None, units: Sequence[Unit], p: Tensor, widths: Sequence[int],
+         p_first: bool = False) -> tuple[list[Tensor], Tensor, list[Terms]]:
     """-> z of each unit, channels-last; the table [U, 2, C] of 1/σ and μ of their norms; the terms of each edge.
 
     x: one input [N, C, H, W] for all units, or one each. before: None, or the table of the norms in front, [U, 2, C]. p: the
-    weights of the units that are terms, [L], the last L of them; widths: how many of these each edge has, at least 1. Moves the
-    running statistics of the norms that track them, as BatchNorm2d does in training.
+    weights of the units that are terms, [L], the last L of them; widths: how many of these each edge has, at least 1. p_first: a
+    backward pass with create_graph computes no gradient by the weights. Moves the running statistics of the norms that track
+    them, as BatchNorm2d does in training.
     """
     geometry = units[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in units]
     weights = [unit[k].weight for k in (0, 1) for unit in units]
-    table, statistics, numbers, *zs = _Bank.apply(geometry, units[0][2].eps, widths, before, p, *x, *weights)
+    table, statistics, numbers, *zs = _Bank.apply(geometry, units[0][2].eps, widths, p_first, before, p, *x, *weights)
     zs, tokens = zs[: len(units)], zs[len(units) :]
     move_statistics([norm for _, _, norm in units], statistics, pixels(zs[0]))
     of_edge = _split(zs[len(zs) - len(p) :], widths)
@@ -89,7 +90,35 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return None, None, None, *[grad.contiguous(memory_format=torch.channels_last)] * ctx.count
+        return None, None, None, *_Share.apply(grad.contiguous(memory_format=torch.channels_last), ctx.count)
+
+
+class _Share(torch.autograd.Function):
+    """One tensor to many readers, whose gradients are summed in one pass."""
+
+    @staticmethod
+    def forward(ctx, x, count):
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        found = [grad for grad in grads if grad is not None]
+        return torch.ops.ldarts.node_sum(torch.ones(len(found), found[0].shape[1]), None, found), None
+
+
+class _Concat(torch.autograd.Function):
+    """torch.cat along the channels; the derivative of its gradient is one, too, where torch.cat's adds up padded slices."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.sizes = [t.shape[1] for t in tensors]
+        return torch.cat(tensors, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.split(ctx.sizes, 1)
 
 
 class _Norms:
@@ -116,34 +145,19 @@ class _Norms:
         """-> scale [terms, C], d_moments [z, 2, C], by p: the gradient by a z is Σ scale G + d_moments[0] + 2 d_moments[1] z."""
         return torch.ops.ldarts.norm_gradients(table, p, d_table, sums, self.of, self.normed, pixels(zs[0]))
 
-    def derivatives(self, numbers, zs, gs, w, by_moments, v_p):
+    def of_z(self, table, p, d_table, sums, zs, gs):
+        """-> the gradients by p and by each z, where nothing but the norms stands behind a z."""
+        return torch.ops.ldarts.term_gradients(table, p, d_table, sums, self.of, self.edge, self.normed, zs, gs)
+
+    def derivatives(self, numbers, zs, gs, w, w_sums, g_w, v_p):
         """Of `gradients`, whose arguments are `numbers`, and of what the gradients by each z are made of.
 
-        -> gradients by table, p and d_table, each z and each G; from those by the gradients of each z, w (None: 0), with
-        by_moments, the sums of w and w z, and from v_p, those by the gradient of p.
+        -> gradients by table, p and d_table, each z and each G; from those by the gradients of each z, w (none: 0), with
+        w_sums [z, 2, C], the sums of w and w z, and g_w [terms, C], those of G w, and from v_p, those by the gradient of p.
         """
-        scale, d_moments, _ = self.gradients(*numbers, zs)
-        by_scale = None
-        if w is not None:
-            by_scale = self.sums(gs, w)[:, 1]
-            by_moments = by_moments * torch.tensor([[1.0], [2.0]])
-        *by_numbers, by_sums = torch.ops.ldarts.norm_gradients_backward(
-            *numbers, self.of, self.normed, pixels(zs[0]), by_scale, by_moments, v_p)
-        by_z = [[] if w is None else [(d, one)] for d, one in zip((2 * d_moments[:, 1]).unbind(), w or zs)]
-        by_g, shift = [[] for _ in gs], [0] * len(gs)
-        for k, e, total, product, factor in zip(self.of, self.edge, *(t.unbind() for t in by_sums.unbind(1)), scale.unbind()):
-            by_z[k].append((product, gs[e]))
-            by_g[e] += [(product, zs[k])] if w is None else [(product, zs[k]), (factor, w[k])]
-            shift[e] = shift[e] + total
-        return *by_numbers, list(map(combine, by_z)), list(map(combine, by_g, shift))
-
-
-def combine(terms: Sequence[tuple[Tensor, Tensor]], shift: Tensor | None = None) -> Tensor | None:
-    """Σ weight · tensor, weights [C], + shift [C]."""
-    if not terms:
-        return None
-    weights, tensors = zip(*terms)
-    return torch.ops.ldarts.node_sum(torch.stack(weights), shift, tensors)
+        by_table, by_p, by_d_table, by_z, by_g = torch.ops.ldarts.term_gradients_backward(
+            *numbers, self.of, self.edge, self.normed, zs, gs, w, w_sums, g_w, v_p)
+        return by_table, by_p, None if numbers[2] is None else by_d_table, [d if d.numel() else None for d in by_z], by_g
 
 
 def pixels(z: Tensor) -> int:
@@ -153,12 +167,12 @@ def pixels(z: Tensor) -> int:
 
 class _Bank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, geometry, eps, widths, before, p, *tensors):
+    def forward(ctx, geometry, eps, widths, p_first, before, p, *tensors):
         U = len(geometry[1])
         zs, moments = _Inputs(geometry, before, *_split(tensors, [len(tensors) - 2 * U, U, U])).forward()
         norms = _Norms(_split(range(U - len(p), U), widths), [True] * U)
         table, statistics, numbers = norms.tables(moments, p, pixels(zs[0]), eps)
-        ctx.geometry, ctx.norms = geometry, norms
+        ctx.geometry, ctx.norms, ctx.p_first = geometry, norms, p_first
         ctx.save_for_backward(before, p, table, *tensors, *zs)
         ctx.mark_non_differentiable(statistics, numbers)
         ctx.set_materialize_grads(False)
@@ -168,12 +182,13 @@ class _Bank(torch.autograd.Function):
     def backward(ctx, d_table, _statistics, _numbers, *grads):
         before, p, table, *saved = ctx.saved_tensors
         U = len(ctx.geometry[1])
-        asked = any(ctx.needs_input_grad[k] for k in (3, *range(5, len(ctx.needs_input_grad) - 2 * U))), any(ctx.needs_input_grad[-2 * U :])
+        needs, again = ctx.needs_input_grad, torch.is_grad_enabled()
+        asked = needs[4] or any(needs[6 : -2 * U]), any(needs[-2 * U :]) and not (again and ctx.p_first)
         gs = _zeros_for_none(grads[U:], [saved[-1]] * len(grads[U:]))
         arguments = ctx.geometry, ctx.norms, asked, before, p, table, d_table, *saved, *grads[:U], *gs
         # Without a derivative to come, the plain call, which saves nothing.
-        found = _BankGrad.apply(*arguments) if torch.is_grad_enabled() else _BankGrad.compute(*arguments)[0]
-        return None, None, None, *found
+        found = _BankGrad.apply(*arguments) if again else _BankGrad.compute(*arguments)[0]
+        return None, None, None, None, *found
 
 
 class _BankGrad(torch.autograd.Function):
@@ -186,7 +201,8 @@ class _BankGrad(torch.autograd.Function):
         x, dw, pw, zs, raw, gs = _BankGrad.parts(geometry, norms, tensors)
         sums = norms.sums(gs, zs)
         scale, d_moments, d_p = norms.gradients(table, p, d_table, sums, zs)
-        d_x, by_affine, d_dw, d_pw = _Inputs(geometry, before, x, dw, pw).backward(zs, raw, norms.of_edge(gs), scale, d_moments, *asked)
+        d_x, by_affine, d_dw, d_pw, _, _ = _Inputs(geometry, before, x, dw, pw).backward(
+            zs, raw, norms.of_edge(gs), scale, d_moments, *asked, False)
         d_before = _by_table(before, by_affine).to(table.dtype) if before is not None and asked[0] else None
         nothing = [None] * len(zs)
         return (d_before, d_p.to(p.dtype), *(d_x or [None] * len(x)), *(d_dw or nothing), *(d_pw or nothing)), (sums, by_affine)
@@ -212,42 +228,36 @@ class _BankGrad(torch.autograd.Function):
         x, dw, pw, zs, raw, gs = _BankGrad.parts(ctx.geometry, ctx.norms, tensors)
         inputs, norms, numbers = _Inputs(ctx.geometry, before, x, dw, pw), ctx.norms, (table, p, d_table, sums)
         scale, d_moments, _ = norms.gradients(*numbers, zs)
-        at_z = zs, raw, norms.of_edge(gs), scale, d_moments
         v_x, v_dw, v_pw = _split(v, [len(x), len(zs), len(zs)])
         by_before, with_beta = None, inputs.affine
-        if before is not None:
-            with torch.enable_grad():
-                leaves = [t.detach().requires_grad_() for t in (before, by_affine)]
-                affine, d_before = _affine(leaves[0]), _by_table(*leaves)
-            v_before = torch.zeros_like(before) if v_before is None else v_before
-            by_before, v_affine = torch.autograd.grad(d_before, leaves, v_before.to(d_before.dtype))
-            with_beta = torch.cat([inputs.affine, v_affine[:, [1, 0]].transpose(0, 1).to(affine.dtype)])
+        if v_before is not None:  # through _by_table, to before and to by_affine, whose gradients are beta and gamma
+            (inverse, mean), (v_inverse, v_mean), by_shift = before.unbind(1), v_before.unbind(1), by_affine[:, 0]
+            with_beta = torch.cat([inputs.affine, torch.stack([v_inverse, -mean * v_inverse - inverse * v_mean])])
+            by_before = torch.stack([-by_shift * v_mean, -by_shift * v_inverse], 1)
         replaced = []
-        if before is not None or any(t is not None for t in v_x):
+        if v_before is not None or any(t is not None for t in v_x):
             replaced.append(inputs.replace(affine=with_beta, value=_zeros_for_none(v_x, x)))
         if any(t is not None for t in v_dw):
             replaced.append(inputs.replace(dw=_zeros_for_none(v_dw, dw)))
         if any(t is not None for t in v_pw):
             replaced.append(inputs.replace(pw=_zeros_for_none(v_pw, pw)))
 
-        w = by_moments = by_x = by_dw = by_pw = by_s_b = None
+        w = w_sums = by_x = by_dw = by_pw = None
         for other in replaced:
-            one, moments = other.forward(zs)
-            w, by_moments = _add(w, one), _plus(by_moments, moments)
             in_a = bool(other.value)
-            d_x, found, d_dw, d_pw = other.backward(*at_z, not in_a or before is not None, True)
-            by_x = _add(by_x, d_x or None)
+            d_x, found, d_dw, d_pw, one, one_sums = other.backward(
+                zs, raw, norms.of_edge(gs), scale, d_moments, not in_a or before is not None, True, True)
+            w, w_sums, by_x = _add(w, one), _plus(w_sums, one_sums), _add(by_x, d_x or None)
             if before is not None:
-                term = [found[:, 2], torch.zeros_like(found[:, 2])] if in_a else [found[:, 1], found[:, 0]]
-                by_s_b = _plus(by_s_b, torch.stack(term))
+                by_b_s = torch.stack([torch.zeros_like(found[:, 2]), found[:, 2]], 1) if in_a else found
+                by_before = _plus(by_before, _by_table(before, by_b_s))
             by_dw = _add(by_dw, d_dw if other.dw is dw else None)
             by_pw = _add(by_pw, d_pw if other.pw is pw else None)
-        if before is not None:
-            by_before = by_before + torch.autograd.grad(affine, leaves[0], by_s_b.to(affine.dtype))[0]
-        by_table, by_p, by_d_table, by_z, by_g = norms.derivatives(numbers, zs, gs, w, by_moments, v_p)
+        sums_of_w = (None, None) if w is None else (w_sums[:, :2], w_sums[len(zs) - len(p) :, 2])
+        by_table, by_p, by_d_table, by_z, by_g = norms.derivatives(numbers, zs, gs, w or [], *sums_of_w, v_p)
         nothing = [None] * len(zs)
         by_raw = [None if g is None or w is None else w[k] for k, g in enumerate(raw)]
-        return (None, None, None, by_before, by_p, by_table, None if d_table is None else by_d_table,
+        return (None, None, None, None if by_before is None else by_before.to(before.dtype), by_p, by_table, by_d_table,
                 *(by_x or [None] * len(x)), *(by_dw or nothing), *(by_pw or nothing), *by_z, *by_raw, *by_g)
 
 
@@ -279,11 +289,8 @@ class _FanGrad(torch.autograd.Function):
         """-> the results; sums that their derivatives need again"""
         zs, gs = tensors[: len(norms.normed)], tensors[len(norms.normed) :]
         sums = norms.sums(gs, zs)
-        scale, d_moments, d_p = norms.gradients(table, p, d_table, sums, zs)
-        by_z = [[(d, z)] if normed else [] for d, z, normed in zip((2 * d_moments[:, 1]).unbind(), zs, norms.normed)]
-        for k, e, factor in zip(norms.of, norms.edge, scale.unbind()):
-            by_z[k].append((factor, gs[e]))
-        return (d_p.to(p.dtype), *map(combine, by_z, d_moments[:, 0].unbind())), sums
+        d_p, by_z = norms.of_z(table, p, d_table, sums, zs, gs)
+        return (d_p, *by_z), sums
 
     @staticmethod
     def forward(ctx, norms, p, table, d_table, *tensors):
@@ -295,12 +302,12 @@ class _FanGrad(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, v_p, *w):
-        p, table, d_table, sums, *tensors = ctx.saved_tensors
-        zs, gs = tensors[: len(w)], tensors[len(w) :]
+        norms, (p, table, d_table, sums, *tensors) = ctx.norms, ctx.saved_tensors
+        K, zs, gs = len(w), tensors[: len(w)], tensors[len(w) :]
         w = [one.contiguous(memory_format=torch.channels_last) for one in w]
-        by_table, by_p, by_d_table, by_z, by_g = ctx.norms.derivatives(
-            (table, p, d_table, sums), zs, gs, w, torch.ops.ldarts.bank_sums(w, zs), v_p)
-        return None, by_p, by_table, None if d_table is None else by_d_table, *by_z, *by_g
+        w_sums, of_g = torch.ops.ldarts.bank_sums([*w, *norms.of_edge(gs)], [*zs, *(w[k] for k in norms.of)]).split([K, len(p)])
+        by_table, by_p, by_d_table, by_z, by_g = norms.derivatives((table, p, d_table, sums), zs, gs, w, w_sums, of_g[:, 1], v_p)
+        return None, by_p, by_table, by_d_table, *by_z, *by_g
 
 
 class _Inputs:
@@ -315,8 +322,8 @@ class _Inputs:
         vars(other).update(changed)
         return other
 
-    def forward(self, against=()):
-        return torch.ops.ldarts.bank_forward(self.x, self.value, self.affine, self.dw, self.pw, *self.geometry, against)
+    def forward(self):
+        return torch.ops.ldarts.bank_forward(self.x, self.affine, self.dw, self.pw, *self.geometry)
 
     def backward(self, *arguments):
         return torch.ops.ldarts.bank_backward(self.x, self.value, self.affine, self.dw, self.pw, *self.geometry, *arguments)

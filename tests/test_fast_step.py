@@ -147,7 +147,7 @@ def test_mismatches_of_a_bank_are_named():
                              (([x, x[:1]], [dw] * 2, [pw] * 2), "shape")):
         x_, dw_, pw_ = arguments
         with pytest.raises(ValueError, match=named):
-            ops.bank_forward(x_, [], None, dw_, pw_, 1, [1] * len(dw_), [])
+            ops.bank_forward(x_, None, dw_, pw_, 1, [1] * len(dw_))
 
 
 @pytest.mark.parametrize("training", [True, False])
