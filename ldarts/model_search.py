@@ -10,7 +10,7 @@ from .errors import InputError
 from .genotypes import Genotype, format_arch
 from .mixed_sum import compiled_for, mixed_sum
 from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ReLUFirst, ResNetBasicblock, SepConv, Zero
-from .separable import _Concat, Terms, Unit, bank, fan, node
+from .separable import _Concat, Terms, Unit, bank, fan, node, normalise
 from .spaces import get
 
 
@@ -178,7 +178,9 @@ class Cell(nn.Module):
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, banks: bool = False, p_first: bool = False) -> Tensor:
         """s0, s1: ReLU of what the two cells before put out; banks: compute the same by the operators of separable.py."""
-        states, leaving, used = [self.preprocess0.after_relu(s0), self.preprocess1.after_relu(s1)], [], 0
+        before = (self.preprocess0, s0), (self.preprocess1, s1)
+        states = [normalise(*op.product(s)) if banks else op.after_relu(s) for op, s in before]
+        leaving, used = [], 0
         weights = weights.flatten()[self._by_bank if banks else self._kept]
         of_state = weights.split([len(b.order) for b in self._banks])
         for i in range(self.steps):

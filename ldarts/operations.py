@@ -18,7 +18,12 @@ class ReLUFirst(nn.Module):
 
     def after_relu(self, x: Tensor) -> Tensor:
         """forward(x) from relu(x)."""
-        return self.op[-1](self.before_norm(x))
+        z, norm = self.product(x)
+        return norm(z)
+
+    def product(self, x: Tensor) -> tuple[Tensor, nn.BatchNorm2d]:
+        """(z, norm) with after_relu(x) = norm(z)."""
+        return self.before_norm(x), self.op[-1]
 
     def before_norm(self, x: Tensor) -> Tensor:
         """What the last batch norm normalises, from relu(x)."""
@@ -95,7 +100,12 @@ class FactorizedReduce(nn.Module):
         return self.after_relu(self.relu(x))
 
     def after_relu(self, x: Tensor) -> Tensor:
-        return self.bn(self.before_norm(self.pixels(x)))
+        z, norm = self.product(x)
+        return norm(z)
+
+    def product(self, x: Tensor) -> tuple[Tensor, nn.BatchNorm2d]:
+        """(z, norm) with after_relu(x) = norm(z)."""
+        return self.before_norm(self.pixels(x)), self.bn
 
     @staticmethod
     def pixels(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,11 @@ def node(terms: Sequence[Terms]) -> Tensor:
                        [z for t in terms for z in t.z], *[t.token for t in terms])
 
 
+def normalise(z: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """norm(z) in training, as a node of one term."""
+    return node(fan([z], [[norm]], [[0]], z.new_ones(1)))
+
+
 @torch.no_grad()
 def move_statistics(norms: Sequence[nn.BatchNorm2d], statistics: Tensor, count: int) -> None:
     """Running statistics after a batch of `count` pixels with these means and (biased) variances, [norms, 2, C]."""
