@@ -126,25 +126,21 @@ def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, la
     """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
 
     method: how ∇Λ is computed, None: a step without Λ. Waits for the device nowhere; numbers that change from step to step,
-    lambda_t and the learning rate, may be tensors. Returns the WeightGrads of the training batch, with their norms.
+    lambda_t and the learning rate, may be tensors. Returns the WeightGrads of the training batch.
     """
     def alpha_step():
         arch.step(arch.alpha_grads(train, valid, optimizer.param_groups[0]["lr"], optimizer, unrolled, hessian))
 
     if alpha_first:
         alpha_step()
-    grads = arch.weight_grads(train, kind, epsilon, method)
-    # w minimises L_train - λ Λ
-    total = torch._foreach_sub(grads.dw, torch._foreach_mul(grads.d_lambda, lambda_t)) if method else grads.dw
-    for p, grad in zip(arch.weights, total):
+    grads = arch.weight_grads(train, kind, epsilon, method, lambda_t)
+    for p, grad in zip(arch.weights, grads.dw):
         p.grad = grad
-    loss_norm = nn.utils.get_total_norm(grads.dw)
-    lambda_norm = lambda_t * nn.utils.get_total_norm(grads.d_lambda) if method else torch.zeros_like(loss_norm)
-    clipped = nn.utils.clip_grad_norm_(arch.weights, grad_clip) > grad_clip
+    norm = nn.utils.clip_grad_norm_(arch.weights, grad_clip)
     optimizer.step()
     if not alpha_first:
         alpha_step()
-    return grads._replace(norms=torch.stack([lambda_norm, loss_norm, clipped.to(loss_norm)]))
+    return grads._replace(clipped=(norm > grad_clip).to(norm).view(1))
 
 
 def skip_connections(genotype) -> int:
@@ -196,7 +192,7 @@ def main():
 
     compiled_for(device.type)  # a first compilation is no time of the run's steps
     run = Run("search", args, processes, {"model": net, "optimizer": optimizer, "arch": arch.optimizer,
-                                          "scheduler": scheduler}, len(train_batches), means=3)
+                                          "scheduler": scheduler}, len(train_batches), means=1)
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {split} images for w and {images - split} for α, "
             f"{sum(p.numel() for p in net.weight_parameters()):,} weights, on {device}")
     if args.tensorboard and run.writes:
@@ -217,14 +213,15 @@ def main():
                 valid_stream = valid_batches.epoch(epoch, grown, step % len(valid_batches))
             run.seed()
             grads = take(*train, *next(valid_stream), weight)
-            run.after_step(grads.loss, grads.logits, train[1], grads.norms, Λ=grads.alignment)
+            run.after_step(grads.loss, grads.logits, train[1], grads.clipped, Λ=grads.alignment)
         scheduler.step()
 
         run.seed()
-        train_loss, train_accuracy, *norms = run.meter.read()
-        alignment = {}
+        train_loss, train_accuracy, clipped = run.meter.read()
+        last, alignment = len(train_batches) - 1, {}
+        # The batches of the last step, which a resumed run may not have taken itself.
+        loss_norm, lambda_norm = arch.gradient_norms(next(train_batches.epoch(epoch, grown, last)), args.lambda_kind, args.epsilon, method)
         if normal_cells > 1:
-            last = len(train_batches) - 1  # the batches of the last step, which a resumed run may not have taken itself
             alignment = {f"lambda_{name}": float(arch.batch_alignment(
                 next(batches.epoch(epoch, grown, last % len(batches))), args.lambda_kind))
                 for name, batches in (("train", train_batches), ("valid", valid_batches))}
@@ -238,7 +235,7 @@ def main():
         p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in net.arch_parameters()])
         values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "valid_loss": valid_loss,
                   "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t, **alignment, **curvature,
-                  **dict(zip(("lambda_grad_norm", "loss_grad_norm", "clipped"), norms)),
+                  "lambda_grad_norm": lambda_t * float(lambda_norm), "loss_grad_norm": float(loss_norm), "clipped": clipped,
                   "entropy": float(torch.special.entr(p).sum(-1).mean()), "skip_connections": skip_connections(genotype),
                   "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in net.arch_parameters()]}
         if look_up:

@@ -17,10 +17,10 @@ METHODS = ("central", "forward", "exact")
 class WeightGrads(NamedTuple):
     loss: Tensor
     logits: Tensor  # [N, num_classes], of the training pass
-    dw: Sequence[Tensor]  # ∇_w L
+    dw: Sequence[Tensor]  # ∇_w L, or ∇_w (L − λ_t Λ)
     d_lambda: Sequence[Tensor] | None  # ∇_w Λ
     alignment: Tensor | None  # Λ
-    norms: Tensor | None = None  # [3], of a search step: ‖λ_t ∇_w Λ‖, ‖∇_w L‖, and 1 where their sum was clipped
+    clipped: Tensor | None = None  # [1], of a search step: 1 where the gradient was clipped
 
 
 class Architect:
@@ -186,6 +186,13 @@ class Architect:
         with frozen_statistics(self._norms):
             p = self.cell_leaves()
             return self.alignment(self.average(torch.autograd.grad(self._loss(batch, p), p)), kind)[0]
+
+    def gradient_norms(self, batch: Batch, kind: str, epsilon: float, method: str | None) -> tuple[Tensor, Tensor]:
+        """‖∇_w L‖ and ‖∇_w Λ‖ (method None: 0) on one batch, by the passes of a step, changing nothing."""
+        with frozen_statistics(self._norms):
+            grads = self.weight_grads(batch, kind, epsilon, method)
+        norm = nn.utils.get_total_norm(grads.dw)
+        return norm, nn.utils.get_total_norm(grads.d_lambda) if method else torch.zeros_like(norm)
 
     def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None, rng: Tensor | None = None,
               amp: torch.dtype | None = None) -> Tensor:

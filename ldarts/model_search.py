@@ -339,10 +339,11 @@ def tracking_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
 @contextmanager
 def frozen_statistics(norms: Sequence[nn.BatchNorm2d]) -> Iterator[None]:
     """Within, these batch norms in training mode normalise by their batch and leave their running statistics alone."""
+    before = [norm.track_running_stats for norm in norms]
     for norm in norms:
         object.__setattr__(norm, "track_running_stats", False)  # Module's own looks for parameters first
     try:
         yield
     finally:
-        for norm in norms:
-            object.__setattr__(norm, "track_running_stats", True)
+        for norm, tracked in zip(norms, before):
+            object.__setattr__(norm, "track_running_stats", tracked)

@@ -127,6 +127,7 @@ def serial():
                 found[f"Λ {kind}, {method}"] = [*found["no Λ"], *d_lambda, value.detach()]
             if kind == "cosine":
                 found["Λ of a batch"] = [value.detach()]
+                found["Λ in a step"] = [a - 0.1 * b for a, b in zip(dw, exact)]
     return found
 
 

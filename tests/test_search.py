@@ -76,6 +76,21 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("method", ["central", "forward", "exact"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("space, kind", [("darts", "cosine"), ("s2", "sign"), ("nasbench201", "cosine")])
+def test_the_gradient_of_a_step_is_that_of_the_loss_less_that_of_alignment(space, kind, layout, method):
+    x, y = double(batch())
+    x = x.contiguous(memory_format=layout)
+    net, arch, _ = make(space)
+    net.to(memory_format=layout)
+    apart = arch.weight_grads((x, y), kind, 1e-4, method)
+    together = arch.weight_grads((x, y), kind, 1e-4, method, 0.3)
+    assert together.d_lambda is None and float(apart.alignment) == pytest.approx(float(together.alignment), rel=1e-9)
+    for both, dw, d_lambda in zip(together.dw, apart.dw, apart.d_lambda, strict=True):
+        torch.testing.assert_close(both, dw - 0.3 * d_lambda, rtol=1e-7, atol=1e-10 * (1 + float(dw.abs().max())))
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("space", ["s1", "s4"])
 def test_a_gradient_leaves_weights_momenta_and_statistics_alone(space, call):
