@@ -281,7 +281,8 @@ std::vector<at::Tensor> node_sums(std::vector<Sum> sums) {
     if (sum.terms.empty()) continue;
     for (at::Tensor& t : sum.terms) t = t.contiguous(at::MemoryFormat::ChannelsLast);
     check_terms(sum.terms);
-    result.back() = at::empty_like(sum.terms[0], sum.terms[0].options().memory_format(at::MemoryFormat::ChannelsLast));
+    result.back() = sum.out.defined() ? sum.out
+                                      : at::empty_like(sum.terms[0], sum.terms[0].options().memory_format(at::MemoryFormat::ChannelsLast));
     outs.push_back(result.back());
     some.push_back(std::move(sum));
   }

@@ -26,6 +26,7 @@ at::MemoryFormat dense_format(const at::Tensor& grad);
 struct Sum {
   std::vector<double> weights, shift;
   std::vector<at::Tensor> terms;
+  at::Tensor out = {};  // undefined: a new tensor. A term may be overwritten that no later sum reads
 
   void add(const double* weight, int64_t C, const at::Tensor& term) {
     weights.insert(weights.end(), weight, weight + C);

@@ -160,34 +160,37 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> term_gradients(
 
 // Of term_gradients, or of what a bank computes from norm_gradients: -> gradients by table, p, d_table, each z and each g, from
 // those by the gradients of each z, w (none: 0), and of p. w_sums [K, 2, C]: sums of w and w z; g_w [M, C]: of G w for each term.
+// Those w that are `spare` are overwritten: by the gradient by their z.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> term_gradients_backward(
     const at::Tensor& table, const at::Tensor& p, const std::optional<at::Tensor>& d_table, const at::Tensor& sums,
     at::IntArrayRef of, at::IntArrayRef edge, at::IntArrayRef normed, at::TensorList z, at::TensorList g, at::TensorList w,
-    const std::optional<at::Tensor>& w_sums, const std::optional<at::Tensor>& g_w, const std::optional<at::Tensor>& v_p) {
+    at::IntArrayRef spare, const std::optional<at::Tensor>& w_sums, const std::optional<at::Tensor>& g_w, const std::optional<at::Tensor>& v_p) {
   const int64_t C = table.size(2), count = pixels(z[0]);
   const auto [scale, d_moments, d_p] = norm_gradients(table, p, d_table, sums, of, normed, count);
   auto v_moments = w_sums;
   if (w_sums) v_moments = *w_sums * at::tensor({1.0, 2.0}).unsqueeze(1);
   const auto [by_table, by_p, by_d_table, by_sums] =
       norm_gradients_backward(table, p, d_table, sums, of, normed, count, g_w, v_moments, v_p);
-  std::vector<Sum> by(z.size() + g.size());
+  const size_t E = g.size();
+  std::vector<Sum> by(E + z.size());  // those by each g first, which read what the others overwrite
   for (size_t k = 0; k < w.size(); ++k) {
-    for (int64_t c = 0; c < C; ++c) by[k].weights.push_back(2 * read(d_moments)[(2 * k + 1) * C + c]);
-    by[k].terms.push_back(w[k]);
+    for (int64_t c = 0; c < C; ++c) by[E + k].weights.push_back(2 * read(d_moments)[(2 * k + 1) * C + c]);
+    by[E + k].terms.push_back(w[k]);
+    if (spare[k]) by[E + k].out = w[k];
   }
   for (size_t m = 0; m < of.size(); ++m) {
     const double *total = read(by_sums) + 2 * m * C, *product = total + C;
-    Sum& by_g = by[z.size() + edge[m]];
-    by[of[m]].add(product, C, g[edge[m]]);
+    Sum& by_g = by[edge[m]];
+    by[E + of[m]].add(product, C, g[edge[m]]);
     by_g.add(product, C, z[of[m]]);
     if (!w.empty()) by_g.add(read(scale) + m * C, C, w[of[m]]);
     by_g.shift.resize(C);
     for (int64_t c = 0; c < C; ++c) by_g.shift[c] += total[c];
   }
   auto found = node_sums(std::move(by));
-  std::vector<at::Tensor> by_g(found.begin() + z.size(), found.end());
-  found.resize(z.size());
-  return {by_table, by_p, by_d_table, found, by_g};
+  std::vector<at::Tensor> by_z(found.begin() + E, found.end());
+  found.resize(E);
+  return {by_table, by_p, by_d_table, by_z, found};
 }
 
 }  // namespace
@@ -199,7 +202,7 @@ TORCH_LIBRARY_FRAGMENT(ldarts, m) {
   m.def("term_gradients(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] edge, int[] normed, Tensor[] z, "
         "Tensor[] g) -> (Tensor, Tensor[])");
   m.def("term_gradients_backward(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] edge, int[] normed, "
-        "Tensor[] z, Tensor[] g, Tensor[] w, Tensor? w_sums, Tensor? g_w, Tensor? v_p) -> "
+        "Tensor[] z, Tensor[] g, Tensor(a!)[] w, int[] spare, Tensor? w_sums, Tensor? g_w, Tensor? v_p) -> "
         "(Tensor, Tensor, Tensor, Tensor[], Tensor[])");
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .genotypes import Genotype, format_arch
 from .mixed_sum import compiled_for, mixed_sum
-from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ReLUFirst, ResNetBasicblock, SepConv, Zero
+from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ReLUFirst, ResNetBasicblock, SepConv, Zero, relu
 from .separable import _Concat, Terms, Unit, bank, fan, node, normalise
 from .spaces import get
 
@@ -29,7 +29,7 @@ def products(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[li
     What depends on the state alone is computed once: the ReLU that most operations begin with, the pixels that reductions read,
     and the pools, of which one z serves every edge.
     """
-    relu, pixels, pools = None, None, {}
+    positive, pixels, pools = None, None, {}
     for edge in edges:
         found: list[Product] = []
         for op in edge:
@@ -41,12 +41,12 @@ def products(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[li
                     pools[type(first)] = first(state)
                 found.append((pools[type(first)], rest[0] if rest else None))
                 continue
-            if isinstance(op, (ReLUFirst, FactorizedReduce)) and relu is None:
-                relu = F.relu(state)
+            if isinstance(op, (ReLUFirst, FactorizedReduce)) and positive is None:
+                positive = relu(state)
             if isinstance(op, ReLUFirst):
-                found.append((op.before_norm(relu), op.op[-1]))
+                found.append((op.before_norm(positive), op.op[-1]))
             elif isinstance(op, FactorizedReduce):
-                pixels = op.pixels(relu) if pixels is None else pixels
+                pixels = op.pixels(positive) if pixels is None else pixels
                 found.append((op.before_norm(pixels), op.bn))
             else:
                 found.append((op(state), None))
@@ -297,7 +297,7 @@ class SearchNetwork(nn.Module):
             banks = (self.training and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
                      and x.is_contiguous(memory_format=torch.channels_last) and compiled_for("cpu"))
             for cell in self.cells:
-                states = [*states[-1:], F.relu(x)]  # the first cell has the stem twice
+                states = [*states[-1:], relu(x)]  # the first cell has the stem twice
                 x = cell(states[0], states[-1], next(weights), banks, p_first)
         return self.classifier(x.mean((2, 3)))
 

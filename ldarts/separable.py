@@ -154,14 +154,15 @@ class _Norms:
         """-> the gradients by p and by each z, where nothing but the norms stands behind a z."""
         return torch.ops.ldarts.term_gradients(table, p, d_table, sums, self.of, self.edge, self.normed, zs, gs)
 
-    def derivatives(self, numbers, zs, gs, w, w_sums, g_w, v_p):
+    def derivatives(self, numbers, zs, gs, w, spare, w_sums, g_w, v_p):
         """Of `gradients`, whose arguments are `numbers`, and of what the gradients by each z are made of.
 
         -> gradients by table, p and d_table, each z and each G; from those by the gradients of each z, w (none: 0), with
-        w_sums [z, 2, C], the sums of w and w z, and g_w [terms, C], those of G w, and from v_p, those by the gradient of p.
+        w_sums [z, 2, C], the sums of w and w z, and g_w [terms, C], those of G w, and from v_p, those by the gradient of p. Those
+        w that are spare may be overwritten.
         """
         by_table, by_p, by_d_table, by_z, by_g = torch.ops.ldarts.term_gradients_backward(
-            *numbers, self.of, self.edge, self.normed, zs, gs, w, w_sums, g_w, v_p)
+            *numbers, self.of, self.edge, self.normed, zs, gs, w, spare, w_sums, g_w, v_p)
         return by_table, by_p, None if numbers[2] is None else by_d_table, [d if d.numel() else None for d in by_z], by_g
 
 
@@ -259,7 +260,7 @@ class _BankGrad(torch.autograd.Function):
             by_dw = _add(by_dw, d_dw if other.dw is dw else None)
             by_pw = _add(by_pw, d_pw if other.pw is pw else None)
         sums_of_w = (None, None) if w is None else (w_sums[:, :2], w_sums[len(zs) - len(p) :, 2])
-        by_table, by_p, by_d_table, by_z, by_g = norms.derivatives(numbers, zs, gs, w or [], *sums_of_w, v_p)
+        by_table, by_p, by_d_table, by_z, by_g = norms.derivatives(numbers, zs, gs, w or [], [g is None for g in raw], *sums_of_w, v_p)
         nothing = [None] * len(zs)
         by_raw = [None if g is None or w is None else w[k] for k, g in enumerate(raw)]
         return (None, None, None, None if by_before is None else by_before.to(before.dtype), by_p, by_table, by_d_table,
@@ -311,7 +312,7 @@ class _FanGrad(torch.autograd.Function):
         K, zs, gs = len(w), tensors[: len(w)], tensors[len(w) :]
         w = [one.contiguous(memory_format=torch.channels_last) for one in w]
         w_sums, of_g = torch.ops.ldarts.bank_sums([*w, *norms.of_edge(gs)], [*zs, *(w[k] for k in norms.of)]).split([K, len(p)])
-        by_table, by_p, by_d_table, by_z, by_g = norms.derivatives((table, p, d_table, sums), zs, gs, w, w_sums, of_g[:, 1], v_p)
+        by_table, by_p, by_d_table, by_z, by_g = norms.derivatives((table, p, d_table, sums), zs, gs, w, [False] * K, w_sums, of_g[:, 1], v_p)
         return None, by_p, by_table, by_d_table, *by_z, *by_g
 
 
