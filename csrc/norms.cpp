@@ -26,9 +26,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_tables(const at::Tensor& mom
   const int64_t K = normed.size(), M = of.size(), C = moments.size(2);
   const auto table = at::empty({K, 2, C}, moments.options()), statistics = at::zeros_like(table);
   const auto numbers = at::empty({2, M, C}, moments.options()), weights = wide(p);
-  const double* sums = read(moments);
+  const double *sums = read(moments), *given = read(weights);
+  double *to_table = write(table), *to_statistics = write(statistics), *to_numbers = write(numbers);
   for (int64_t k = 0; k < K; ++k) {
-    double *t = write(table) + 2 * k * C, *s = write(statistics) + 2 * k * C;
+    double *t = to_table + 2 * k * C, *s = to_statistics + 2 * k * C;
     for (int64_t c = 0; c < C; ++c) {
       if (normed[k]) {
         s[c] = sums[c] / count;
@@ -41,9 +42,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_tables(const at::Tensor& mom
   }
   for (int64_t m = 0; m < M; ++m)
     for (int64_t c = 0; c < C; ++c) {
-      const double *t = read(table) + 2 * of[m] * C, scale = read(weights)[m] * t[c];
-      write(numbers)[m * C + c] = scale;
-      write(numbers)[(M + m) * C + c] = -scale * t[C + c];
+      const double *t = to_table + 2 * of[m] * C, scale = given[m] * t[c];
+      to_numbers[m * C + c] = scale;
+      to_numbers[(M + m) * C + c] = -scale * t[C + c];
     }
   return {table.to(p.scalar_type()), statistics, numbers.to(p.scalar_type())};
 }
@@ -53,29 +54,35 @@ struct Gradients {
   int64_t K, M, C;
   double count;
   at::IntArrayRef of, normed;
-  at::Tensor table, p, d_table, sums, by_inverse, by_mean;
+  at::Tensor table, p, sums;
+  const double *norms, *weights, *totals;  // where these three are
+  std::vector<double> by_inverse, by_mean;  // [K, C]
 
   Gradients(const at::Tensor& table_, const at::Tensor& p_, const std::optional<at::Tensor>& d_table_, const at::Tensor& sums,
             at::IntArrayRef of, at::IntArrayRef normed, int64_t count)
       : K(table_.size(0)), M(of.size()), C(table_.size(2)), count(count), of(of), normed(normed), table(wide(table_)), p(wide(p_)),
-        d_table(d_table_ ? wide(*d_table_) : at::zeros_like(table)), sums(sums), by_inverse(d_table.select(1, 0).clone()),
-        by_mean(d_table.select(1, 1).clone()) {
+        sums(sums), norms(read(table)), weights(read(p)), totals(read(sums)) {
+    const auto given = d_table_ ? wide(*d_table_) : at::zeros_like(table);
+    for (int64_t k = 0; k < K; ++k) {
+      const double* d = read(given) + 2 * k * C;
+      by_inverse.insert(by_inverse.end(), d, d + C);
+      by_mean.insert(by_mean.end(), d + C, d + 2 * C);
+    }
     each_term([&](int64_t m, int64_t k, int64_t c, double inverse, double mean) {
-      write(by_inverse)[k] += weight(m) * centred(m, c, mean);
-      write(by_mean)[k] -= weight(m) * inverse * total(m, c);
+      by_inverse[k] += weights[m] * centred(m, c, mean);
+      by_mean[k] -= weights[m] * inverse * total(m, c);
     });
   }
 
-  double weight(int64_t m) const { return read(p)[m]; }
-  double total(int64_t m, int64_t c) const { return read(sums)[2 * m * C + c]; }
-  double centred(int64_t m, int64_t c, double mean) const { return read(sums)[(2 * m + 1) * C + c] - mean * total(m, c); }
+  double total(int64_t m, int64_t c) const { return totals[2 * m * C + c]; }
+  double centred(int64_t m, int64_t c, double mean) const { return totals[(2 * m + 1) * C + c] - mean * total(m, c); }
 
   // visit(term, place of its z and channel in [K, C], channel, 1/sigma, mu)
   template <typename Visit>
   void each_term(const Visit& visit) const {
     for (int64_t m = 0; m < M; ++m)
       for (int64_t c = 0; c < C; ++c)
-        visit(m, of[m] * C + c, c, read(table)[2 * of[m] * C + c], read(table)[(2 * of[m] + 1) * C + c]);
+        visit(m, of[m] * C + c, c, norms[2 * of[m] * C + c], norms[(2 * of[m] + 1) * C + c]);
   }
 
   // visit(place in [K, 2, C] of a z that is normed and a channel, place in [K, C], 1/sigma, mu)
@@ -83,7 +90,7 @@ struct Gradients {
   void each_normed(const Visit& visit) const {
     for (int64_t k = 0; k < K; ++k)
       for (int64_t c = 0; c < C && normed[k]; ++c)
-        visit(2 * k * C + c, k * C + c, read(table)[2 * k * C + c], read(table)[(2 * k + 1) * C + c]);
+        visit(2 * k * C + c, k * C + c, norms[2 * k * C + c], norms[(2 * k + 1) * C + c]);
   }
 };
 
@@ -94,14 +101,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
     at::IntArrayRef of, at::IntArrayRef normed, int64_t count) {
   const Gradients g(table, p, d_table, sums, of, normed, count);
   const auto scale = at::empty({g.M, g.C}, g.table.options()), d_moments = at::zeros_like(g.table), d_p = at::zeros_like(g.p);
+  double *to_scale = write(scale), *to_moments = write(d_moments), *to_p = write(d_p);
   g.each_term([&](int64_t m, int64_t, int64_t c, double inverse, double mean) {
-    write(scale)[m * g.C + c] = g.weight(m) * inverse;
-    write(d_p)[m] += inverse * g.centred(m, c, mean);
+    to_scale[m * g.C + c] = g.weights[m] * inverse;
+    to_p[m] += inverse * g.centred(m, c, mean);
   });
   g.each_normed([&](int64_t at, int64_t k, double inverse, double mean) {
-    const double by_variance = -0.5 * inverse * inverse * inverse * read(g.by_inverse)[k];
-    write(d_moments)[at] = (read(g.by_mean)[k] - 2 * mean * by_variance) / count;
-    write(d_moments)[at + g.C] = by_variance / count;
+    const double by_variance = -0.5 * inverse * inverse * inverse * g.by_inverse[k];
+    to_moments[at] = (g.by_mean[k] - 2 * mean * by_variance) / count;
+    to_moments[at + g.C] = by_variance / count;
   });
   return {scale, d_moments, d_p};
 }
@@ -116,24 +124,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_gradients_backwa
   const auto by_table = at::zeros_like(g.table), by_d_table = at::zeros_like(g.table), by_sums = at::zeros_like(sums);
   const auto by_p = at::zeros_like(g.p), vs = v_scale ? wide(*v_scale) : at::zeros({g.M, C}, g.table.options());
   const auto vm = v_moments ? wide(*v_moments) : at::zeros_like(g.table), vp = v_p ? wide(*v_p) : at::zeros_like(g.p);
+  const double *by_scale = read(vs), *by_moments = read(vm), *by_d_p = read(vp);
+  double *to_table = write(by_table), *to_d_table = write(by_d_table), *to_sums = write(by_sums), *to_p = write(by_p);
   g.each_normed([&](int64_t at, int64_t k, double inverse, double mean) {
-    const double cube = -0.5 * inverse * inverse * inverse, by_inverse = read(g.by_inverse)[k];
-    const double v_mean = read(vm)[at] / count, v_variance = read(vm)[at + C] / count - 2 * mean * v_mean;
-    write(by_d_table)[at] = cube * v_variance;
-    write(by_d_table)[at + C] = v_mean;
-    write(by_table)[at] = -1.5 * inverse * inverse * by_inverse * v_variance;
-    write(by_table)[at + C] = -2 * cube * by_inverse * v_mean;
+    const double cube = -0.5 * inverse * inverse * inverse, by_inverse = g.by_inverse[k];
+    const double v_mean = by_moments[at] / count, v_variance = by_moments[at + C] / count - 2 * mean * v_mean;
+    to_d_table[at] = cube * v_variance;
+    to_d_table[at + C] = v_mean;
+    to_table[at] = -1.5 * inverse * inverse * by_inverse * v_variance;
+    to_table[at + C] = -2 * cube * by_inverse * v_mean;
   });
   g.each_term([&](int64_t m, int64_t, int64_t c, double inverse, double mean) {
     const int64_t at = 2 * of[m] * C + c;
-    const double v_inverse = read(by_d_table)[at], v_mean = read(by_d_table)[at + C], total = g.total(m, c);
-    const double v_scale = read(vs)[m * C + c] - total * v_mean, centred = g.centred(m, c, mean);
-    const double v_centred = g.weight(m) * v_inverse + read(vp)[m] * inverse;
-    write(by_p)[m] += centred * v_inverse + inverse * v_scale;
-    write(by_table)[at] += read(vp)[m] * centred + g.weight(m) * v_scale;
-    write(by_table)[at + C] -= total * v_centred;
-    write(by_sums)[2 * m * C + c] = -g.weight(m) * inverse * v_mean - mean * v_centred;
-    write(by_sums)[(2 * m + 1) * C + c] = v_centred;
+    const double v_inverse = to_d_table[at], v_mean = to_d_table[at + C], total = g.total(m, c), weight = g.weights[m];
+    const double v_scale = by_scale[m * C + c] - total * v_mean, centred = g.centred(m, c, mean);
+    const double v_centred = weight * v_inverse + by_d_p[m] * inverse;
+    to_p[m] += centred * v_inverse + inverse * v_scale;
+    to_table[at] += by_d_p[m] * centred + weight * v_scale;
+    to_table[at + C] -= total * v_centred;
+    to_sums[2 * m * C + c] = -weight * inverse * v_mean - mean * v_centred;
+    to_sums[(2 * m + 1) * C + c] = v_centred;
   });
   const auto dtype = p.scalar_type();
   return {by_table.to(dtype), by_p.to(dtype), by_d_table.to(dtype), by_sums};
