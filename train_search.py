@@ -133,13 +133,19 @@ def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, la
 
     if alpha_first:
         alpha_step()
+    grads = weight_step(arch, optimizer, train, lambda_t=lambda_t, kind=kind, epsilon=epsilon, method=method, grad_clip=grad_clip)
+    if not alpha_first:
+        alpha_step()
+    return grads
+
+
+def weight_step(arch, optimizer, train, *, lambda_t, kind, epsilon, method, grad_clip):
+    """The step of w alone, which minimises L_train - λ_t Λ."""
     grads = arch.weight_grads(train, kind, epsilon, method, lambda_t)
     for p, grad in zip(arch.weights, grads.dw):
         p.grad = grad
     norm = nn.utils.clip_grad_norm_(arch.weights, grad_clip)
     optimizer.step()
-    if not alpha_first:
-        alpha_step()
     return grads._replace(clipped=(norm > grad_clip).to(norm).view(1))
 
 

@@ -107,8 +107,8 @@ def add_step(commands) -> argparse.ArgumentParser:
 
 
 def bench_step(args: argparse.Namespace) -> None:
-    """A search step on random images; a profile is of the step outside its graph."""
-    from train_search import search_step
+    """A search step on random images, and its step of w alone; a profile is of the step outside its graph."""
+    from train_search import search_step, weight_step
 
     from . import Architect, SearchNetwork
     from .capture import Captured, optimizer_tensors
@@ -121,15 +121,25 @@ def bench_step(args: argparse.Namespace) -> None:
     optimizer = torch.optim.SGD(net.weight_parameters(), rate, 0.9, weight_decay=3e-4, fused=True)
     arch = Architect(net, F.cross_entropy, amp=amp_dtype(args.amp, device), capturable=graph)
 
+    options = dict(lambda_t=0.125, kind="cosine", epsilon=1e-4, grad_clip=5.0,
+                   method=None if args.lambda_grad == "none" else args.lambda_grad)
+
     def step(x, y, valid_x, valid_y):
         return search_step(net, arch, optimizer, (x, y), (valid_x, valid_y), unrolled=args.unrolled, alpha_first=not in_201,
-                           lambda_t=0.125, kind="cosine", epsilon=1e-4,
-                           method=None if args.lambda_grad == "none" else args.lambda_grad, grad_clip=5.0)
+                           **options)
 
-    take = Captured(step, lambda: [*net.parameters(), *net.buffers(), *optimizer_tensors(optimizer),
-                                   *optimizer_tensors(arch.optimizer)]) if graph else step
+    def of_weights(x, y, valid_x, valid_y):
+        return weight_step(arch, optimizer, (x, y), **options)
+
+    def state():
+        return [*net.parameters(), *net.buffers(), *optimizer_tensors(optimizer), *optimizer_tensors(arch.optimizer)]
+
+    def timed(function):
+        take = Captured(function, state) if graph else function
+        return seconds(lambda: take(*batch), device, args.steps)
+
     batch = [*random_batch(args.batch_size, device), *random_batch(args.batch_size, device)]
-    result = {"seconds_per_step": seconds(lambda: take(*batch), device, args.steps), "peak_mib": peak_mib(device),
+    result = {"seconds_per_step": timed(step), "peak_mib": peak_mib(device), "seconds_per_weight_step": timed(of_weights),
               "device": device_name(device), "torch": torch.__version__, "fused": compiled_for(device.type), "graph": graph}
     if args.profile:
         activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
@@ -149,7 +159,8 @@ def bench_step(args: argparse.Namespace) -> None:
         print(json.dumps(result))
         return
     print(f"{args.search_space}, batch {args.batch_size}, Λ {args.lambda_grad}, {'second' if args.unrolled else 'first'} order "
-          f"on {result['device']}: {result['seconds_per_step']:.3f} s/step, peak {result['peak_mib']:.0f} MiB")
+          f"on {result['device']}: {result['seconds_per_step']:.3f} s/step, {result['seconds_per_weight_step']:.3f} of them for w, "
+          f"peak {result['peak_mib']:.0f} MiB")
     for kind, ms in result.get("kinds", {}).items():
         print(f"{ms:10.1f} ms {kind}")
     for e in result.get("operations", ()):
