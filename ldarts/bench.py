@@ -170,7 +170,7 @@ def bench_step(args: argparse.Namespace) -> None:
 KINDS = {  # of operations, by what their names contain
     "separable convolutions": ("bank_", "_Bank", "depthwise"), "other convolutions": ("conv", "gemm", "addmm", "::mm"),
     "batch norm": ("batch_norm", "norm_tables", "norm_gradients", "lerp"),
-    "sums of nodes": ("mixed_", "node_sum", "_Fan", "_Node", "sum_kernel"), "pools": ("pool",),
+    "sums of nodes": ("mixed_", "node_sum", "term_gradients", "_Fan", "_Node", "sum_kernel"), "pools": ("pool",),
     "ReLU": ("relu", "clamp_min", "threshold"), "optimizers": ("foreach", "SGD", "Adam"),
     "copies and zeros": ("copy", "cat", "fill", "zero", "empty", "clone", "Memcpy", "Memset"),
 }

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from .errors import InputError
 from .genotypes import Genotype, format_arch
 from .mixed_sum import compiled_for, mixed_sum
-from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ReLUFirst, ResNetBasicblock, SepConv, Zero, relu
-from .separable import _Concat, Terms, Unit, bank, fan, node, normalise
+from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ReLUFirst, ResNetBasicblock, SepConv, Zero, concat, relu
+from .separable import Terms, Unit, bank, fan, node, normalise
 from .spaces import get
 
 
@@ -190,7 +190,7 @@ class Cell(nn.Module):
             terms = [term for edges in leaving for term in next(edges)]
             states.append(node(terms) if banks else mixed_sum(weights[used : used + len(terms)], terms))
             used += len(terms)
-        return _Concat.apply(*states[-self.steps :])
+        return concat(*states[-self.steps :])
 
 
 class NAS201Cell(nn.Module):

@@ -113,19 +113,6 @@ class _Share(torch.autograd.Function):
         return torch.ops.ldarts.node_sum(torch.ones(len(found), found[0].shape[1]), None, found), None
 
 
-class _Concat(torch.autograd.Function):
-    """torch.cat along the channels; the derivative of its gradient is one, too, where torch.cat's adds up padded slices."""
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        ctx.sizes = [t.shape[1] for t in tensors]
-        return torch.cat(tensors, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.split(ctx.sizes, 1)
-
-
 class _Norms:
     """Terms and the arithmetic of the norms behind their z (csrc/norms.cpp); gs: the gradient of each edge's terms."""
 
