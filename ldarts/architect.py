@@ -156,7 +156,8 @@ class Architect:
         It ends after `iterations`, or when the value changes by less than `tolerance` of itself.
         """
         device, alphas = batch[0].device, self.net.arch_parameters()
-        with frozen_statistics(self._norms), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with frozen_statistics(self._norms), without_grad(self.weights), generators:
             torch.manual_seed(0)
             gradient = torch.autograd.grad(self._loss(batch), alphas, create_graph=True)
             gradient = torch.cat([g.flatten() for g in gradient])
@@ -183,7 +184,7 @@ class Architect:
 
     def batch_alignment(self, batch: Batch, kind: str = "cosine") -> Tensor:
         """Λ on one batch, changing nothing."""
-        with frozen_statistics(self._norms):
+        with frozen_statistics(self._norms), without_grad(self.weights):
             p = self.cell_leaves()
             return self.alignment(self.average(torch.autograd.grad(self._loss(batch, p), p)), kind)[0]
 

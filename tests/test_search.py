@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import ldarts
 from ldarts import genotypes, spaces
-from ldarts.model_search import derive
+from ldarts.model_search import derive, frozen_statistics, tracking_norms
 from ldarts.operations import OPS
 from train_search import search_step
 
@@ -120,6 +120,18 @@ def test_statistics_move_once_a_step_by_the_training_pass(unrolled, lambda_t):
                 lambda_t=lambda_t, kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)
     torch.testing.assert_close(net.stem[1].running_mean, expected)
     assert {int(m.num_batches_tracked) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1}
+
+
+def test_frozen_statistics_stay_frozen_behind_a_block_within():
+    net = make("s2")[0]
+    before = [b.clone() for b in net.buffers()]
+    with frozen_statistics(tracking_norms(net)):
+        with frozen_statistics(tracking_norms(net)[:3]):
+            pass
+        net(double(batch())[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, net.buffers()))
+    net(double(batch())[0])
+    assert not all(torch.equal(a, b) for a, b in zip(before, net.buffers()))
 
 
 def test_the_passes_of_a_difference_see_the_same_noise():
