@@ -1,10 +1,12 @@
 """The fast parts of a step against plain ones: banks of separable convolutions, and what is computed once for a state."""
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ldarts
-from ldarts import model_search
+from ldarts import bench, model_search
 from ldarts.mixed_sum import compiled_for
 from ldarts.model_search import leave
 from ldarts.operations import DilConv, SepConv, Zero
@@ -180,3 +182,14 @@ def test_channels_last_computes_what_the_default_layout_does():
         results.append([loss, value, *dw, *d_lambda])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["none", "central", "exact"])
+def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "step", "--json", "--search_space", "s2", "--init_channels", "4", "--layers", "4",
+                                     "--batch_size", "4", "--steps", "1", "--lambda_grad", method, "--device", "cpu"])
+    bench.main()
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["seconds_per_weight_step"] < 2 * found["seconds_per_step"] and found["peak_mib"] > 50
+    assert len(found["operations"]) == 10 and found["operations"][0]["ms"] >= found["operations"][9]["ms"] > 0
+    assert sum(found["kinds"].values()) > sum(e["ms"] for e in found["operations"]) * 0.99
