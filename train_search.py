@@ -121,7 +121,7 @@ def check(args) -> None:
         raise InputError(f"--cutout_prob {args.cutout_prob}: must be from 0 to 1")
 
 
-def search_step(net, arch, optimizer, train, valid, *, unrolled, alpha_first, lambda_t, kind, epsilon, method, grad_clip,
+def search_step(arch, optimizer, train, valid, *, unrolled, alpha_first, lambda_t, kind, epsilon, method, grad_clip,
                 hessian="central"):
     """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
 
@@ -190,7 +190,7 @@ def main():
 
     def step_by(method):
         def take(x, y, valid_x, valid_y, lambda_t):
-            return search_step(net, arch, optimizer, (x, y), (valid_x, valid_y), unrolled=args.unrolled,
+            return search_step(arch, optimizer, (x, y), (valid_x, valid_y), unrolled=args.unrolled,
                                alpha_first=args.search_space != "nasbench201", lambda_t=lambda_t, kind=args.lambda_kind,
                                epsilon=args.epsilon, method=method, grad_clip=args.grad_clip, hessian=args.hessian)
 

@@ -335,7 +335,7 @@ void forward_kernel(const Bank<T>& bank, at::TensorList zs, const at::Tensor& mo
     for (int64_t chunk = from; chunk < to; ++chunk)
       for (int64_t n = chunk; n < bank.N; n += chunks)
         for (int64_t u = 0; u < U; ++u) {
-          if (u == 0 || bank.input[u].x != bank.input[u - 1].x || bank.input[u].value != bank.input[u - 1].value)
+          if (u == 0 || bank.input[u].x != bank.input[u - 1].x)
             bank.fill(u, n, padded.data());
           T* z = zs[u].template mutable_data_ptr<T>() + n * bank.out_size();
           double* total = sums + (chunk * U + u) * 2 * C;

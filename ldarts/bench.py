@@ -125,7 +125,7 @@ def bench_step(args: argparse.Namespace) -> None:
                    method=None if args.lambda_grad == "none" else args.lambda_grad)
 
     def step(x, y, valid_x, valid_y):
-        return search_step(net, arch, optimizer, (x, y), (valid_x, valid_y), unrolled=args.unrolled, alpha_first=not in_201,
+        return search_step(arch, optimizer, (x, y), (valid_x, valid_y), unrolled=args.unrolled, alpha_first=not in_201,
                            **options)
 
     def of_weights(x, y, valid_x, valid_y):

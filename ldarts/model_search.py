@@ -41,13 +41,13 @@ def products(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[li
                     pools[type(first)] = first(state)
                 found.append((pools[type(first)], rest[0] if rest else None))
                 continue
-            if isinstance(op, (ReLUFirst, FactorizedReduce)) and positive is None:
+            if isinstance(op, ReLUFirst) and positive is None:
                 positive = relu(state)
-            if isinstance(op, ReLUFirst):
-                found.append((op.before_norm(positive), op.op[-1]))
-            elif isinstance(op, FactorizedReduce):
+            if isinstance(op, FactorizedReduce):
                 pixels = op.pixels(positive) if pixels is None else pixels
                 found.append((op.before_norm(pixels), op.bn))
+            elif isinstance(op, ReLUFirst):
+                found.append(op.product(positive))
             else:
                 found.append((op(state), None))
         yield found

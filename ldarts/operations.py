@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class ReLUFirst(nn.Module):
     """An operation that begins with a ReLU: one ReLU serves all those that leave the same state."""
 
-    op: nn.Sequential
+    op: nn.Sequential  # but for FactorizedReduce, whose two convolutions have names
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -114,7 +114,7 @@ class SepConv(ReLUFirst):
         )
 
 
-class FactorizedReduce(nn.Module):
+class FactorizedReduce(ReLUFirst):
     """Halves the resolution by two 1x1 convolutions of stride 2, one of them shifted by a pixel."""
 
     def __init__(self, C_in: int, C_out: int, affine: bool = True):
@@ -129,12 +129,7 @@ class FactorizedReduce(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.after_relu(self.relu(x))
 
-    def after_relu(self, x: Tensor) -> Tensor:
-        z, norm = self.product(x)
-        return norm(z)
-
     def product(self, x: Tensor) -> tuple[Tensor, nn.BatchNorm2d]:
-        """(z, norm) with after_relu(x) = norm(z)."""
         return self.before_norm(self.pixels(x)), self.bn
 
     @staticmethod

@@ -137,7 +137,7 @@ class _Norms:
         """-> scale [terms, C], d_moments [z, 2, C], by p: the gradient by a z is Σ scale G + d_moments[0] + 2 d_moments[1] z."""
         return torch.ops.ldarts.norm_gradients(table, p, d_table, sums, self.of, self.normed, pixels(zs[0]))
 
-    def of_z(self, table, p, d_table, sums, zs, gs):
+    def by_z(self, table, p, d_table, sums, zs, gs):
         """-> the gradients by p and by each z, where nothing but the norms stands behind a z."""
         return torch.ops.ldarts.term_gradients(table, p, d_table, sums, self.of, self.edge, self.normed, zs, gs)
 
@@ -282,7 +282,7 @@ class _FanGrad(torch.autograd.Function):
         """-> the results; sums that their derivatives need again"""
         zs, gs = tensors[: len(norms.normed)], tensors[len(norms.normed) :]
         sums = norms.sums(gs, zs)
-        d_p, by_z = norms.of_z(table, p, d_table, sums, zs, gs)
+        d_p, by_z = norms.by_z(table, p, d_table, sums, zs, gs)
         return (d_p, *by_z), sums
 
     @staticmethod

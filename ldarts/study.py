@@ -154,7 +154,7 @@ def search(args, space: str, seed: int, num_classes: int, streams: list[Batches]
         for train, valid in zip(*(stream.epoch(epoch) for stream in streams)):
             if step in args.steps:
                 yield step, net
-            search_step(net, arch, optimizer, train, valid, unrolled=False, alpha_first=True, kind="cosine", epsilon=1e-4,
+            search_step(arch, optimizer, train, valid, unrolled=False, alpha_first=True, kind="cosine", epsilon=1e-4,
                         lambda_t=args.lambda_reg * epoch / max(1, args.epochs - 1), method="central", grad_clip=5.0)
             step += 1
         scheduler.step()

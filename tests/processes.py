@@ -112,11 +112,11 @@ class Poison:
     def __call__(self):
         search_step = train_search.search_step
 
-        def poisoned(net, *args, **kwargs):
+        def poisoned(arch, *args, **kwargs):
             if self.left == 0:
                 with torch.no_grad():
-                    net.classifier.weight[0, 0] = self.value
+                    arch.net.classifier.weight[0, 0] = self.value
             self.left -= 1
-            return search_step(net, *args, **kwargs)
+            return search_step(arch, *args, **kwargs)
 
         train_search.search_step = poisoned

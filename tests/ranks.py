@@ -45,7 +45,7 @@ def three_steps(average, seed):
     net, arch = make(average)
     optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4)
     for step in range(3):
-        search_step(net, arch, optimizer, batch(seed + 2 * step), batch(seed + 2 * step + 1), unrolled=True,
+        search_step(arch, optimizer, batch(seed + 2 * step), batch(seed + 2 * step + 1), unrolled=True,
                     alpha_first=True, lambda_t=0.1, kind="cosine", epsilon=1e-3, method="central", grad_clip=5.0)
     return [p.detach() for p in net.parameters()]
 

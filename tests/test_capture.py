@@ -50,7 +50,7 @@ def search(capture, monkeypatch, unrolled):
     arch = ldarts.Architect(net, F.cross_entropy)
 
     def step(x, y, valid_x, valid_y, lambda_t):
-        return search_step(net, arch, optimizer, (x, y), (valid_x, valid_y), unrolled=unrolled, alpha_first=True,
+        return search_step(arch, optimizer, (x, y), (valid_x, valid_y), unrolled=unrolled, alpha_first=True,
                            lambda_t=lambda_t, kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)
 
     take = step
@@ -110,7 +110,7 @@ def test_a_graph_on_a_gpu_is_the_step():
         arch = ldarts.Architect(net, F.cross_entropy, capturable=True)
 
         def step(x, y, lambda_t):
-            return search_step(net, arch, optimizer, (x, y), (x, y), unrolled=False, alpha_first=True, lambda_t=lambda_t,
+            return search_step(arch, optimizer, (x, y), (x, y), unrolled=False, alpha_first=True, lambda_t=lambda_t,
                                kind="cosine", epsilon=1e-2, method="central", grad_clip=5.0)
 
         take = Captured(step, lambda: [*net.parameters(), *net.buffers(), *optimizer_tensors(optimizer),

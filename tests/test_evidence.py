@@ -36,7 +36,7 @@ def refused(monkeypatch, capsys, module, *args) -> str:
 @pytest.mark.parametrize("grad_clip, clipped", [(1e-3, 1.0), (1e3, 0.0)])
 def test_a_step_says_whether_it_was_clipped(grad_clip, clipped):
     net, arch, optimizer = make("s2")
-    grads = train_search.search_step(net, arch, optimizer, double(batch()), double(batch(2)), lambda_t=0.1, unrolled=False,
+    grads = train_search.search_step(arch, optimizer, double(batch()), double(batch(2)), lambda_t=0.1, unrolled=False,
                                      alpha_first=False, kind="cosine", epsilon=1e-4, method="exact", grad_clip=grad_clip)
     assert grads.clipped.tolist() == [clipped]
 

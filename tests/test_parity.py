@@ -142,7 +142,7 @@ def run_steps(case, lambda_sign=1, alpha_first=True, unrolled=None):
     optimizer = torch.optim.SGD(net.weight_parameters(), c["learning_rate"], c["momentum"], weight_decay=c["weight_decay"])
     losses, alphas = [], []
     for i in range(3):
-        grads = search_step(net, arch, optimizer, batch(case, "train", i), batch(case, "valid", i),
+        grads = search_step(arch, optimizer, batch(case, "train", i), batch(case, "valid", i),
                                unrolled=c["unrolled_steps"] if unrolled is None else unrolled, alpha_first=alpha_first,
                                lambda_t=lambda_sign * c["lambda_reg"], kind=KINDS[c["kind"]], epsilon=c["epsilon_0"],
                                method="central", grad_clip=c["grad_clip"])

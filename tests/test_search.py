@@ -40,7 +40,7 @@ def test_s1_has_the_table_of_the_paper():
 def test_every_space_searches_and_derives(space):
     net, arch, optimizer = make(space)
     before = [alpha.clone() for alpha in net.arch_parameters()]
-    search_step(net, arch, optimizer, double(batch()), double(batch(2)), unrolled=False, alpha_first=True, lambda_t=0.1,
+    search_step(arch, optimizer, double(batch()), double(batch(2)), unrolled=False, alpha_first=True, lambda_t=0.1,
                 kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)
     assert all(p.isfinite().all() for p in net.parameters())
     assert not any(torch.equal(alpha, old) for alpha, old in zip(net.arch_parameters(), before))
@@ -95,7 +95,7 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_less_that_of_alignment(space
 @pytest.mark.parametrize("space", ["s1", "s4"])
 def test_a_gradient_leaves_weights_momenta_and_statistics_alone(space, call):
     net, arch, optimizer = make(space)
-    search_step(net, arch, optimizer, double(batch()), double(batch(2)), unrolled=False, alpha_first=True, lambda_t=0.0,
+    search_step(arch, optimizer, double(batch()), double(batch(2)), unrolled=False, alpha_first=True, lambda_t=0.0,
                 kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)  # so that there are momenta
     weights = [p.clone() for p in net.parameters()]
     momenta = [optimizer.state[p]["momentum_buffer"].clone() for p in net.weight_parameters()]
@@ -116,7 +116,7 @@ def test_statistics_move_once_a_step_by_the_training_pass(unrolled, lambda_t):
     net, arch, optimizer = make("s2")
     stem = net.stem[0](double(batch())[0])
     expected = 0.1 * stem.mean((0, 2, 3))
-    search_step(net, arch, optimizer, double(batch()), double(batch(2)), unrolled=unrolled, alpha_first=True,
+    search_step(arch, optimizer, double(batch()), double(batch(2)), unrolled=unrolled, alpha_first=True,
                 lambda_t=lambda_t, kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)
     torch.testing.assert_close(net.stem[1].running_mean, expected)
     assert {int(m.num_batches_tracked) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1}
