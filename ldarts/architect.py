@@ -69,7 +69,7 @@ class Architect:
             w = self.weights
             if not unrolled:
                 with without_grad(w):  # which nobody would read
-                    return self.average(torch.autograd.grad(self._loss(valid, amp=self.amp), alphas))
+                    return in_layout_of(alphas, self.average(torch.autograd.grad(self._loss(valid, amp=self.amp), alphas)))
             rng = self._rng(train[0].device)
             loss = self._loss(train, amp=self.amp)
             dw = torch.autograd.grad(loss, w, create_graph=hessian == "exact")
@@ -91,7 +91,7 @@ class Architect:
                         return torch.autograd.grad(self._loss(train, rng=rng), alphas)
 
                 product = [(up - down) / (2 * r) for up, down in zip(side(1), side(-1))]
-        return [d - eta * h for d, h in zip(d_alpha, self.average(product))]
+        return in_layout_of(alphas, [d - eta * h for d, h in zip(d_alpha, self.average(product))])
 
     def lambda_grads(self, batch: Batch, kind: str = "cosine", epsilon: float = 1e-4,
                      method: str = "central") -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
@@ -113,27 +113,29 @@ class Architect:
 
         lambda_t: dw is ∇_w (L − lambda_t Λ) and d_lambda None, which saves `exact` the gradients by w of its first backward pass.
         """
-        w = self.weights
+        w, p = self.weights, self.cell_leaves()
         rng = self._rng(batch[0].device)
-        p = self.cell_leaves()
         as_one = method == "exact" and lambda_t is not None
         logits, own_loss = self._pass(batch, p, self.amp, as_one)
+        wanted = w if method is None else p if as_one else [*w, *p]
+        own = torch.autograd.grad(own_loss, wanted, create_graph=method == "exact")  # of this process
+        loss, *means = self.average([t.detach() for t in (own_loss, *own)])
+
+        def result(dw: Sequence[Tensor], d_lambda: Sequence[Tensor] | None, value: Tensor | None) -> WeightGrads:
+            d_lambda = None if d_lambda is None else in_layout_of(w, d_lambda)
+            return WeightGrads(loss, logits.detach(), in_layout_of(w, dw), d_lambda, value)
+
         if method is None:
-            loss, *dw = self.average([own_loss.detach(), *torch.autograd.grad(own_loss, w)])
-            return WeightGrads(loss, logits.detach(), dw, None, None)
-        grads = torch.autograd.grad(own_loss, p if as_one else [*w, *p], create_graph=method == "exact")
-        own_dw, g = grads[: -len(p)], grads[-len(p) :]  # of this process: the differences below are averaged as a whole
-        loss, *means = self.average([t.detach() for t in (own_loss, *grads)])
-        dw = means[: -len(p)]
+            return result(means, None, None)
+        dw, g = means[: -len(p)], own[-len(p) :]
         value, u = self.alignment(means[-len(p) :], kind)
         if method == "exact":
             normal, d = zip(*((layer, direction) for layer, direction in zip(g, u) if direction is not None))
             if as_one:
                 dw = torch.autograd.grad([own_loss, *normal], w, [torch.ones_like(own_loss), *torch._foreach_mul(d, -lambda_t)])
-                return WeightGrads(loss, logits.detach(), self.average(dw), None, value)
+                return result(self.average(dw), None, value)
             # The last weights (the classifier's bias) may act on no g_l: their gradient is 0.
-            d_lambda = torch.autograd.grad(normal, w, d, materialize_grads=True)
-            return WeightGrads(loss, logits.detach(), dw, self.average(d_lambda), value)
+            return result(dw, self.average(torch.autograd.grad(normal, w, d, materialize_grads=True)), value)
         eps = epsilon / torch.linalg.vector_norm(torch.cat([d.flatten() for d in u if d is not None]))
 
         def shifted(sign: int) -> tuple[Tensor, ...]:  # ∇_w L at p + sign ε u
@@ -142,13 +144,13 @@ class Architect:
                 return torch.autograd.grad(self._loss(batch, at, rng=rng), w)
 
         if method == "forward":
-            d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), own_dw), eps)
+            d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), own[: -len(p)]), eps)
         else:
             d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), shifted(-1)), 2 * eps)
         d_lambda = self.average(d_lambda)
-        if lambda_t is not None:  # w minimises L - λ Λ
-            dw, d_lambda = torch._foreach_sub(dw, torch._foreach_mul(d_lambda, lambda_t)), None
-        return WeightGrads(loss, logits.detach(), dw, d_lambda, value)
+        if lambda_t is None:
+            return result(dw, d_lambda, value)
+        return result(torch._foreach_sub(dw, torch._foreach_mul(d_lambda, lambda_t)), None, value)  # w minimises L - λ Λ
 
     def alpha_eigenvalue(self, batch: Batch, iterations: int = 20, tolerance: float = 0.01) -> float:
         """The eigenvalue of ∂²L/∂α² on one batch that is largest in magnitude, which grows when a search collapses
@@ -226,6 +228,15 @@ class Architect:
         if optimizer is None or optimizer.state.get(w[0], {}).get("momentum_buffer") is None:
             return None
         return [optimizer.state[p]["momentum_buffer"] for p in w]
+
+
+def in_layout_of(parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients in the memory layout of their parameters, as backward() would leave them in `.grad`.
+
+    A fused optimizer reads both as flat memory: where the strides differ it steps one weight by the gradient of another.
+    """
+    return [grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+            for p, grad in zip(parameters, grads, strict=True)]
 
 
 @contextmanager

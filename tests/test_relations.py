@@ -1,0 +1,83 @@
+"""What must change nothing in a search: relations between whole searches of twenty steps, in float64 and in every space.
+
+Gradients can be right while the training is not: one in another memory layout than its weight, stepped by a fused optimizer,
+moves the wrong weights.
+"""
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ldarts
+from ldarts import model_search, spaces
+from ldarts.architect import METHODS
+from ldarts.mixed_sum import compiled_for
+from train_search import search_step
+
+SPACES = [space for space in spaces.SPACES if space != "s5"]  # the same as darts
+LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+@functools.cache  # a search is compared with several others
+def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=True, engine=True, permuted=False, unrolled=False,
+           steps=20):
+    """All weights and α after some steps on random images, from the same beginning."""
+    torch.manual_seed(3)
+    net = ldarts.SearchNetwork(2, 10, 1 if space == "nasbench201" else 4, space).double().to(memory_format=LAYOUTS[layout])
+    optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4, fused=fused)
+    arch = ldarts.Architect(net, F.cross_entropy, 3e-3)
+    images, labels = torch.randn(12, 3, 8, 8, dtype=torch.float64), torch.arange(12) % 10
+    with pytest.MonkeyPatch.context() as patch:
+        if not engine:
+            patch.setattr(model_search, "compiled_for", lambda device: False)
+        for step in range(steps):
+            order = torch.randperm(12)
+            pick = [order[:4], order[4:8]]
+            if permuted:
+                pick = [part.flip(0) for part in pick]
+            train, valid = ((images[part].contiguous(memory_format=LAYOUTS[layout]), labels[part]) for part in pick)
+            torch.manual_seed(step)  # of the noise of s4
+            search_step(arch, optimizer, train, valid, unrolled=unrolled, alpha_first=space != "nasbench201", lambda_t=lambda_t,
+                        kind="cosine", epsilon=1e-4, method=method, grad_clip=5.0)
+    return [p.detach().contiguous() for p in net.parameters()]
+
+
+def assert_same(found, expected, tolerance=1e-6):
+    """Equal to rounding, which twenty steps have multiplied; and steps have been taken."""
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("space", SPACES)
+def test_without_lambda_every_estimator_is_plain_darts(space, method):
+    assert_same(search(space, method, 1e-12), search(space, None, 0.0))
+    assert any(float((a - b).abs().max()) > 1e-3 for a, b in zip(search(space, method, 0.1), search(space, None, 0.0)))
+
+
+@pytest.mark.parametrize("changed", [{"layout": "contiguous"}, {"fused": False}, {"engine": False}, {"permuted": True},
+                                     {"layout": "contiguous", "fused": False}], ids=str)
+@pytest.mark.parametrize("space", SPACES)
+def test_what_changes_nothing(space, changed):
+    if space == "s4" and changed != {"fused": False}:
+        pytest.skip("the noise of s4 is drawn image by image, in the order of the operations")
+    if "engine" in changed and not compiled_for("cpu"):
+        pytest.skip("the extension is not compiled: no compiler here")
+    assert_same(search(space, **changed), search(space))
+
+
+@pytest.mark.parametrize("unrolled", [False, True], ids=["first order", "second order"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", [None, *METHODS])
+@pytest.mark.parametrize("space", SPACES)
+def test_gradients_have_the_layout_of_their_parameters(space, method, layout, unrolled):
+    net = ldarts.SearchNetwork(2, 10, 1 if space == "nasbench201" else 4, space).to(memory_format=LAYOUTS[layout])
+    arch = ldarts.Architect(net, F.cross_entropy)
+    batch = torch.randn(2, 3, 8, 8).contiguous(memory_format=LAYOUTS[layout]), torch.arange(2)
+    found = [(arch.weight_grads(batch, "cosine", 1e-4, method, 0.1).dw, arch.weights),
+             (arch.alpha_grads(batch, batch, 0.1, None, unrolled), net.arch_parameters())]
+    if method:
+        found.append((arch.lambda_grads(batch, "cosine", 1e-4, method)[2], arch.weights))
+    for grads, parameters in found:
+        assert [grad.stride() for grad in grads] == [p.stride() for p in parameters]
