@@ -203,15 +203,24 @@ class NAS201Cell(nn.Module):
         names = iter(primitives)
         self.edges = nn.ModuleDict(
             {f"{i}<-{j}": MixedOp201(C, next(names)) for i in range(1, 4) for j in range(i)})
-        self.register_buffer("_kept", torch.tensor(sum(kept_columns(primitives), [])), persistent=False)
+        leaving = [[f"{i}<-{j}" for i in range(j + 1, 4)] for j in range(3)]
+        self._edges = [[self.edges[name] for name in names] for names in leaving]
+        self._banks = [banks_of(edges) for edges in self._edges]
+        positions, columns = {name: e for e, name in enumerate(self.edges)}, kept_columns(primitives)
+        self.register_buffer("_kept", torch.tensor(sum(columns, [])), persistent=False)
+        self.register_buffer("_by_bank", torch.tensor([column for names in leaving for name in names
+                                                       for column in columns[positions[name]]]), persistent=False)
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        weights, used = weights.flatten()[self._kept], 0
-        nodes, leaving = [x], []
+    def forward(self, x: Tensor, weights: Tensor, banks: bool = False, p_first: bool = False) -> Tensor:
+        nodes, leaving, used = [x], [], 0
+        weights = weights.flatten()[self._by_bank if banks else self._kept]
+        of_state = weights.split([len(b.order) for b in self._banks])
         for i in range(1, 4):
-            leaving.append(leave(nodes[-1], [self.edges[f"{k}<-{i - 1}"] for k in range(i, 4)]))
+            j = i - 1
+            leaving.append(leave_by_banks(nodes[j], self._banks[j], of_state[j], p_first) if banks
+                           else leave(nodes[j], self._edges[j]))
             terms = [term for edges in leaving for term in next(edges)]
-            nodes.append(mixed_sum(weights[used : used + len(terms)], terms))
+            nodes.append(node(terms) if banks else mixed_sum(weights[used : used + len(terms)], terms))
             used += len(terms)
         return nodes[-1]
 
@@ -287,15 +296,14 @@ class SearchNetwork(nn.Module):
         p_first: a backward pass with create_graph will be asked for gradients by p alone, and need not compute those by w.
         """
         weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
+        x, states = self.stem(x), []
+        banks = (self.training and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+                 and x.is_contiguous(memory_format=torch.channels_last) and compiled_for("cpu"))
         if self.space == "nasbench201":
-            x = self.stem(x)
             for cell in self.cells:
-                x = cell(x) if isinstance(cell, ResNetBasicblock) else cell(x, next(weights))
+                x = cell(x) if isinstance(cell, ResNetBasicblock) else cell(x, next(weights), banks, p_first)
             x = self.lastact(x)
         else:
-            x, states = self.stem(x), []
-            banks = (self.training and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-                     and x.is_contiguous(memory_format=torch.channels_last) and compiled_for("cpu"))
             for cell in self.cells:
                 states = [*states[-1:], relu(x)]  # the first cell has the stem twice
                 x = cell(states[0], states[-1], next(weights), banks, p_first)
