@@ -47,12 +47,12 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["ldarts", "ldarts.csrc"],
+    packages=["ldarts", "ldarts.study", "ldarts.csrc"],
     package_dir={"ldarts.csrc": "csrc"},
-    package_data={"ldarts.csrc": ["*"]},  # the first use compiles them where this did not
+    package_data={"ldarts": ["nasbench201.npz"], "ldarts.csrc": ["*"]},  # the first use compiles csrc where this did not
     python_requires=">=3.10",
     install_requires=["torch>=2.7", "ninja", "numpy"],
     extras_require={"test": ["pytest"], "svhn": ["scipy"], "plot": ["matplotlib"], "tensorboard": ["tensorboard"],
-                    "imagenet": ["pillow"], "nasbench": ["nas-bench-201"]},
+                    "imagenet": ["pillow"]},
     **built,
 )

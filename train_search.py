@@ -16,14 +16,14 @@ import os
 import torch
 from torch import nn
 
-from ldarts import Architect, InputError, SearchNetwork, spaces, visualize
+from ldarts import Architect, InputError, SearchNetwork, nasbench201, spaces, visualize
 from ldarts.alignment import KINDS
 from ldarts.architect import METHODS
 from ldarts.capture import Captured, optimizer_tensors
 from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.errors import require
-from ldarts.genotypes import benchmark, to_json
+from ldarts.genotypes import to_json
 from ldarts.mixed_sum import compiled_for
 from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, amp_dtype, evaluate, pick_device, script,
                          seed_everything, set_deterministic)
@@ -61,7 +61,6 @@ def parse_args():
     add("--lambda_grad", choices=METHODS, default="central", help="how ∇Λ is computed")
     add("--epsilon", type=float, help="ε₀ of central and forward (default 1e-4, 1e-3 on SVHN)")
     add("--eigenvalue", action="store_true", help="log the dominant eigenvalue of ∂²L_valid/∂α² every epoch")
-    add("--nasbench", metavar="FILE", help="log the test accuracies of NAS-Bench-201's file every epoch (needs nas-bench-201)")
     add("--plot", action="store_true", help="draw the cells, α and the curves anew every epoch (needs matplotlib)")
     add("--tensorboard", action="store_true", help="write TensorBoard's event files into the run folder (needs tensorboard)")
     add("--graph", action=argparse.BooleanOptionalAction,
@@ -99,8 +98,6 @@ def check(args) -> None:
             require(module, f"--{name}")
     if args.search_space == "nasbench201" and args.unrolled:
         raise InputError("--unrolled: nasbench201 is searched by first order only, as published; leave it out")
-    if args.nasbench and args.search_space != "nasbench201":
-        raise InputError("--nasbench: the file knows architectures of nasbench201; add --search_space nasbench201")
     if args.hessian == "exact" and not args.unrolled:
         raise InputError("--hessian exact: only the second order has one; add --unrolled")
     if not 0 < args.train_portion < 1:
@@ -161,7 +158,6 @@ def main():
     device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
     amp = amp_dtype(args.amp, device)
     processes = Processes(device)
-    look_up = benchmark(args.nasbench) if args.nasbench else None
     train_set, _ = load(args.dataset, args.data, device, args.seed)
     images = len(train_set.labels)
     split = int(args.train_portion * images)
@@ -244,8 +240,8 @@ def main():
                   "lambda_grad_norm": lambda_t * float(lambda_norm), "loss_grad_norm": float(loss_norm), "clipped": clipped,
                   "entropy": float(torch.special.entr(p).sum(-1).mean()), "skip_connections": skip_connections(genotype),
                   "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in net.arch_parameters()]}
-        if look_up:
-            values |= {f"benchmark_{name}": accuracy for name, accuracy in look_up(genotype).items()}
+        if args.search_space == "nasbench201":
+            values |= {f"true_{name}": value for name, value in nasbench201.look_up(genotype)._asdict().items()}
         shown = ", ".join(f"Λ {name[7:]} {value:+.3f}" for name, value in alignment.items())
         run.log(f"epoch {epoch}: valid loss {valid_loss:.4f}, accuracy {valid_accuracy:.2f} %, {shown or 'no Λ'}, "
                 f"entropy {values['entropy']:.3f}, {values['skip_connections']} skip connections")
@@ -270,13 +266,11 @@ def report(run, genotype, args):
         for name in ("normal", "reduce"):
             run.log(f"{name}: " + ", ".join(f"{op} {state}" for op, state in getattr(genotype, name)))
     run.log(f"skip connections: {skip_connections(genotype)}")
-    if args.nasbench:
-        found = {name[10:]: value for name, value in run.history[-1].items() if name.startswith("benchmark_")}
-        run.log("test accuracy in NAS-Bench-201: " + (", ".join(f"{name} {value:.2f} %" for name, value in found.items())
-                                                      or f"the file has not trained it: {args.nasbench}"))
     if "lambda_train" in run.history[-1]:
         shown = run.history[:: max(1, len(run.history) // 10)]
         run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))
+    if args.search_space == "nasbench201":
+        run.log(nasbench201.describe(genotype))
     run.log(f"train it: python train_eval.py --arch {run.path} --dataset {args.dataset} --data {args.data}")
 
 

@@ -2,12 +2,9 @@
 import json
 import re
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from .errors import InputError, require
+from .errors import InputError
 from .operations import OPS
 
 
@@ -90,35 +87,6 @@ def load(name: str) -> "Genotype | str":
             raise
         known = ", ".join(PUBLISHED)
         raise InputError(f"unknown architecture {name!r}: neither a readable genotype file nor one of {known}") from error
-
-
-def benchmark(path: str) -> Callable[[str], dict[str, float]]:
-    """A file of NAS-Bench-201 as a look-up: arch string -> {data set: test accuracy in percent}, {} for one it lacks.
-
-    Accuracies are those after 200 epochs, averaged over the trials, by the extra `nas-bench-201`. Raises InputError for a
-    file in another format.
-    """
-    require("nas_201_api", "looking architectures up", "nas-bench-201")
-    from nas_201_api import NASBench201API
-    scalar = np.float64().__reduce__()[0]  # numpy's way to make a number, under the two names it has had
-    try:
-        with torch.serialization.safe_globals([scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype,
-                                               type(np.dtype("float64")), type(np.dtype("int64"))]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        numbers, infos = {arch: i for i, arch in enumerate(content["meta_archs"])}, content["arch2infos"]
-    except Exception as error:  # torch.load raises whatever damaged bytes lead to
-        raise InputError(f"{path}: not a file of NAS-Bench-201 ({str(error).splitlines()[0][:120]}); expected its "
-                         "NAS-Bench-201-v1_1-096897.pth") from error
-
-    def look_up(arch: str) -> dict[str, float]:
-        if (number := numbers.get(arch)) not in infos:
-            return {}
-        # The API copies all it is given: give it one architecture.
-        api = NASBench201API({"meta_archs": [arch], "arch2infos": {0: infos[number]}, "evaluated_indexes": [0]}, verbose=False)
-        return {name: float(api.get_more_info(0, name, hp="200", is_random=False)["test-accuracy"])
-                for name in ("cifar10", "cifar100", "ImageNet16-120")}
-
-    return look_up
 
 
 _SHORT = {

@@ -509,7 +509,7 @@ def add_run_arguments(add: Callable) -> None:
 
 
 # What two runs of one row of a table, or of one band of a plot, may differ in.
-_INCIDENTAL = (*MAY_CHANGE, "seed", "save", "device_name", "versions", "commit", "deterministic", "eigenvalue", "nasbench",
+_INCIDENTAL = (*MAY_CHANGE, "seed", "save", "device_name", "versions", "commit", "deterministic", "eigenvalue",
                "parameters", "multiply_adds")
 
 

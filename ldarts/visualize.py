@@ -18,7 +18,8 @@ from .runs import Parser, grouped, read_run, script
 
 NODE, GAP, LANE = 0.62, 1.18, 0.3  # inches: width of a state, between two states, between two edges
 CURVES = {  # metric -> title of its panel, in the order of the panels
-    "valid_accuracy": "validation accuracy, %", "test_accuracy": "test accuracy, %", "train_loss": "training loss",
+    "valid_accuracy": "validation accuracy, %", "test_accuracy": "test accuracy, %",
+    "true_cifar10": "the cell fully trained (NAS-Bench-201), %", "train_loss": "training loss",
     "lambda_train": "Λ, training batch", "entropy": "entropy of p, nats", "skip_connections": "skip connections, normal cell",
     "alpha_eigenvalue": "dominant eigenvalue of ∂²L_valid/∂α²", "lambda_grad_norm": "‖λ ∇Λ‖", "loss_grad_norm": "‖∇L‖",
     "clipped": "share of clipped steps",
