@@ -64,12 +64,15 @@ DATASETS = (*_SOURCES, "synthetic")
 
 
 def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0,
-         download: bool = True) -> tuple[ImageSet, ImageSet]:
+         download: bool = True, size: int | None = None) -> tuple[ImageSet, ImageSet]:
     """The training and the test set called `name`, on `device`.
 
     root: the folder that holds (or receives) the unpacked archive, or the unpacked folder itself. seed: of
-    `synthetic` alone. Raises InputError for an unknown name and for missing or damaged files.
+    `synthetic` alone. size: of smaller images, pixels a side: means over squares. Raises InputError for an unknown name, for
+    missing or damaged files, and for a size that does not divide that of the images.
     """
+    if size is not None:
+        return tuple(smaller(part, size) for part in load(name, root, device, seed, download))
     if name == "synthetic":
         return tuple(part._replace(images=part.images.to(device), labels=part.labels.to(device))
                      for part in synthetic(seed))
@@ -83,6 +86,15 @@ def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0,
         return ImageSet(torch.cat(images).to(device), torch.cat(labels).to(device), *source[:3])
 
     return image_set(source.train), image_set(source.test)
+
+
+def smaller(data: ImageSet, size: int) -> ImageSet:
+    """The images with `size` pixels a side, each the mean of a square of pixels."""
+    before = data.images.shape[-1]
+    if not 1 <= size <= before or before % size:
+        raise InputError(f"images of {size} pixels: those of this set have {before}; use a size that divides it")
+    parts = [F.avg_pool2d(part.float(), before // size).round().byte() for part in data.images.split(5000)]
+    return data._replace(images=torch.cat(parts))
 
 
 def _locate(source: _Source, root: Path, download: bool) -> Path:

@@ -12,9 +12,10 @@ from torch import nn
 
 import train_eval
 import train_search
-from ldarts import InputError, NetworkImageNet, genotypes, runs, study, visualize
+from ldarts import InputError, NetworkImageNet, genotypes, runs, visualize
 from ldarts.data import FolderBatches
 from ldarts.model import count_multiply_adds, count_parameters
+from ldarts.study import cases, collapse, collapse_report, gradient
 
 ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|avg_pool_3x3~1|nor_conv_1x1~2|"
 
@@ -69,7 +70,7 @@ def test_a_snapshot_measures_each_direction_and_leaves_the_net_alone():
     net = make("s2", dtype=torch.float32)[0]
     before = {name: value.clone() for name, value in net.state_dict().items()}
     args = SimpleNamespace(kinds=["cosine"], dtypes=["float64"], epsilons=[1e-1, 1e-7], length=1e-5)
-    rows = list(study.measure(args, net, [batch(1)], [batch(2)]))
+    rows = list(gradient.measure(args, net, [batch(1)], [batch(2)]))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     found = {(row["estimator"], row["epsilon"]): row for row in rows}
     assert len(found) == 7
@@ -81,49 +82,74 @@ def test_a_snapshot_measures_each_direction_and_leaves_the_net_alone():
         assert found[method, 1e-7]["same"] == pytest.approx(exact["same"], rel=1e-2)
 
 
-def fake_command(folder, name, save, *flags):
-    """A run folder as either command leaves one, without the work; the flags are those it takes."""
-    script = {"train_search.py": train_search, "train_eval.py": train_eval}[name]
-    path = Path(folder, "runs", save)
-    path.mkdir(parents=True)
-    flags = list(map(str, flags))
-    if "--arch" in flags:
-        flags[flags.index("--arch") + 1] = "LAMBDA_DARTS"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *flags])
-        args = script.parse_args()
-    args = vars(args[0] if isinstance(args, tuple) else args)
-    alphas = torch.tensor([[0.0, 0.4]]).repeat(14, 1)
-    alphas[:4, 0] = 1  # skip connections on both edges into the first node and on the strongest two into the second
-    lines = [{"epoch": epoch, "lambda_train": 0.1 * epoch, "entropy": 0.6, "alpha_eigenvalue": 0.2, "valid_accuracy": 20.0,
-              "lambda_grad_norm": 3.0, "loss_grad_norm": 2.0, "clipped": 0.25,
-              "alphas": [alphas.tolist()] * 2, "seconds": 1.0, "test_accuracy": 40.0 + args["seed"]} for epoch in range(2)]
-    (path / "config.json").write_text(json.dumps(args | {"parameters": 5000, "kind": "x"}))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "genotype.json").write_text(genotypes.to_json(genotypes.PUBLISHED["DARTS"]))
+SEARCH = ["collapse", "--dataset", "synthetic", "--image_size", 4, "--init_channels", 2, "--layers", 1, "--epochs", 2, "--batch_size", 500,
+          "--lambda_reg", 0.25, "--fresh_batches", 2, "--out", "out"]
 
 
 def test_the_study_of_collapse_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "command", fake_command)
-    flags = ["collapse", "--dataset", "synthetic", "--out", "out", "--spaces", "s2", "--epochs", "2", "--variants"]
-    run_main(monkeypatch, study, *flags, "DARTS", "sign", "--seeds", 0)
-    first = (tmp_path / "out/s2-sign-0.json").read_bytes()
-    run_main(monkeypatch, study, *flags, "DARTS", "sign", "--seeds", 0, 2)
-    assert (tmp_path / "out/s2-sign-0.json").read_bytes() == first
-    assert {path.name for path in (tmp_path / "out/runs").iterdir()} == {
-        f"s2-{v}-{seed}{e}" for v in ("DARTS", "sign") for seed in (0, 2) for e in ("", "-eval")}
-    config = json.loads((tmp_path / "out/runs/s2-sign-2/config.json").read_text())
-    assert (config["lambda_kind"], config["lambda_grad"], config["lambda_reg"], config["seed"]) == ("sign", "exact", 0.125, 2)
-    assert json.loads((tmp_path / "out/runs/s2-DARTS-2/config.json").read_text())["lambda_reg"] == 0
+    flags = [*SEARCH, "--variants", "DARTS", "random", "--seeds"]
+    run_main(monkeypatch, cases, *flags, 0)
+    first = (tmp_path / "out/nasbench201-random-0.json").read_bytes()
+    run_main(monkeypatch, cases, *flags, 0, 2)
+    assert (tmp_path / "out/nasbench201-random-0.json").read_bytes() == first
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "tables.md", "nasbench201.png", "truth.png", *(f"nasbench201-{v}-{seed}.json" for v in ("DARTS", "random") for seed in (0, 2))}
+    assert (tmp_path / "out/truth.png").stat().st_size > 10_000
+    lines = {v: json.loads((tmp_path / f"out/nasbench201-{v}-2.json").read_text())["values"] for v in ("DARTS", "random")}
+    assert lines["DARTS"][0] == lines["random"][0]  # λ is 0 in the first epoch
+    assert lines["DARTS"][1]["ratio"] == 0 < lines["random"][1]["ratio"] and lines["DARTS"][1]["loss"] != lines["random"][1]["loss"]
     capsys.readouterr()
-    run_main(monkeypatch, study, "collapse", "--out", "out", "--spaces", "s2", "--show")
-    printed = capsys.readouterr().out
-    assert "| sign | 2 | 0.100 ± 0.000 | 0.600 ± 0.000 | 4.000 ± 0.000 | 0.200 ± 0.000 | 1.500 ± 0.000 | 25.000 ± 0.000 |" in printed
-    assert "| 41.00 ± 1.41 |" in printed
-    assert (tmp_path / "out/collapse.png").stat().st_size > 10_000
-    assert "--epochs" in refused(monkeypatch, capsys, study, *flags[:-2], "3", "--variants", "DARTS", "--seeds", 0)
+    run_main(monkeypatch, cases, *flags, 0, 2, "--show")
+    cell = collapse.true_accuracy(lines["random"][1])
+    assert f"{cell:.2f} (" in capsys.readouterr().out
+    assert "--epochs" in refused(monkeypatch, capsys, cases, *flags, 0, "--epochs", 3)
+
+
+def test_a_study_side_by_side_has_the_results_of_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = [*SEARCH, "--spaces", "nasbench201", "--variants", "exact", "relative", "--seeds", 1]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_main(monkeypatch, cases, *flags)
+    torch.set_num_threads(threads)
+    run_main(monkeypatch, cases, *flags, "--out", "beside", "--jobs", 2)
+    for name in ("nasbench201-exact-1.json", "nasbench201-relative-1.json"):
+        one, other = (json.loads((tmp_path / folder / name).read_text()) for folder in ("out", "beside"))
+        assert one["values"] == other["values"] and "p_skip" in one["values"][1]
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def parts_of(variant, lambda_t, epsilon=1e-4):
+    """∇L, ∇Λ by a central difference, and what a variant subtracts from ∇L, on one batch."""
+    net, plain, _ = make("s2")
+    arch = collapse.make_architect(SimpleNamespace(arch_learning_rate=1e-3), collapse.VARIANTS[variant], net, seed=0)
+    _, dw, central, _ = plain.lambda_grads(double(batch()), "cosine", epsilon, "central")
+    stepped = arch.weight_grads(double(batch()), "cosine", 1e-4, collapse.VARIANTS[variant].method, lambda_t).dw
+    return flat(dw), flat(central), flat(dw) - flat(stepped)
+
+
+def test_the_control_is_as_long_as_the_published_estimate_and_points_nowhere():
+    _, central, taken = parts_of("random", 0.5)
+    assert float(taken.norm()) == pytest.approx(0.5 * float(central.norm()), rel=1e-6)
+    assert abs(float(torch.cosine_similarity(taken, central, 0))) < 0.1
+
+
+def test_relative_strength_counts_in_lengths_of_the_gradient_of_the_loss():
+    loss, central, taken = parts_of("relative", 0.5, epsilon=1e-7)
+    assert float(taken.norm()) == pytest.approx(0.5 * float(loss.norm()), rel=1e-6)
+    assert float(torch.cosine_similarity(taken, central, 0)) == pytest.approx(1, abs=1e-4)
+
+
+def test_rank_correlation_by_hand():
+    assert collapse_report.spearman([1, 2, 3, 4], [10, 20, 30, 25]) == pytest.approx(0.8)
+    assert collapse_report.spearman([1, 1, 2], [3, 3, 1]) == pytest.approx(-1)
+    assert collapse_report.spearman([1, 1, 1], [3, 2, 1]) != collapse_report.spearman([1, 1, 1], [3, 2, 1])
 
 
 @pytest.mark.parametrize("name", [*genotypes.PUBLISHED, ARCH])
@@ -177,11 +203,10 @@ def test_pictures_of_runs_and_names(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("module, flags, package", [
     (visualize, ["DARTS"], "matplotlib"), (train_search, ["--dataset", "synthetic", "--plot"], "matplotlib"),
     (train_search, ["--dataset", "synthetic", "--tensorboard"], "tensorboard"),
-    (train_search, ["--dataset", "synthetic", "--search_space", "nasbench201", "--nasbench", "x.pth"], "nas-bench-201"),
     (train_eval, ["--dataset", "imagenet"], "pillow")])
 def test_a_missing_extra_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, module, flags, package):
     monkeypatch.chdir(tmp_path)
-    for name in ("matplotlib", "tensorboard", "nas_201_api", "PIL"):
+    for name in ("matplotlib", "tensorboard", "PIL"):
         monkeypatch.setitem(sys.modules, name, None)
     assert f"pip install {package}" in refused(monkeypatch, capsys, module, *flags)
     assert not list(tmp_path.iterdir())
@@ -192,32 +217,6 @@ def test_multiply_adds_by_hand():
                         nn.Flatten(), nn.Linear(8 * 16, 10))
     assert count_multiply_adds(net, 8) == 16 * 8 * 27 + 16 * 8 * 9 + 8 * 16 * 10
     assert next(net.parameters()).device.type == "cpu"
-
-
-def test_an_arch_string_is_looked_up_in_a_benchmark_file(tmp_path):
-    api = pytest.importorskip("nas_201_api")
-
-    def trial(name, seed, evaluated, accuracy):
-        result = api.ResultsCount(name, None, {0: 99.0}, {0: 0.1}, 1.0, 10.0, {"arch_str": ARCH}, seed, 1, None)
-        result.update_OLD_eval(evaluated, {0: accuracy}, {0: 0.5})
-        return result
-
-    results = api.ArchResults(0, ARCH)
-    for seed, shift in ((777, 0.0), (888, 2.0)):
-        for name, evaluated, accuracy in (("cifar10", "ori-test", 90.0), ("cifar100", "x-test", 70.0),
-                                          ("ImageNet16-120", "x-test", 40.0)):
-            results.update(name, seed, trial(name, seed, evaluated, accuracy + shift))
-    other = ARCH.replace("none", "skip_connect")
-    state = {"meta_archs": [other, ARCH], "arch2infos": {1: {"less": results.state_dict(), "full": results.state_dict()}},
-             "evaluated_indexes": [1]}
-    torch.save(state, tmp_path / "bench.pth", _use_new_zipfile_serialization=False)
-    look_up = genotypes.benchmark(str(tmp_path / "bench.pth"))
-    assert look_up(ARCH) == {"cifar10": 91.0, "cifar100": 71.0, "ImageNet16-120": 41.0}
-    assert look_up(other) == {}
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "bench.pth").read_bytes()[:500])
-    for name in ("cut.pth", "none.pth"):
-        with pytest.raises(InputError, match=name):
-            genotypes.benchmark(str(tmp_path / name))
 
 
 @pytest.fixture
@@ -274,14 +273,19 @@ def test_the_published_cell_on_imagenet():
 
 @pytest.mark.parametrize("folder", sorted(path.parent for path in Path(__file__).parent.glob("evidence/*/tables.md")), ids=lambda p: p.name)
 def test_the_findings_are_those_of_the_results_beside_them(folder, tmp_path, monkeypatch, capsys):
-    """tables.md is what --show makes of the results, and every row that the README quotes stands in one."""
-    cases = sorted(folder.glob("*.json"))
-    for path in cases:
+    """tables.md is what --show makes of the results."""
+    found = sorted(folder.glob("*.json"))
+    for path in found:
         shutil.copy(path, tmp_path)
-    spaces, seeds = ({path.stem.split("-")[k] for path in cases} for k in (0, -1))
-    monkeypatch.setattr(study, "find_spec", lambda name: None)  # without the pictures
-    run_main(monkeypatch, study, folder.name.split("-")[0], "--out", tmp_path, "--show", "--seeds", *sorted(seeds),
-             "--spaces", *sorted(spaces, key=["s2", "s4", "darts"].index))
+    names = [path.stem.rsplit("-", 1)[0] for path in found]
+    spaces = {name.split("-")[0] for name in names}
+    flags = ["--seeds", *sorted({path.stem.rsplit("-", 1)[1] for path in found}), "--spaces", *sorted(spaces)]
+    study = folder.name.split("-")[0]
+    if study == "collapse":
+        flags += ["--variants", *sorted({name.split("-", 1)[1] for name in names})]
+    for module in (gradient, collapse_report):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)  # without the pictures
+    run_main(monkeypatch, cases, study, "--out", tmp_path, "--show", *flags)
     assert (tmp_path / "tables.md").read_text() == (folder / "tables.md").read_text() == capsys.readouterr().out
 
 
