@@ -1,4 +1,4 @@
-"""What must change nothing in a search: relations between whole searches of twenty steps, in float64 and in every space.
+"""What must change nothing in a search: relations between whole searches of many steps, in float64 and in every space.
 
 Gradients can be right while the training is not: one in another memory layout than its weight, stepped by a fused optimizer,
 moves the wrong weights.
@@ -16,12 +16,12 @@ from ldarts.mixed_sum import compiled_for
 from train_search import search_step
 
 SPACES = [space for space in spaces.SPACES if space != "s5"]  # the same as darts
+STEPS = {"nasbench201": 20, "s2": 20}  # elsewhere 8: their steps take longer and differ in nothing but the operations
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 @functools.cache  # a search is compared with several others
-def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=True, engine=True, permuted=False, unrolled=False,
-           steps=20):
+def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=True, engine=True, permuted=False):
     """All weights and α after some steps on random images, from the same beginning."""
     torch.manual_seed(3)
     net = ldarts.SearchNetwork(2, 10, 1 if space == "nasbench201" else 4, space).double().to(memory_format=LAYOUTS[layout])
@@ -31,20 +31,20 @@ def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=Tr
     with pytest.MonkeyPatch.context() as patch:
         if not engine:
             patch.setattr(model_search, "compiled_for", lambda device: False)
-        for step in range(steps):
+        for step in range(STEPS.get(space, 8)):
             order = torch.randperm(12)
             pick = [order[:4], order[4:8]]
             if permuted:
                 pick = [part.flip(0) for part in pick]
             train, valid = ((images[part].contiguous(memory_format=LAYOUTS[layout]), labels[part]) for part in pick)
             torch.manual_seed(step)  # of the noise of s4
-            search_step(arch, optimizer, train, valid, unrolled=unrolled, alpha_first=space != "nasbench201", lambda_t=lambda_t,
+            search_step(arch, optimizer, train, valid, unrolled=False, alpha_first=space != "nasbench201", lambda_t=lambda_t,
                         kind="cosine", epsilon=1e-4, method=method, grad_clip=5.0)
     return [p.detach().contiguous() for p in net.parameters()]
 
 
 def assert_same(found, expected, tolerance=1e-6):
-    """Equal to rounding, which twenty steps have multiplied; and steps have been taken."""
+    """Equal to rounding, which many steps have multiplied."""
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
@@ -53,11 +53,10 @@ def assert_same(found, expected, tolerance=1e-6):
 @pytest.mark.parametrize("space", SPACES)
 def test_without_lambda_every_estimator_is_plain_darts(space, method):
     assert_same(search(space, method, 1e-12), search(space, None, 0.0))
-    assert any(float((a - b).abs().max()) > 1e-3 for a, b in zip(search(space, method, 0.1), search(space, None, 0.0)))
+    assert any(float((a - b).abs().max()) > 1e-3 for a, b in zip(search(space), search(space, None, 0.0)))
 
 
-@pytest.mark.parametrize("changed", [{"layout": "contiguous"}, {"fused": False}, {"engine": False}, {"permuted": True},
-                                     {"layout": "contiguous", "fused": False}], ids=str)
+@pytest.mark.parametrize("changed", [{"layout": "contiguous"}, {"fused": False}, {"engine": False}, {"permuted": True}], ids=str)
 @pytest.mark.parametrize("space", SPACES)
 def test_what_changes_nothing(space, changed):
     if space == "s4" and changed != {"fused": False}:
