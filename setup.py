@@ -1,4 +1,4 @@
-"""Package of ldarts. Where a compiler is, the fused sum is compiled here; else on its first use (ldarts/mixed_sum.py).
+"""Package of ldarts. Where a compiler is, the fused sum is compiled here; else on its first use (ldarts/fused/build.py).
 
 `pip install --no-build-isolation .` compiles against the PyTorch that is installed; an isolated build sees another one or
 none and leaves the compiling to the first use.
@@ -22,7 +22,7 @@ def extension() -> dict:
     if not shutil.which(get_cxx_compiler()):
         return {}
     # By its path, because importing the package would import all of it.
-    spec = importlib.util.spec_from_file_location("mixed_sum", ROOT / "ldarts" / "mixed_sum.py")
+    spec = importlib.util.spec_from_file_location("build", ROOT / "ldarts" / "fused" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     options = module.build_options()
@@ -47,7 +47,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["ldarts", "ldarts.study", "ldarts.csrc"],
+    packages=["ldarts", "ldarts.fused", "ldarts.study", "ldarts.csrc"],
     package_dir={"ldarts.csrc": "csrc"},
     package_data={"ldarts": ["nasbench201.npz"], "ldarts.csrc": ["*"]},  # the first use compiles csrc where this did not
     python_requires=">=3.10",

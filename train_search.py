@@ -24,7 +24,7 @@ from ldarts.data import DATASETS, Batches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.errors import require
 from ldarts.genotypes import to_json
-from ldarts.mixed_sum import compiled_for
+from ldarts.fused import compiled_for
 from ldarts.runs import (MEMORY_FORMATS, Parser, Run, add_run_arguments, amp_dtype, evaluate, pick_device, script,
                          seed_everything, set_deterministic)
 

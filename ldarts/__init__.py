@@ -4,7 +4,7 @@ from .alignment import layer_alignment
 from .architect import Architect
 from .errors import InputError
 from .genotypes import Genotype
-from .mixed_sum import mixed_sum
+from .fused import mixed_sum
 from .model import Network, NetworkImageNet, NetworkNAS201
 from .model_search import SearchNetwork
 

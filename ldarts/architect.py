@@ -116,7 +116,7 @@ class Architect:
         w, p = self.weights, self.cell_leaves()
         rng = self._rng(batch[0].device)
         as_one = method == "exact" and lambda_t is not None
-        logits, own_loss = self._pass(batch, p, self.amp, as_one)
+        logits, own_loss = self._pass(batch, p, self.amp)
         wanted = w if method is None else p if as_one else [*w, *p]
         own = torch.autograd.grad(own_loss, wanted, create_graph=method == "exact")  # of this process
         loss, *means = self.average([t.detach() for t in (own_loss, *own)])
@@ -204,13 +204,13 @@ class Architect:
             self._set_rng(batch[0].device, rng)
         return self._pass(batch, p, amp)[1]
 
-    def _pass(self, batch: Batch, p: Sequence[Tensor] | None, amp: torch.dtype | None,
-              p_first: bool = False) -> tuple[Tensor, Tensor]:
+    def _pass(self, batch: Batch, p: Sequence[Tensor] | None,
+              amp: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """(logits, loss)"""
         x, y = batch
         # Without its cache, because a weight is read once a pass and has other values in the next.
         with torch.autocast(x.device.type, amp, cache_enabled=False) if amp else nullcontext():
-            logits = self.net(x, p, p_first)
+            logits = self.net(x, p)
             return logits, self.criterion(logits, y)
 
     # A difference between passes needs the same noise in each: only S4 draws any.

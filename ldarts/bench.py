@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixed_sum import compiled_for, mixed_sum, mixed_sum_ref
+from .fused.mixed_sum import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, pick_device, script
 
 STAGES = {"1": (64, 16, 32, 32), "2": (64, 32, 16, 16), "3": (64, 64, 8, 8)}

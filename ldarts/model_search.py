@@ -1,136 +1,25 @@
-"""`SearchNetwork`, the supernet: every candidate operation on every edge, weighted by softmax(α)."""
+"""`SearchNetwork`, the supernet: every candidate operation on every edge, weighted by softmax(α).
+
+This is what is computed (Liu et al., 2019, section 2). The package `fused` computes the same faster; the door to
+it is `SearchNetwork.run_cell`.
+"""
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple, Sequence
+from typing import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import fused
 from .errors import InputError
+from .fused import mixed_sum
 from .genotypes import Genotype, format_arch
-from .mixed_sum import compiled_for, mixed_sum
-from .operations import OPS, DilConv, FactorizedReduce, ReLUConvBN, ReLUFirst, ResNetBasicblock, SepConv, Zero, concat, relu
-from .separable import Terms, Unit, bank, fan, node, normalise
+from .operations import OPS, FactorizedReduce, ReLUConvBN, ResNetBasicblock, Zero
 from .spaces import get
 
 
-def kept_columns(primitives: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Positions in the flattened [edges, ops] of every operation but `none`, which adds nothing to a sum, by edge."""
-    width = len(primitives[0])
-    return [[e * width + k for k, name in enumerate(names) if name != "none"] for e, names in enumerate(primitives)]
-
-
-Product = tuple[Tensor, nn.BatchNorm2d | None]  # what an operation computes, and the norm that it ends in
-
-
-def products(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[Product]]:
-    """(z, norm) of each operation but Zero on each edge that leaves a state, where op(state) is norm(z), or z.
-
-    What depends on the state alone is computed once: the ReLU that most operations begin with, the pixels that reductions read,
-    and the pools, of which one z serves every edge.
-    """
-    positive, pixels, pools = None, None, {}
-    for edge in edges:
-        found: list[Product] = []
-        for op in edge:
-            if isinstance(op, Zero):
-                continue
-            first, *rest = op if isinstance(op, nn.Sequential) else [op]
-            if isinstance(first, (nn.AvgPool2d, nn.MaxPool2d)):
-                if type(first) not in pools:
-                    pools[type(first)] = first(state)
-                found.append((pools[type(first)], rest[0] if rest else None))
-                continue
-            if isinstance(op, ReLUFirst) and positive is None:
-                positive = relu(state)
-            if isinstance(op, FactorizedReduce):
-                pixels = op.pixels(positive) if pixels is None else pixels
-                found.append((op.before_norm(pixels), op.bn))
-            elif isinstance(op, ReLUFirst):
-                found.append(op.product(positive))
-            else:
-                found.append((op(state), None))
-        yield found
-
-
-def leave(state: Tensor, edges: Sequence[Sequence[nn.Module]]) -> Iterator[list[Tensor]]:
-    """The terms [op(state) for op in edge, but Zero] of each edge that leaves a state, one after the other; one z is normalised
-    once, and its running statistics are those of every norm that it stands before."""
-    normed: dict[int, tuple[Tensor, Tensor, nn.BatchNorm2d]] = {}
-    for edge in products(state, edges):
-        terms = []
-        for z, norm in edge:
-            if norm is None:
-                terms.append(z)
-            elif id(z) in normed:
-                _, term, first = normed[id(z)]
-                terms.append(term)
-                if norm.training:
-                    copy_buffers(norm, first)
-            else:
-                normed[id(z)] = z, norm(z), norm
-                terms.append(normed[id(z)][1])
-        yield terms
-
-
-class Banks(NamedTuple):
-    """What leaves a state, sorted for the operators of separable.py."""
-
-    first: list[Unit]  # of the separable convolutions, then of the dilated ones
-    second: list[Unit]  # of the separable convolutions
-    seps: list[int]  # how many there are on each edge
-    dils: list[int]
-    others: list[list[nn.Module]]  # of each edge
-    order: list[int]  # of the weights: positions of seps, dils and others among the operations of all edges but Zero
-
-
-def banks_of(edges: Sequence[Sequence[nn.Module]]) -> Banks:
-    edges = [[op for op in edge if not isinstance(op, Zero)] for edge in edges]
-    ops = [op for edge in edges for op in edge]
-    kinds = [SepConv if isinstance(op, SepConv) else DilConv if isinstance(op, DilConv) else None for op in ops]
-    order = [k for kind in (SepConv, DilConv, None) for k, found in enumerate(kinds) if found is kind]
-    seps, dils = ([op for op in ops if isinstance(op, kind)] for kind in (SepConv, DilConv))
-    of_edge = [[sum(isinstance(op, kind) for op in edge) for edge in edges] for kind in (SepConv, DilConv)]
-    others = [[op for op in edge if not isinstance(op, (SepConv, DilConv))] for edge in edges]
-    return Banks([tuple(op.op[1:4]) for op in seps + dils], [tuple(op.op[5:8]) for op in seps], *of_edge, others, order)
-
-
-def leave_by_banks(state: Tensor, banks: Banks, p: Tensor, p_first: bool) -> Iterator[list[Terms]]:
-    """As `leave`, weighted: the terms p_k op_k(state) of each edge. p: in the order of the banks; p_first: see bank."""
-    count = len(banks.second)
-    p_seps, p_dils, p_others = p.split([count, len(banks.first) - count, len(p) - len(banks.first)])
-    terms: list[list[Terms]] = [[] for _ in banks.others]
-
-    def share_out(found: list[Terms], widths: Sequence[int]) -> None:
-        for edge, one in zip([edge for edge, width in zip(terms, widths) if width], found, strict=True):
-            edge.append(one)
-
-    if banks.first:
-        zs, table, found = bank([state], None, banks.first, p_dils, list(filter(None, banks.dils)), p_first)
-        share_out(found, banks.dils)
-    if count:
-        found = bank(zs[:count], table[:count], banks.second, p_seps, list(filter(None, banks.seps)), p_first)[2]
-        share_out(found, banks.seps)
-    others = list(products(state, banks.others))
-    places: dict[int, int] = {}
-    edges = [[places.setdefault(id(z), len(places)) for z, _ in edge] for edge in others]
-    norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
-    for k, (_, norm) in zip(sum(edges, []), sum(others, [])):
-        norms[k] += [norm] if norm is not None else []
-    if places:
-        z = list({id(z): z for edge in others for z, _ in edge}.values())
-        share_out(fan(z, norms, list(filter(None, edges)), p_others), list(map(len, edges)))
-    return iter(terms)
-
-
-@torch.no_grad()
-def copy_buffers(to: nn.Module, source: nn.Module) -> None:
-    for old, new in zip(to.buffers(), source.buffers()):
-        old.copy_(new)
-
-
 class MixedOp(nn.Module):
-    """The candidate operations of one edge, side by side; `mixed_sum` weighs them, a whole node at a time."""
+    """The candidate operations of one edge; the node it leads to sums them, weighted by p = softmax(α)."""
 
     def __init__(self, C: int, stride: int, primitives: Sequence[str]):
         super().__init__()
@@ -152,97 +41,91 @@ class MixedOp201(nn.ModuleList):
         super().__init__(OPS[name](C, 1, False) for name in primitives)
 
 
-class Cell(nn.Module):
-    """A DARTS cell: two inputs, `steps` nodes with an edge from every earlier state, output [N, steps * C, H, W]."""
+class SearchedCell(nn.Module):
+    """What the two kinds of cell share: nodes, each with an edge from every state before it."""
 
-    def __init__(self, primitives: Sequence[Sequence[str]], C_prev_prev: int, C_prev: int, C: int, reduction: bool,
-                 reduction_prev: bool, steps: int = 4):
+    reduction = False
+    preprocess: Sequence[nn.Module] = ()  # what turns the inputs into states
+    outputs = 1  # the last nodes, which are put out side by side
+
+    def connect(self, nodes: list[list[nn.Module]], primitives: Sequence[Sequence[str]]) -> None:
+        """nodes: for each node the mixed operations of its edges, in the order of the states they leave."""
+        self.nodes = nodes
+        names = [name for edge in primitives for name in edge]
+        kept = [k for k, name in enumerate(names) if name != "none"]  # which adds nothing and costs nothing
+        self.register_buffer("_kept", torch.tensor(kept), persistent=False)
+
+    def add_nodes(self, states: list[Tensor], weights: Tensor) -> list[Tensor]:
+        """Node = Σ_j Σ_k p_jk op_k(state j) over its edges j and their operations k. weights: p [edges, ops]"""
+        p, used = weights.flatten()[self._kept], 0
+        for edges in self.nodes:
+            terms = [op(x) for x, edge in zip(states, edges) for op in edge if not isinstance(op, Zero)]
+            states.append(mixed_sum(p[used : used + len(terms)], terms))
+            used += len(terms)
+        return states
+
+
+class Cell(SearchedCell):
+    """A DARTS cell: two inputs, `steps` nodes, output [N, steps * C, H, W]."""
+
+    def __init__(self, primitives: Sequence[Sequence[str]], C_prev_prev: int, C_prev: int, C: int,
+                 reduction: bool, reduction_prev: bool, steps: int = 4):
         super().__init__()
-        self.reduction, self.steps = reduction, steps
+        self.reduction, self.outputs = reduction, steps
         if reduction_prev:
             self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
         else:
             self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
-        sources = [j for i in range(steps) for j in range(2 + i)]
-        self._ops = nn.ModuleList(
-            MixedOp(C, 2 if reduction and j < 2 else 1, names) for j, names in zip(sources, primitives, strict=True))
-        # Edges from state j go to the nodes from j - 1 on; those into node i begin at i (i + 3) / 2.
-        leaving = [[i * (i + 3) // 2 + j for i in range(max(0, j - 1), steps)] for j in range(1 + steps)]
-        self._edges = [[self._ops[e] for e in edges] for edges in leaving]
-        self._banks = [banks_of(edges) for edges in self._edges]
-        columns = [[column for e in edges for column in kept_columns(primitives)[e]] for edges in leaving]
-        self.register_buffer("_kept", torch.tensor(sum(kept_columns(primitives), [])), persistent=False)
-        self.register_buffer("_by_bank", torch.tensor([columns[j][k] for j, banks in enumerate(self._banks) for k in banks.order]),
-                             persistent=False)
+        self.preprocess = self.preprocess0, self.preprocess1
+        self._ops = nn.ModuleList()
+        names, nodes = iter(primitives), []
+        for i in range(steps):
+            nodes.append([MixedOp(C, 2 if reduction and j < 2 else 1, next(names)) for j in range(2 + i)])
+            self._ops.extend(nodes[-1])
+        self.connect(nodes, primitives)
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, banks: bool = False, p_first: bool = False) -> Tensor:
-        """s0, s1: ReLU of what the two cells before put out; banks: compute the same by the operators of separable.py."""
-        before = (self.preprocess0, s0), (self.preprocess1, s1)
-        states = [normalise(*op.product(s)) if banks else op.after_relu(s) for op, s in before]
-        leaving, used = [], 0
-        weights = weights.flatten()[self._by_bank if banks else self._kept]
-        of_state = weights.split([len(b.order) for b in self._banks])
-        for i in range(self.steps):
-            for j in range(len(leaving), 2 + i):
-                leaving.append(leave_by_banks(states[j], self._banks[j], of_state[j], p_first) if banks
-                               else leave(states[j], self._edges[j]))
-            terms = [term for edges in leaving for term in next(edges)]
-            states.append(node(terms) if banks else mixed_sum(weights[used : used + len(terms)], terms))
-            used += len(terms)
-        return concat(*states[-self.steps :])
+    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+        """s0, s1: what the two cells before put out; weights: p [edges, ops]"""
+        states = self.add_nodes([self.preprocess0(s0), self.preprocess1(s1)], weights)
+        return torch.cat(states[-self.outputs :], dim=1)
 
 
-class NAS201Cell(nn.Module):
-    """A searched cell of NAS-Bench-201: node i sums an edge from every earlier node; the last node is the output."""
-
-    reduction = False
+class NAS201Cell(SearchedCell):
+    """A searched cell of NAS-Bench-201: one input, three nodes, the last of them the output, [N, C, H, W]."""
 
     def __init__(self, primitives: Sequence[Sequence[str]], C: int):
         super().__init__()
-        names = iter(primitives)
-        self.edges = nn.ModuleDict(
-            {f"{i}<-{j}": MixedOp201(C, next(names)) for i in range(1, 4) for j in range(i)})
-        leaving = [[f"{i}<-{j}" for i in range(j + 1, 4)] for j in range(3)]
-        self._edges = [[self.edges[name] for name in names] for names in leaving]
-        self._banks = [banks_of(edges) for edges in self._edges]
-        positions, columns = {name: e for e, name in enumerate(self.edges)}, kept_columns(primitives)
-        self.register_buffer("_kept", torch.tensor(sum(columns, [])), persistent=False)
-        self.register_buffer("_by_bank", torch.tensor([column for names in leaving for name in names
-                                                       for column in columns[positions[name]]]), persistent=False)
-
-    def forward(self, x: Tensor, weights: Tensor, banks: bool = False, p_first: bool = False) -> Tensor:
-        nodes, leaving, used = [x], [], 0
-        weights = weights.flatten()[self._by_bank if banks else self._kept]
-        of_state = weights.split([len(b.order) for b in self._banks])
+        self.edges = nn.ModuleDict()
+        names, nodes = iter(primitives), []
         for i in range(1, 4):
-            j = i - 1
-            leaving.append(leave_by_banks(nodes[j], self._banks[j], of_state[j], p_first) if banks
-                           else leave(nodes[j], self._edges[j]))
-            terms = [term for edges in leaving for term in next(edges)]
-            nodes.append(node(terms) if banks else mixed_sum(weights[used : used + len(terms)], terms))
-            used += len(terms)
-        return nodes[-1]
+            nodes.append([MixedOp201(C, next(names)) for _ in range(i)])
+            self.edges.update({f"{i}<-{j}": edge for j, edge in enumerate(nodes[-1])})
+        self.connect(nodes, primitives)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """weights: p [6, ops]"""
+        return self.add_nodes([x], weights)[-1]
 
 
 class SearchNetwork(nn.Module):
     """The supernet of a search space, with α initialised to 1e-3 · N(0, 1).
 
-    C: channels of the first cell (a DARTS cell puts out four times as many); layers: cells, or in `nasbench201` cells a
-    stage. Searched cells of one type share α: alphas_normal and alphas_reduce [14, ops], or arch_parameters [6, 5].
+    C: channels of the first cell (a DARTS cell puts out four times as many); layers: cells, in `nasbench201` cells
+    a stage. Cells of one type share α: alphas_normal and alphas_reduce [14, ops], or arch_parameters [6, 5].
     state_dict keys are the original's, plus α. Raises InputError for an unknown space.
     """
 
     def __init__(self, C: int, num_classes: int, layers: int, space: str = "darts"):
         super().__init__()
-        self.space = space
-        self.primitives = get(space)
+        self.space, self.primitives = space, get(space)
         if layers < 1 or C < 1:
             raise InputError(f"{layers} cells of {C} channels: both must be positive")
         if space != "nasbench201" and C % 2:
             raise InputError(f"{C} channels: must be even, the reduction cells split them in two")
-        build = self._build_nasbench201 if space == "nasbench201" else self._build_darts
-        build(C, num_classes, layers)
+        in_201 = space == "nasbench201"
+        self._alpha_names = ["arch_parameters"] if in_201 else ["alphas_normal", "alphas_reduce"]
+        (self._build_nasbench201 if in_201 else self._build_darts)(C, num_classes, layers)
 
     def _build_darts(self, C: int, num_classes: int, layers: int) -> None:
         C_curr = 3 * C
@@ -268,74 +151,74 @@ class SearchNetwork(nn.Module):
         self.lastact = nn.Sequential(nn.BatchNorm2d(4 * C), nn.ReLU())
         self.classifier = nn.Linear(4 * C, num_classes)
         # Under the original's key, which is also the name of a method here: so not as an attribute.
-        self._parameters["arch_parameters"] = nn.Parameter(1e-3 * torch.randn(6, len(self.primitives.normal[0])))
-
-    def _alpha_names(self) -> tuple[str, ...]:
-        return ("arch_parameters",) if self.space == "nasbench201" else ("alphas_normal", "alphas_reduce")
+        alpha = 1e-3 * torch.randn(6, len(self.primitives.normal[0]))
+        self._parameters["arch_parameters"] = nn.Parameter(alpha)
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """α of each type of cell."""
-        return [self._parameters[name] for name in self._alpha_names()]
+        return [self._parameters[name] for name in self._alpha_names]
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """w: every parameter but α."""
-        return [p for name, p in self.named_parameters() if name not in self._alpha_names()]
+        return [p for name, p in self.named_parameters() if name not in self._alpha_names]
 
-    def searched_cells(self) -> list[nn.Module]:
+    def searched_cells(self) -> list[SearchedCell]:
         """The cells that α weighs, in order."""
-        return [cell for cell in self.cells if not isinstance(cell, ResNetBasicblock)]
+        return [cell for cell in self.cells if isinstance(cell, SearchedCell)]
 
     def cell_weights(self) -> list[Tensor]:
         """p = softmax(α), [edges, ops] for each searched cell; cells of one type share one tensor."""
         p = [F.softmax(alpha, dim=-1) for alpha in self.arch_parameters()]
         return [p[cell.reduction] for cell in self.searched_cells()]
 
-    def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None, p_first: bool = False) -> Tensor:
-        """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights().
-
-        p_first: a backward pass with create_graph will be asked for gradients by p alone, and need not compute those by w.
-        """
+    def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
+        """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights()."""
         weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
-        x, states = self.stem(x), []
-        banks = (self.training and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-                 and x.is_contiguous(memory_format=torch.channels_last) and compiled_for("cpu"))
         if self.space == "nasbench201":
+            x = self.stem(x)
             for cell in self.cells:
-                x = cell(x) if isinstance(cell, ResNetBasicblock) else cell(x, next(weights), banks, p_first)
+                x = cell(x) if isinstance(cell, ResNetBasicblock) else self.run_cell(cell, [x], next(weights))
             x = self.lastact(x)
         else:
+            s0 = x = self.stem(x)
             for cell in self.cells:
-                states = [*states[-1:], relu(x)]  # the first cell has the stem twice
-                x = cell(states[0], states[-1], next(weights), banks, p_first)
+                s0, x = x, self.run_cell(cell, [s0, x], next(weights))
         return self.classifier(x.mean((2, 3)))
+
+    def run_cell(self, cell: SearchedCell, inputs: list[Tensor], weights: Tensor) -> Tensor:
+        """cell(*inputs, weights); by the engine where it takes the inputs."""
+        return fused.run_cell(cell, inputs, weights) if fused.takes(inputs[0]) else cell(*inputs, weights)
 
     @torch.no_grad()
     def genotype(self) -> "Genotype | str":
-        """The strongest operation of the two strongest incoming edges of each node, never `none`; in `nasbench201`
-        the strongest operation of every edge, as the benchmark's arch string."""
+        """The strongest operation of the two strongest edges into each node, never `none`; in `nasbench201` the
+        strongest operation of every edge, as the benchmark's arch string."""
         p = [F.softmax(alpha, dim=-1).tolist() for alpha in self.arch_parameters()]
         if self.space == "nasbench201":
             rows = iter(zip(p[0], self.primitives.normal))
-            best = [[(max(zip(row, names), key=lambda o: o[0])[1], j) for j, (row, names) in zip(range(i), rows)] for i in range(1, 4)]
-            return format_arch(best)
-        concat = tuple(range(2, 6))
-        return Genotype(derive(p[0], self.primitives.normal), concat, derive(p[1], self.primitives.reduce), concat)
+            return format_arch([[(strongest(*next(rows))[1], j) for j in range(i)] for i in range(1, 4)])
+        normal, reduce = (derive(*of_type) for of_type in zip(p, self.primitives))
+        return Genotype(normal, (2, 3, 4, 5), reduce, (2, 3, 4, 5))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        for name, alpha in zip(self._alpha_names(), self.arch_parameters()):
-            state_dict.setdefault(prefix + name, alpha.detach())  # the original keeps α outside its state_dict
+        for name, alpha in zip(self._alpha_names, self.arch_parameters()):
+            state_dict.setdefault(prefix + name, alpha.detach())  # the original keeps α elsewhere
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def strongest(p: Sequence[float], names: Sequence[str], excluded: str = "") -> tuple[float, str]:
+    """The largest p of an edge, and its operation."""
+    return max((pair for pair in zip(p, names) if pair[1] != excluded), key=lambda pair: pair[0])
 
 
 def derive(p: Sequence[Sequence[float]], primitives: Sequence[Sequence[str]]) -> tuple[tuple[str, int], ...]:
     """Two (operation, input state) for each node of a cell, the stronger edge first. p: [edges, ops]"""
     chosen, first, states = [], 0, 2
     while first < len(p):
-        best = []  # (p of the strongest operation but `none`, its name) of each edge into this node
-        for row, names in zip(p[first : first + states], primitives[first : first + states]):
-            best.append(max(((value, name) for value, name in zip(row, names) if name != "none"), key=lambda o: o[0]))
-        strongest = sorted(range(states), key=lambda j: -best[j][0])[:2]
-        chosen += [(best[j][1], j) for j in strongest]
+        into = slice(first, first + states)  # the edges into this node
+        best = [strongest(*edge, excluded="none") for edge in zip(p[into], primitives[into])]
+        order = sorted(range(states), key=lambda j: -best[j][0])[:2]
+        chosen += [(best[j][1], j) for j in order]
         first, states = first + states, states + 1
     return tuple(chosen)
 
@@ -346,7 +229,7 @@ def tracking_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
 
 @contextmanager
 def frozen_statistics(norms: Sequence[nn.BatchNorm2d]) -> Iterator[None]:
-    """Within, these batch norms in training mode normalise by their batch and leave their running statistics alone."""
+    """Within, these batch norms in training mode leave their running statistics alone."""
     before = [norm.track_running_stats for norm in norms]
     for norm in norms:
         object.__setattr__(norm, "track_running_stats", False)  # Module's own looks for parameters first

@@ -14,7 +14,7 @@ import torch
 import train_eval
 import train_search
 from ldarts import runs
-from ldarts.mixed_sum import compiled_for
+from ldarts.fused import compiled_for
 
 compiled_for("cpu")
 SCRIPTS = {"train_search.py": train_search, "train_eval.py": train_eval}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import ldarts
 from ldarts import model_search, spaces
 from ldarts.architect import METHODS
-from ldarts.mixed_sum import compiled_for
+from ldarts.fused import compiled_for
 from train_search import search_step
 
 SPACES = [space for space in spaces.SPACES if space != "s5"]  # the same as darts

@@ -6,24 +6,29 @@ Three operators of csrc/ are each other's derivatives, to any order:
     mixed_scale(g, w) = (w_m g)_m           by g: mixed_sum(w, G)      by w: mixed_dot(g, G)
     mixed_dot(g, t)   = (⟨g, t_m⟩)_m        by g: mixed_sum(G, t)      by t: mixed_scale(g, G)
 
-where G is the gradient of the result. They are compiled on first use where `pip install .` did not; without a compiler, or
-with LDARTS_MIXED_SUM=reference in the environment, mixed_sum_ref runs instead.
+where G is the gradient of the result. Without the compiled operators mixed_sum_ref runs.
 """
-import fcntl
 import functools
-import hashlib
-import os
-import shutil
-import sys
-import time
-import warnings
-from pathlib import Path
 from typing import Sequence
 
 import torch
 from torch import Tensor
 
-PACKAGE = Path(__file__).parent
+from .build import has_kernel, load
+
+
+@torch.compiler.assume_constant_result
+def compiled_for(device: str) -> bool:
+    """Whether the operators are compiled for devices of this type; loads or compiles them on the first call."""
+    return _loaded() and has_kernel(device)
+
+
+@functools.cache
+def _loaded() -> bool:
+    if not load():
+        return False
+    _register()
+    return True
 
 
 def mixed_sum(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
@@ -63,90 +68,6 @@ def check_terms(weights: Tensor, terms: Sequence[Tensor]) -> None:
         if not formats:
             raise ValueError(f"mixed_sum: term {m} has memory format of strides {term.stride()}, expected "
                              f"{'contiguous or channels-last' if m == 0 else f'that of term 0, {terms[0].stride()}'}")
-
-
-@torch.compiler.assume_constant_result
-def compiled_for(device: str) -> bool:
-    """Whether the operators are compiled for devices of this type; loads or compiles them on the first call."""
-    return _extension() and _has_kernel(device)
-
-
-@functools.cache
-def _has_kernel(device: str) -> bool:
-    found = device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "ldarts::mixed_sum", device.upper())
-    if not found:
-        warnings.warn(f"ldarts: mixed_sum is not compiled for {device}; its slower reference runs there. For CUDA, install "
-                      "nvcc of PyTorch's CUDA version", stacklevel=3)
-    return found
-
-
-@functools.cache
-def _extension() -> bool:
-    if os.environ.get("LDARTS_MIXED_SUM") == "reference":
-        return False
-    try:
-        torch.ops.load_library(_built_ahead() or _build())
-    except Exception as error:  # a compiler fails in more ways than can be listed
-        lines = str(error).splitlines()
-        reason = next((line for line in lines if " error: " in line or line.startswith("error")), lines[0][:200])
-        warnings.warn(f"ldarts: the fused mixed_sum could not be compiled ({reason.strip()}); its slower reference runs. "
-                      "Install a C++20 compiler, such as g++ 11 or later, and ninja; LDARTS_MIXED_SUM=reference chooses "
-                      "the reference silently", stacklevel=3)
-        return False
-    _register()
-    return True
-
-
-def build_options() -> dict:
-    """Sources and flags of the extension on this machine, for setup.py and for the build on first use."""
-    from torch.utils import cpp_extension
-    csrc = PACKAGE.parent / "csrc" if (PACKAGE.parent / "csrc").is_dir() else PACKAGE / "csrc"
-    cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    sources = [csrc / name for name in ("mixed_sum.cpp", "norms.cpp", "separable.cpp")] + ([csrc / "mixed_sum.cu"] if cuda else [])
-    level = torch.backends.cpu.get_cpu_capability()  # what at::vec is to be compiled for
-    cflags = ["-O3", "-std=c++20", "-march=native", f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}", "-fopenmp"]
-    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
-    if sys.platform == "darwin":
-        cflags.remove("-fopenmp")
-    arch = str(torch.cuda.get_device_capability()) if cuda and torch.cuda.is_available() else ""
-    digest = hashlib.sha256(repr((torch.__version__, sys.platform, cflags, nvcc, arch)).encode())
-    for path in sorted(csrc.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    build = digest.hexdigest()[:16]
-    cflags.append(f"-DLDARTS_BUILD={build}")
-    return {"sources": [str(path) for path in sources], "cuda": cuda, "cflags": cflags, "nvcc": nvcc, "build": build}
-
-
-def _built_ahead() -> str | None:
-    """The library that `pip install` compiled, if it was compiled from these sources for this PyTorch."""
-    marker = f"ldarts-build:{build_options()['build']};".encode()
-    return next((str(path) for path in PACKAGE.glob("_C*.so") if marker in path.read_bytes()), None)
-
-
-def _build() -> str:
-    """Compile once into the user's cache -> the library. Concurrent processes wait for the first."""
-    from torch.utils import cpp_extension
-    options = build_options()
-    name = f"ldarts_{options['build']}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldarts" / options["build"]
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{name}.so"
-    with open(folder / ".flock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel even when its holder is killed
-        if not (folder / "done").exists():
-            if not shutil.which(cpp_extension.get_cxx_compiler()):
-                raise RuntimeError(f"error: no compiler {cpp_extension.get_cxx_compiler()!r}")
-            print(f"ldarts: compiling the fused mixed_sum, once, for about {'three minutes' if options['cuda'] else 'a minute'} "
-                  f"({folder})", file=sys.stderr, flush=True)
-            started = time.perf_counter()
-            (folder / "lock").unlink(missing_ok=True)  # PyTorch's own lock, left by a build that was killed
-            cpp_extension.load(name, options["sources"], extra_cflags=options["cflags"], extra_cuda_cflags=options["nvcc"],
-                               extra_ldflags=["-fopenmp"] if "-fopenmp" in options["cflags"] else [],
-                               build_directory=str(folder), with_cuda=options["cuda"], is_python_module=False)
-            (folder / "done").touch()
-            print(f"ldarts: compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    return str(library)
 
 
 def _register() -> None:

@@ -1,0 +1,211 @@
+"""A cell as `model_search` defines it, with what its operations have in common computed once.
+
+On the CPU, in training and channels-last, a node is one sum of normalised terms and the separable convolutions that leave
+a state are one call; elsewhere the operations are those of the cell, and the ReLU, the pools and the pixels of reductions
+of a state are computed once for all edges that leave it.
+"""
+from functools import cached_property
+from typing import Iterator, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv, Zero
+from .mixed_sum import mixed_sum
+from .normalised_sum import Terms, node_sum, normalise, normalised_terms
+from .separable import separable_convolutions
+
+Product = tuple[Tensor, nn.BatchNorm2d | None]  # what an operation computes, and the norm that it ends in
+
+
+def run_cell(cell, inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """cell(*inputs, weights); cell: a SearchedCell."""
+    x = inputs[0]
+    normalises = (cell.training and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+                  and x.is_contiguous(memory_format=torch.channels_last))
+    states = (normalised_states if normalises else shared_states)(cell, inputs, weights)
+    return states[-1] if cell.outputs == 1 else concat(*states[-cell.outputs :])
+
+
+def normalised_states(cell, inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """All states of a cell, each node as one sum of normalised terms."""
+    states = [normalise(*State(x).product(block)) for block, x in zip(cell.preprocess, inputs)] or list(inputs)
+    plans = [Outgoing(cell.nodes, j, weights.shape[1]) for j in range(len(states) + len(cell.nodes) - 1)]
+    p = weights.flatten()[[k for plan in plans for k in plan.columns]].split([len(plan.columns) for plan in plans])
+    leaving: list[Iterator[list[Terms]]] = []  # of each state: the terms of its edges, in the order of the nodes
+    for _ in cell.nodes:
+        for j in range(len(leaving), len(states)):
+            leaving.append(iter(outgoing_terms(states[j], plans[j], p[j])))
+        states.append(node_sum([terms for edges in leaving for terms in next(edges)]))
+    return states
+
+
+def shared_states(cell, inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """All states of a cell, by its own operations."""
+    states = [State(State(x).term(block)) for block, x in zip(cell.preprocess, inputs)] or [State(x) for x in inputs]
+    p, used = weights.flatten()[cell._kept], 0
+    for edges in cell.nodes:
+        terms = [state.term(op) for state, edge in zip(states, edges) for op in edge if not isinstance(op, Zero)]
+        states.append(State(mixed_sum(p[used : used + len(terms)], terms)))
+        used += len(terms)
+    return [state.x for state in states]
+
+
+class State:
+    """A state of a cell, and what depends on it alone."""
+
+    def __init__(self, x: Tensor):
+        self.x = x
+        self.pools: dict[type, Tensor] = {}
+        self.normed: dict[type, tuple[Tensor, nn.BatchNorm2d]] = {}  # of the pools
+
+    @cached_property
+    def positive(self) -> Tensor:
+        return relu(self.x)
+
+    @cached_property
+    def pixels(self) -> tuple[Tensor, Tensor]:
+        """What the two convolutions of a FactorizedReduce read."""
+        return self.positive[:, :, ::2, ::2].clone(), self.positive[:, :, 1::2, 1::2].clone()
+
+    def product(self, op: nn.Module) -> Product:
+        """(z, norm), where op(x) is norm(z), or z without a norm."""
+        pool, *norm = op if isinstance(op, nn.Sequential) else [op]
+        if isinstance(pool, (nn.AvgPool2d, nn.MaxPool2d)):
+            if type(pool) not in self.pools:
+                self.pools[type(pool)] = pool(self.x)
+            return self.pools[type(pool)], norm[0] if norm else None
+        if isinstance(op, FactorizedReduce):
+            halves = [conv_1x1(x, conv.weight) for x, conv in zip(self.pixels, (op.conv_1, op.conv_2))]
+            return torch.cat(halves, dim=1), op.bn
+        if isinstance(op, ReLUConvBN):
+            conv = op.op[1]
+            is_1x1 = conv.kernel_size == conv.stride == (1, 1)
+            return conv_1x1(self.positive, conv.weight) if is_1x1 else conv(self.positive), op.op[2]
+        if isinstance(op, (SepConv, DilConv)):
+            return op.op[1:-1](self.positive), op.op[-1]
+        return op(self.x), None
+
+    def term(self, op: nn.Module) -> Tensor:
+        """op(x). A pool is normalised once; its running statistics are those of every norm it stands before."""
+        z, norm = self.product(op)
+        if norm is None:
+            return z
+        if not isinstance(op, nn.Sequential):
+            return norm(z)
+        kind = type(op[0])
+        if kind not in self.normed:
+            self.normed[kind] = norm(z), norm
+        elif norm.training:
+            copy_buffers(norm, self.normed[kind][1])
+        return self.normed[kind][0]
+
+
+class Outgoing:
+    """The operations on the edges that leave a state, sorted by the way in which they are computed.
+
+    separable, dilated, others: lists of operations, one an edge; columns: the position of their weights in the flattened
+    [edges, ops], of all separable ones, then of all dilated ones, then of the others.
+    """
+
+    def __init__(self, nodes: Sequence[Sequence[nn.Module]], state: int, width: int):
+        """nodes: for each the edges into it, one from every state before it; width: operations on an edge"""
+        self.separable, self.dilated, self.others = [], [], []
+        columns: dict[int, list[int]] = {id(kind): [] for kind in (self.separable, self.dilated, self.others)}
+        row = state  # of the edge from this state, among all edges
+        for edges in nodes:
+            if state < len(edges):
+                for kind in (self.separable, self.dilated, self.others):
+                    kind.append([])
+                for k, op in enumerate(edges[state]):
+                    if not isinstance(op, Zero):
+                        kind = (self.separable if isinstance(op, SepConv) else
+                                self.dilated if isinstance(op, DilConv) else self.others)
+                        kind[-1].append(op)
+                        columns[id(kind)].append(row * width + k)
+            row += len(edges)
+        self.columns = sum(columns.values(), [])
+
+
+def outgoing_terms(state: Tensor, plan: Outgoing, p: Tensor) -> list[list[Terms]]:
+    """The terms p_k op_k(state) of each edge that leaves a state. p: in the order of plan.columns"""
+    separable, dilated = (sum(kind, []) for kind in (plan.separable, plan.dilated))
+    p_separable, p_dilated, p_others = p.split(
+        [len(separable), len(dilated), len(p) - len(separable) - len(dilated)])
+    terms: list[list[Terms]] = [[] for _ in plan.others]
+
+    def share_out(found: list[Terms], kind: Sequence[Sequence[nn.Module]]) -> None:
+        with_terms = [of_edge for of_edge, ops in zip(terms, kind) if ops]
+        for of_edge, one in zip(with_terms, found, strict=True):
+            of_edge.append(one)
+
+    if separable or dilated:
+        first = separable_convolutions([state], None, [tuple(op.op[1:4]) for op in separable + dilated], p_dilated,
+                                       widths_of(plan.dilated))
+        share_out(first.terms, plan.dilated)
+    if separable:
+        count = len(separable)
+        second = separable_convolutions(first.z[:count], first.rstd_mean[:count], [tuple(op.op[5:8]) for op in separable],
+                                        p_separable, widths_of(plan.separable))
+        share_out(second.terms, plan.separable)
+    shared = State(state)
+    products = [[shared.product(op) for op in edge] for edge in plan.others]
+    places: dict[int, int] = {}  # of each z in the order in which it is met
+    edges = [[places.setdefault(id(z), len(places)) for z, _ in edge] for edge in products]
+    if places:
+        zs = list({id(z): z for edge in products for z, _ in edge}.values())
+        norms: list[list[nn.BatchNorm2d]] = [[] for _ in zs]
+        for (_, norm), place in zip(sum(products, []), sum(edges, [])):
+            if norm is not None:
+                norms[place].append(norm)
+        share_out(normalised_terms(zs, norms, [edge for edge in edges if edge], p_others), plan.others)
+    return terms
+
+
+def widths_of(edges: Sequence[Sequence[nn.Module]]) -> list[int]:
+    return [len(ops) for ops in edges if ops]
+
+
+@torch.no_grad()
+def copy_buffers(to: nn.Module, source: nn.Module) -> None:
+    for old, new in zip(to.buffers(), source.buffers()):
+        old.copy_(new)
+
+
+class ReLU(torch.autograd.Function):
+    """forward: relu(x). backward: 1[x > 0] G; its own derivative by x, which is 0, is never a tensor of zeros to be added."""
+
+    @staticmethod
+    def forward(ctx, x):
+        result = F.relu(x)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0].detach(), 0)
+
+
+class Concat(torch.autograd.Function):
+    """forward: torch.cat along the channels. backward: slices, whose own backward is a Concat, not a sum of padded slices."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.sizes = [t.shape[1] for t in tensors]
+        return torch.cat(tensors, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.split(ctx.sizes, 1)
+
+
+relu, concat = ReLU.apply, Concat.apply
+
+
+def conv_1x1(x: Tensor, weight: Tensor) -> Tensor:
+    """F.conv2d(x, weight) for weights [out, in, 1, 1]; channels-last as a product of matrices, whose gradients of
+    gradients copy nothing."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return F.conv2d(x, weight)
+    return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0]).permute(0, 3, 1, 2)

@@ -1,0 +1,221 @@
+"""Separable convolutions: all that leave one state, with the batch norms around them, in a few calls (CPU).
+
+A pair is a depthwise and a pointwise convolution and the norm behind them. Of each pair u
+
+    z_u = P_u D_u a_u,   a_u = relu(s_u x_u + b_u)          x_u [N, C, H, W]; s_u, b_u per channel
+
+and the sums of z_u and z_u² that its norm needs are computed; s and b are those of the norm in front of it (none: s = 1,
+b = 0). csrc/separable.cpp goes through them an image at a time and keeps nothing but z: what a norm or a ReLU would put
+out never is in memory, the backward pass computes it again. With Z = ∂L/∂z, which is made of the G of the nodes that z
+is a term of (see normalised_sum) and of what reads z otherwise,
+
+    ∂L/∂P = Z (D a)ᵀ     ∂L/∂D = (Pᵀ Z) ⋆ a     ∂L/∂x = s · 1[s x + b > 0] · Dᵀ Pᵀ Z
+
+z is linear in each of a, D and P, so a derivative of these is the same computation with one of them replaced by its
+tangent. The operations of operations.py are the plain form that tests hold all this to, gradients of gradients included.
+"""
+import copy
+import itertools
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .normalised_sum import TermNorms, Terms, move_statistics, pixels, terms_of_edges, zeros_for_none
+
+Pair = tuple[nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]  # depthwise, pointwise, the norm behind them
+
+
+class Separable(NamedTuple):
+    """What separable_convolutions computes."""
+
+    z: list[Tensor]  # of each pair [N, C, H, W], channels-last
+    rstd_mean: Tensor  # [pairs, 2, C], 1/σ and μ of their norms
+    terms: list[Terms]  # of each edge
+
+
+def separable_convolutions(x: Sequence[Tensor], before: Tensor | None, pairs: Sequence[Pair], p: Tensor,
+                           widths: Sequence[int]) -> Separable:
+    """x: one input [N, C, H, W] for all pairs, or one each; before: None, or rstd_mean of the norms in front.
+
+    p: the weights of the pairs that are terms, the last of them; widths: how many of these each edge has, at least 1.
+    Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
+    """
+    stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
+    weights = [pair[k].weight for k in (0, 1) for pair in pairs]
+    rstd_mean, mean_var, scale_shift, *tensors = SeparableConvolutions.apply(
+        (stride, dilations), pairs[0][2].eps, widths, before, p, *x, *weights)
+    z, links = tensors[: len(pairs)], tensors[len(pairs) :]
+    move_statistics([norm for _, _, norm in pairs], mean_var, pixels(z[0]))
+    return Separable(z, rstd_mean, terms_of_edges(links, split(z[len(z) - len(p) :], widths), scale_shift))
+
+
+class SeparableConvolutions(torch.autograd.Function):
+    """forward: x, depthwise and pointwise weights -> 1/σ and μ, mean and variance, scale and shift of the terms, z of each
+    pair, a link for each edge. backward: the gradients by those -> by before, p, x and the weights that are asked for.
+    Differentiable again through SeparableConvolutionsGrad."""
+
+    @staticmethod
+    def forward(ctx, geometry, eps, widths, before, p, *tensors):
+        count = len(geometry[1])
+        x, depthwise, pointwise = split(tensors, [len(tensors) - 2 * count, count, count])
+        zs, moments = Convolutions(geometry, before, x, depthwise, pointwise).forward()
+        norms = TermNorms(split(range(count - len(p), count), widths), [True] * count)
+        rstd_mean, mean_var, scale_shift = norms.statistics(moments, p, pixels(zs[0]), eps)
+        ctx.geometry, ctx.norms = geometry, norms
+        ctx.save_for_backward(before, p, rstd_mean, *tensors, *zs)
+        ctx.mark_non_differentiable(mean_var, scale_shift)
+        ctx.set_materialize_grads(False)
+        return rstd_mean, mean_var, scale_shift, *zs, *(zs[-1].view_as(zs[-1]) for _ in widths)
+
+    @staticmethod
+    def backward(ctx, grad_rstd_mean, _mean_var, _scale_shift, *grads):
+        before, p, rstd_mean, *saved = ctx.saved_tensors
+        count = len(ctx.geometry[1])
+        nodes = [node for node, _ in ctx.next_functions]  # of the tensors among the arguments
+        by_weights = any(asked_for(node) for node in nodes[-2 * count :])
+        in_front = nodes[: -2 * count]
+        del in_front[0 if before is None else 1]  # p, whose gradient costs nothing
+        by_inputs = any(asked_for(node) for node in in_front)
+        grad_z, grad_links = grads[:count], zeros_for_none(grads[count:], [saved[-1]] * len(grads[count:]))
+        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), before, p, rstd_mean, grad_rstd_mean, *saved,
+                     *grad_z, *grad_links)
+        again = torch.is_grad_enabled()  # without a derivative to come, the plain call, which saves nothing
+        found = SeparableConvolutionsGrad.apply(*arguments) if again else SeparableConvolutionsGrad.compute(*arguments)[0]
+        return None, None, None, *found
+
+
+def asked_for(node: torch.autograd.graph.Node | None) -> bool:
+    """Whether the running backward pass computes the gradient that goes to this node of the graph."""
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # how it says that autograd.grad asks for a leaf
+        return True
+
+
+class SeparableConvolutionsGrad(torch.autograd.Function):
+    """forward: backward of SeparableConvolutions, that is the gradients by before, p, each x and each depthwise and
+    pointwise weight, from those by 1/σ and μ, by each z (or None) and the G of each edge. backward: its derivatives, once."""
+
+    @staticmethod
+    def compute(geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors):
+        """-> the results; sums that their derivatives need again. asked: by x and before, by the weights"""
+        x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
+        grad_sums = norms.grad_sums(grads, zs)
+        scale, grad_moments, by_p = norms.gradients(rstd_mean, p, grad_rstd_mean, grad_sums, zs)
+        by_x, by_affine, by_depthwise, by_pointwise, _, _ = Convolutions(geometry, before, x, depthwise, pointwise).backward(
+            zs, grad_z, norms.of_terms(grads), scale, grad_moments, *asked, False)
+        by_before = by_rstd_mean(before, by_affine).to(rstd_mean.dtype) if before is not None and asked[0] else None
+        nothing = [None] * len(zs)
+        results = (by_before, by_p.to(p.dtype), *(by_x or [None] * len(x)), *(by_depthwise or nothing),
+                   *(by_pointwise or nothing))
+        return results, (grad_sums, by_affine)
+
+    @staticmethod
+    def parts(geometry, norms, tensors):
+        count = len(geometry[1])
+        return split(tensors, [len(tensors) - 4 * count - norms.edges, count, count, count, count, norms.edges])
+
+    @staticmethod
+    def forward(ctx, geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors):
+        results, sums = SeparableConvolutionsGrad.compute(geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors)
+        ctx.geometry, ctx.norms = geometry, norms
+        ctx.save_for_backward(before, p, rstd_mean, grad_rstd_mean, *sums, *tensors)
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v_before, v_p, *v):
+        before, p, rstd_mean, grad_rstd_mean, grad_sums, by_affine, *tensors = ctx.saved_tensors
+        x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(ctx.geometry, ctx.norms, tensors)
+        inputs, norms = Convolutions(ctx.geometry, before, x, depthwise, pointwise), ctx.norms
+        numbers = rstd_mean, p, grad_rstd_mean, grad_sums
+        scale, grad_moments, _ = norms.gradients(*numbers, zs)
+        v_x, v_depthwise, v_pointwise = split(v, [len(x), len(zs), len(zs)])
+        by_before, affine = None, inputs.affine
+        if v_before is not None:  # through by_rstd_mean, to before and to by_affine, whose gradients are the tangents of s, b
+            (rstd, mean), (v_rstd, v_mean), by_shift = before.unbind(1), v_before.unbind(1), by_affine[:, 0]
+            affine = torch.cat([affine, torch.stack([v_rstd, -mean * v_rstd - rstd * v_mean])])
+            by_before = torch.stack([-by_shift * v_mean, -by_shift * v_rstd], 1)
+        replaced = []
+        if v_before is not None or any(t is not None for t in v_x):
+            replaced.append(inputs.replace(affine=affine, tangent=zeros_for_none(v_x, x)))
+        if any(t is not None for t in v_depthwise):
+            replaced.append(inputs.replace(depthwise=zeros_for_none(v_depthwise, depthwise)))
+        if any(t is not None for t in v_pointwise):
+            replaced.append(inputs.replace(pointwise=zeros_for_none(v_pointwise, pointwise)))
+
+        w = w_sums = by_x = by_depthwise = by_pointwise = None
+        for other in replaced:
+            of_a = bool(other.tangent)
+            found_x, found_affine, found_depthwise, found_pointwise, found_w, found_sums = other.backward(
+                zs, grad_z, norms.of_terms(grads), scale, grad_moments, not of_a or before is not None, True, True)
+            w, w_sums, by_x = add_lists(w, found_w), add(w_sums, found_sums), add_lists(by_x, found_x or None)
+            if before is not None:
+                if of_a:
+                    found_affine = torch.stack([torch.zeros_like(found_affine[:, 2]), found_affine[:, 2]], 1)
+                by_before = add(by_before, by_rstd_mean(before, found_affine))
+            by_depthwise = add_lists(by_depthwise, found_depthwise if other.depthwise is depthwise else None)
+            by_pointwise = add_lists(by_pointwise, found_pointwise if other.pointwise is pointwise else None)
+        sums_of_w = (None, None) if w is None else (w_sums[:, :2], w_sums[len(zs) - len(p) :, 2])
+        may_overwrite = [g is None for g in grad_z]
+        by_statistics, by_p, by_grad_rstd_mean, by_z, by_grads = norms.derivatives(
+            numbers, zs, grads, w or [], may_overwrite, *sums_of_w, v_p)
+        nothing = [None] * len(zs)
+        by_grad_z = [None if g is None or w is None else w[k] for k, g in enumerate(grad_z)]
+        by_before = None if by_before is None else by_before.to(before.dtype)
+        return (None, None, None, by_before, by_p, by_statistics, by_grad_rstd_mean, *(by_x or [None] * len(x)),
+                *(by_depthwise or nothing), *(by_pointwise or nothing), *by_z, *by_grad_z, *by_grads)
+
+
+class Convolutions:
+    """The arguments of the two operators of csrc/separable.cpp."""
+
+    def __init__(self, geometry, before, x, depthwise, pointwise):
+        """geometry: stride, and the dilation of each pair; before: 1/σ and μ of the norms in front, or None"""
+        self.geometry, self.x, self.depthwise, self.pointwise = geometry, x, depthwise, pointwise
+        self.tangent = []  # of x, in the place of a
+        self.affine = None if before is None else affine_of(before)
+
+    def replace(self, **changed) -> "Convolutions":
+        other = copy.copy(self)
+        vars(other).update(changed)
+        return other
+
+    def forward(self):
+        return torch.ops.ldarts.separable_forward(self.x, self.affine, self.depthwise, self.pointwise, *self.geometry)
+
+    def backward(self, *arguments):
+        return torch.ops.ldarts.separable_backward(self.x, self.tangent, self.affine, self.depthwise, self.pointwise,
+                                                   *self.geometry, *arguments)
+
+
+def affine_of(rstd_mean: Tensor) -> Tensor:
+    """s = 1/σ and b = −μ/σ, [2, pairs, C]."""
+    rstd, mean = rstd_mean.unbind(1)
+    return torch.stack([rstd, -rstd * mean])
+
+
+def by_rstd_mean(rstd_mean: Tensor, by_affine: Tensor) -> Tensor:
+    """The gradient by 1/σ and μ, from those by b and s, [pairs, 2 or more, C]."""
+    by_shift, by_scale = by_affine[:, 0], by_affine[:, 1]
+    rstd, mean = rstd_mean.unbind(1)
+    return torch.stack([by_scale - mean * by_shift, -rstd * by_shift], 1)
+
+
+def split(items: Sequence, widths: Sequence[int]) -> list[Sequence]:
+    ends = list(itertools.accumulate(widths))
+    return [items[end - width : end] for end, width in zip(ends, widths)]
+
+
+def add(old, new):
+    """The sum of two tensors, of which either may be None."""
+    return new if old is None else old if new is None else old + new
+
+
+def add_lists(old, new):
+    return new if old is None else old if new is None else [add(a, b) for a, b in zip(old, new)]
