@@ -23,7 +23,8 @@ import torch
 
 import train_eval
 import train_search
-from ldarts import InputError, data, genotypes, runs
+from ldarts import InputError, genotypes, runs
+from ldarts.data.archives import SOURCES, locate, read_cifar
 from ldarts.distributed import Processes
 from ldarts.runs import CHECKPOINT, PREVIOUS, load_checkpoint
 from test_data import Exploit, python2_pickle, rows, write_cifar10
@@ -42,9 +43,8 @@ def write_images(folder):
     """40 images to train and 8 to test: five steps an epoch, of tenths of a second. Those of LDARTS_DATA if it is set."""
     written = write_cifar10(folder / "cifar-10-batches-py", 8)
     if "LDARTS_DATA" in os.environ:
-        source = data._SOURCES["cifar10"]
-        for file in data._locate(source, Path(os.environ["LDARTS_DATA"]), False).glob("*_batch*"):
-            pixels, labels = (part[:8] for part in data._read_cifar(file, source))
+        for file in locate(SOURCES["cifar10"], Path(os.environ["LDARTS_DATA"]), False).glob("*_batch*"):
+            pixels, labels = (part[:8] for part in read_cifar(file, SOURCES["cifar10"]))
             (written / file.name).write_bytes(python2_pickle(labels.tolist(), pixels.flatten(1).numpy()))
     return folder
 
@@ -557,7 +557,7 @@ def test_mutated_images_raise_nothing_but_input_error(tmp_path, figures):
     for _ in range(500):
         (tmp_path / "test_batch").write_bytes(mutated(good[:head], numbers) + good[head:])
         try:
-            data._read_cifar(tmp_path / "test_batch", data._SOURCES["cifar10"])
+            read_cifar(tmp_path / "test_batch", SOURCES["cifar10"])
         except InputError:
             refusals += 1
     assert refusals > 250
