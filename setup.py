@@ -48,7 +48,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["ldarts", "ldarts.data", "ldarts.study", "ldarts.csrc"],
+    packages=["ldarts", "ldarts.data", "ldarts.runs", "ldarts.study", "ldarts.csrc"],
     package_dir={"ldarts.csrc": "csrc"},
     # csrc, because the first use compiles it where this did not
     package_data={"ldarts": ["nasbench201.npz"], "ldarts.csrc": ["*"]},
