@@ -1,7 +1,7 @@
-"""Package of ldarts. Where a compiler is, the fused sum is compiled here; else on its first use (ldarts/fused/build.py).
+"""Package of ldarts. Where a compiler is, the fused sum is compiled here; else on its first use.
 
-`pip install --no-build-isolation .` compiles against the PyTorch that is installed; an isolated build sees another one or
-none and leaves the compiling to the first use.
+`pip install --no-build-isolation .` compiles against the PyTorch that is installed; an isolated build sees
+another one or none and leaves the compiling to the first use.
 """
 import importlib.util
 import shutil
@@ -43,16 +43,18 @@ except Exception as error:  # a machine where it cannot be compiled still runs t
 setup(
     name="ldarts",
     version="0.1.0",
-    description="Λ-DARTS (ICLR 2023): differentiable architecture search whose cells agree on their operations",
+    description="Λ-DARTS (ICLR 2023): differentiable architecture search whose cells agree on their "
+                "operations",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["ldarts", "ldarts.fused", "ldarts.study", "ldarts.csrc"],
+    packages=["ldarts", "ldarts.data", "ldarts.fused", "ldarts.runs", "ldarts.study", "ldarts.csrc"],
     package_dir={"ldarts.csrc": "csrc"},
-    package_data={"ldarts": ["nasbench201.npz"], "ldarts.csrc": ["*"]},  # the first use compiles csrc where this did not
+    # csrc, because the first use compiles it where this did not
+    package_data={"ldarts": ["nasbench201.npz"], "ldarts.csrc": ["*"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.7", "ninja", "numpy"],
-    extras_require={"test": ["pytest"], "svhn": ["scipy"], "plot": ["matplotlib"], "tensorboard": ["tensorboard"],
-                    "imagenet": ["pillow"]},
+    extras_require={"test": ["pytest"], "svhn": ["scipy"], "plot": ["matplotlib"],
+                    "tensorboard": ["tensorboard"], "imagenet": ["pillow"]},
     **built,
 )

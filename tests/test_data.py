@@ -18,6 +18,9 @@ import pytest
 import torch
 
 from ldarts import data
+from ldarts.data import archives
+from ldarts.data.archives import SOURCES, read_cifar, read_svhn
+from ldarts.data.batches import generator_of
 from ldarts.errors import InputError
 
 needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="SVHN needs scipy")
@@ -37,12 +40,13 @@ def text(value: bytes) -> bytes:
 def python2_pickle(labels, rows: np.ndarray, key=b"labels") -> bytes:
     """A CIFAR batch with the opcodes of the published files."""
     array = (b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87Rq\t(K\x01"
-             b"M%bM%b\x86cnumpy\ndtype\nq\nU\x02u1K\x00K\x01\x87Rq\x0b(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff"
-             b"\xffK\x00tb\x89T%b%btb" % (struct.pack("<H", rows.shape[0]), struct.pack("<H", rows.shape[1]),
-                                         struct.pack("<I", rows.nbytes), rows.tobytes()))
-    return b"".join([b"\x80\x02}q\x01(", text(b"batch_label"), b"q\x02", text(b"a batch"), b"q\x03", text(key),
-                     b"q\x04]q\x05(", *(b"K" + bytes([label]) for label in labels), b"e", text(b"data"), b"q\x06",
-                     array, b"u."])
+             b"M%bM%b\x86cnumpy\ndtype\nq\nU\x02u1K\x00K\x01\x87Rq\x0b(K\x03U\x01|NNNJ\xff\xff\xff\xff"
+             b"J\xff\xff\xff\xffK\x00tb\x89T%b%btb" % (
+                 struct.pack("<H", rows.shape[0]), struct.pack("<H", rows.shape[1]),
+                 struct.pack("<I", rows.nbytes), rows.tobytes()))
+    return b"".join([b"\x80\x02}q\x01(", text(b"batch_label"), b"q\x02", text(b"a batch"), b"q\x03",
+                     text(key), b"q\x04]q\x05(", *(b"K" + bytes([label]) for label in labels), b"e",
+                     text(b"data"), b"q\x06", array, b"u."])
 
 
 def rows(n=3, width=3072, seed=0):
@@ -68,7 +72,7 @@ def load_error(root, name="cifar10", download=False) -> str:
 def test_augmentation_equals_a_loop_over_images_and_pixels():
     source, length, half, seen = image_set(height=12, width=10), 6, 3, 0
     batches = data.Batches(source, None, 8, 5, augment=True, cutout_length=length, dtype=torch.float64)
-    generator = data._generator(5, "train", 2)
+    generator = generator_of(5, "train", 2)
     order = torch.randperm(40, generator=generator).tolist()
     shift, flip = torch.randint(9, (40, 2), generator=generator), torch.rand(40, generator=generator) < 0.5
     centre = (torch.rand(40, 2, generator=generator) * torch.tensor([12, 10])).long()
@@ -145,14 +149,16 @@ def test_dtype_layout_and_no_augmentation():
                            memory_format=torch.channels_last)
     x, y = next(batches.epoch(0))
     assert x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last)
-    want = (source.images[y] / 255 - torch.tensor(source.mean)[:, None, None]) / torch.tensor(source.std)[:, None, None]
+    mean, std = (torch.tensor(value)[:, None, None] for value in (source.mean, source.std))
+    want = (source.images[y] / 255 - mean) / std
     torch.testing.assert_close(x.float(), want, rtol=1e-2, atol=1e-2)
 
 
 def test_eval_batches_are_in_order_and_complete():
     source = image_set()
     got = list(data.eval_batches(source, None, 16))
-    assert [len(y) for _, y in got] == [16, 16, 8] and torch.equal(torch.cat([y for _, y in got]), source.labels)
+    assert [len(y) for _, y in got] == [16, 16, 8]
+    assert torch.equal(torch.cat([y for _, y in got]), source.labels)
     back = torch.cat([x for x, _ in got]) * torch.tensor(source.std)[:, None, None]
     back = (back + torch.tensor(source.mean)[:, None, None]) * 255
     torch.testing.assert_close(back, source.images.float(), rtol=0, atol=1e-3)
@@ -238,7 +244,7 @@ def test_damaged_cifar_names_the_file(tmp_path, content):
 
 
 def test_mutated_cifar_raises_nothing_but_input_error(tmp_path):
-    source, path, rng = data._SOURCES["cifar10"], tmp_path / "test_batch", random.Random(0)
+    source, path, rng = SOURCES["cifar10"], tmp_path / "test_batch", random.Random(0)
     good = python2_pickle([1], rows(1))
     header, refused = good.index(rows(1).tobytes()), 0
     for _ in range(800):
@@ -247,7 +253,7 @@ def test_mutated_cifar_raises_nothing_but_input_error(tmp_path):
             bad[rng.randrange(header) if rng.random() < 0.9 else -rng.randint(1, 3)] = rng.randrange(256)
         path.write_bytes(bad)
         try:
-            images, labels = data._read_cifar(path, source)
+            images, labels = read_cifar(path, source)
             assert images.shape == (1, 3, 32, 32) and 0 <= labels.item() < 10
         except InputError:
             refused += 1
@@ -292,8 +298,8 @@ def serve(monkeypatch, content: bytes, name="cifar10", md5=None):
         return Response(content)
 
     md5 = hashlib.md5(content).hexdigest() if md5 is None else md5
-    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
-    monkeypatch.setitem(data._SOURCES, name, data._SOURCES[name]._replace(md5=(md5, md5)))
+    monkeypatch.setattr(archives.urllib.request, "urlopen", urlopen)
+    monkeypatch.setitem(SOURCES, name, SOURCES[name]._replace(md5=(md5, md5)))
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
@@ -311,15 +317,16 @@ def test_no_network_says_where_to_put_what(tmp_path, monkeypatch, name):
     def urlopen(url, timeout):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(archives.urllib.request, "urlopen", urlopen)
     message, root = load_error(tmp_path / "new", name, download=True), tmp_path / "new"
-    assert "no route to host" in message and data._SOURCES[name].url in message and str(root) in message
+    assert "no route to host" in message and SOURCES[name].url in message and str(root) in message
     assert list(root.iterdir()) == []
 
 
 def test_download_unpacks_the_archive(tmp_path, monkeypatch, capfd):
     source = write_cifar10(tmp_path / "source" / "cifar-10-batches-py")
-    serve(monkeypatch, tar_of({f"cifar-10-batches-py/{path.name}": path.read_bytes() for path in source.iterdir()}))
+    files = {f"cifar-10-batches-py/{path.name}": path.read_bytes() for path in source.iterdir()}
+    serve(monkeypatch, tar_of(files))
     train, _ = data.load("cifar10", tmp_path / "root", "cpu")
     assert len(train.labels) == 15 and "MB" in capfd.readouterr().err
     assert sorted(path.name for path in (tmp_path / "root").iterdir()) == ["cifar-10-batches-py",
@@ -332,7 +339,8 @@ def test_checksum_mismatch_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("path", ["../escaped", *("cifar-10-batches-py/" + up + "escaped" for up in ("../../", "../../../"))])
+@pytest.mark.parametrize("path", ["../escaped", "cifar-10-batches-py/../../escaped",
+                                  "cifar-10-batches-py/../../../escaped"])
 def test_an_archive_cannot_write_outside(tmp_path, monkeypatch, path):
     serve(monkeypatch, tar_of({path: b"x"}))
     root = tmp_path / "a" / "b"
@@ -340,7 +348,8 @@ def test_an_archive_cannot_write_outside(tmp_path, monkeypatch, path):
     assert [found.name for found in tmp_path.rglob("*") if found.is_file()] == ["cifar-10-python.tar.gz"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a tar", tar_of({"other/x": b"x"}), tar_of({"a/b": bytes(9999)})[:-40]])
+@pytest.mark.parametrize("content", [b"", b"not a tar", tar_of({"other/x": b"x"}),
+                                     tar_of({"a/b": bytes(9999)})[:-40]])
 def test_a_damaged_archive(tmp_path, content):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
     assert str(tmp_path / "cifar-10-python.tar.gz") in load_error(tmp_path)
@@ -368,12 +377,14 @@ def test_svhn(tmp_path):
 
 @needs_scipy
 def test_damaged_svhn(tmp_path):
-    for changed in ({"labels": (0, 1, 2, 3)}, {"labels": (11, 1, 2, 3)}, {"labels": (1, 2, 3)}, {"X": rows(4)},
-                    {"X": np.zeros((32, 32, 3, 4))}, {"y": np.array([1., 2, 3, 4])}, {"y": "text"}, {"X": "text"}):
+    for changed in ({"labels": (0, 1, 2, 3)}, {"labels": (11, 1, 2, 3)}, {"labels": (1, 2, 3)},
+                    {"X": rows(4)}, {"X": np.zeros((32, 32, 3, 4))}, {"y": np.array([1., 2, 3, 4])},
+                    {"y": "text"}, {"X": "text"}):
         write_svhn(tmp_path, **changed)
         assert str(tmp_path / "train_32x32.mat") in load_error(tmp_path, "svhn")
     write_svhn(tmp_path)
-    good, path, rng = (tmp_path / "train_32x32.mat").read_bytes(), tmp_path / "train_32x32.mat", random.Random(0)
+    path, rng = tmp_path / "train_32x32.mat", random.Random(0)
+    good = path.read_bytes()
     for bad in (b"", good[:100], good[:-100], b"foreign" * 50):
         path.write_bytes(bad)
         assert str(path) in load_error(tmp_path, "svhn")
@@ -382,7 +393,7 @@ def test_damaged_svhn(tmp_path):
         bad[rng.randrange(300)] = rng.randrange(256)
         path.write_bytes(bad)
         try:
-            data._read_svhn(path, data._SOURCES["svhn"])
+            read_svhn(path, SOURCES["svhn"])
         except InputError:
             pass
 
@@ -416,7 +427,7 @@ def test_synthetic_is_a_function_of_its_seed():
 
 
 def test_synthetic_pixels_agree_with_their_partners_alone(drawn):
-    """A pixel correlates with those at its class's distance, to either side, and with no other within five pixels."""
+    """A pixel correlates with those at its class's distance, to either side, and no other within five."""
     train, _, _ = drawn
     for label, (dx, dy) in enumerate(((4, 0), (4, 2), (4, 4), (2, 4), (0, 4))):
         grain = train.images[train.labels % 5 == label].float().mean(1)
@@ -424,7 +435,8 @@ def test_synthetic_pixels_agree_with_their_partners_alone(drawn):
         for y, x in itertools.product(range(6), range(-5, 6)):
             if (y, x) == (0, 0):
                 continue
-            near, far = grain[:, y:, max(0, x): 32 + min(0, x)], grain[:, : 32 - y, max(0, -x): 32 - max(0, x)]
+            near = grain[:, y:, max(0, x): 32 + min(0, x)]
+            far = grain[:, : 32 - y, max(0, -x): 32 - max(0, x)]
             expected = 0.0 if (abs(x), y) != (dx, dy) else 0.5 if 0 in (dx, dy) else 0.25
             assert abs(float((near * far).mean()) - expected) < 0.04, (label, y, x)
 
@@ -439,7 +451,8 @@ def test_synthetic_colour_says_little(drawn):
     assert ((features(test) @ weights).argmax(1) == test.labels).float().mean() < 0.2
 
 
-@pytest.mark.skipif("LDARTS_DATA" not in os.environ, reason="set LDARTS_DATA to a folder with cifar-10-batches-py")
+@pytest.mark.skipif("LDARTS_DATA" not in os.environ,
+                    reason="set LDARTS_DATA to a folder with cifar-10-batches-py")
 def test_real_images():
     train, test = data.load("cifar10", os.environ["LDARTS_DATA"], "cpu", download=False)
     assert len(train.labels) % 5 == 0 and train.labels.unique().tolist() == list(range(10))

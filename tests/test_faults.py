@@ -23,14 +23,16 @@ import torch
 
 import train_eval
 import train_search
-from ldarts import InputError, data, genotypes, runs
+from ldarts import InputError, genotypes, runs
+from ldarts.data.archives import SOURCES, locate, read_cifar
 from ldarts.distributed import Processes
-from ldarts.runs import CHECKPOINT, PREVIOUS, load_checkpoint
+from ldarts.runs.checkpoints import CHECKPOINT, FORMAT, PREVIOUS, SEAL, load_checkpoint
 from test_data import Exploit, python2_pickle, rows, write_cifar10
 
 ROOT = Path(__file__).parent.parent
 CONVS = ROOT / "tests" / "genotypes" / "convs.json"
-COMMON = ["--dataset", "cifar10", "--data", "..", "--init_channels", "2", "--report_freq", "1", "--save", "one"]
+COMMON = ["--dataset", "cifar10", "--data", "..", "--init_channels", "2", "--report_freq", "1",
+          "--save", "one"]
 SEARCH = [*COMMON, "--search_space", "nasbench201", "--layers", "1", "--batch_size", "4"]
 UNROLLED = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4", "--unrolled"]  # with noise
 EVAL = [*COMMON, "--arch", CONVS, "--layers", "2", "--batch_size", "8", "--no-auxiliary"]
@@ -39,12 +41,11 @@ BOTH = ["search", "evaluation"]
 
 
 def write_images(folder):
-    """40 images to train and 8 to test: five steps an epoch, of tenths of a second. Those of LDARTS_DATA if it is set."""
+    """40 images, of LDARTS_DATA if it is set, to train and 8 to test: five steps an epoch of some 0.1 s."""
     written = write_cifar10(folder / "cifar-10-batches-py", 8)
     if "LDARTS_DATA" in os.environ:
-        source = data._SOURCES["cifar10"]
-        for file in data._locate(source, Path(os.environ["LDARTS_DATA"]), False).glob("*_batch*"):
-            pixels, labels = (part[:8] for part in data._read_cifar(file, source))
+        for file in locate(SOURCES["cifar10"], Path(os.environ["LDARTS_DATA"]), False).glob("*_batch*"):
+            pixels, labels = (part[:8] for part in read_cifar(file, SOURCES["cifar10"]))
             (written / file.name).write_bytes(python2_pickle(labels.tolist(), pixels.flatten(1).numpy()))
     return folder
 
@@ -145,7 +146,8 @@ def test_killed_at_random_moments(script, argv, kills, whole, folder, forks, fig
         process.kill()
         process.join()
         last = re.findall(r"epoch (\d+) step (\d+)/", printed(folder))
-        assert reached(folder) >= max(before, tuple(map(int, last[-1])))  # step k is printed once all before it are saved
+        # Step k is printed once all before it are saved.
+        assert reached(folder) >= max(before, tuple(map(int, last[-1])))
         before = reached(folder)
     resume(forks, folder, script)
     assert_same_bits(folder, reference)
@@ -154,7 +156,7 @@ def test_killed_at_random_moments(script, argv, kills, whole, folder, forks, fig
 
 @pytest.mark.parametrize("n, halved", [*((n, False) for n in range(3, 18)), (1, True), (2, True)])
 def test_killed_inside_a_save(n, halved, whole, folder, forks, figures):
-    """Before each call that makes a file durable, from the first checkpoint on, and with half a checkpoint written."""
+    """Before each call that makes a file durable, from the first save on, and with half of one written."""
     argv = [*SEARCH, "--epochs", "1", "--lambda_reg", "0", "--batch_size", "10"]
     reference = whole("train_search.py", *argv)
     process = forks.start(folder, "train_search.py", *argv, *EACH_STEP, sabotage=forks.KillAtCall(n, halved))
@@ -178,7 +180,8 @@ def test_a_signal_ends_the_run_after_the_step(script, argv, number, status, whol
     assert forks.finish(process) == status
     *_, taken, said = printed(folder).splitlines()
     step = int(re.search(r"epoch 0 step (\d+)/", taken)[1]) + 1
-    assert f"stopped by {number.name} before step {step} of epoch 0" in said and f"{script} --resume runs/one" in said
+    assert f"stopped by {number.name} before step {step} of epoch 0" in said
+    assert f"{script} --resume runs/one" in said
     assert reached(folder) == (0, step)
     resume(forks, folder, script)
     assert_same_bits(folder, reference)
@@ -186,7 +189,8 @@ def test_a_signal_ends_the_run_after_the_step(script, argv, number, status, whol
 
 
 def test_a_second_sigint_stops_at_once(folder, forks, figures):
-    process = forks.start(folder, "train_search.py", *SEARCH, "--epochs", "1", *EACH_STEP, sabotage=forks.SlowSteps(3))
+    process = forks.start(folder, "train_search.py", *SEARCH, "--epochs", "1", *EACH_STEP,
+                          sabotage=forks.SlowSteps(3))
     forks.wait_for(lambda: "step 0/" in printed(folder))
     time.sleep(0.5)  # the save is through, the next step is long
     before = (folder / "runs/one" / CHECKPOINT).read_bytes()
@@ -205,8 +209,8 @@ def test_a_second_sigint_stops_at_once(folder, forks, figures):
 def test_a_deterministic_run_on_a_gpu_continues_to_the_same_bits(script, argv, folder, forks):
     def command(cwd, *argv):
         cwd.mkdir(exist_ok=True)
-        return subprocess.Popen([sys.executable, ROOT / script, *map(str, argv)], cwd=cwd, stderr=subprocess.STDOUT,
-                                stdout=open(cwd.with_suffix(".printed"), "a"))
+        return subprocess.Popen([sys.executable, ROOT / script, *map(str, argv)], cwd=cwd,
+                                stderr=subprocess.STDOUT, stdout=open(cwd.with_suffix(".printed"), "a"))
 
     argv = [*argv, "--data", "../..", "--epochs", "3", "--device", "cuda", "--deterministic"]
     assert command(folder / "whole", *argv).wait(600) == 0, printed(folder / "whole")
@@ -221,7 +225,8 @@ def test_a_deterministic_run_on_a_gpu_continues_to_the_same_bits(script, argv, f
 def test_deterministic_algorithms_are_there_for_all_that_a_run_does(folder, forks):
     for script, argv in (("train_search.py", UNROLLED), ("train_eval.py", EVAL)):
         (folder / script[:-3]).mkdir()
-        process = forks.start(folder / script[:-3], script, *argv, "--data", "../..", "--epochs", "1", "--deterministic")
+        process = forks.start(folder / script[:-3], script, *argv, "--data", "../..", "--epochs", "1",
+                              "--deterministic")
         assert forks.finish(process) == 0, printed(folder / script[:-3])
 
 
@@ -245,8 +250,8 @@ def flip(content, random_numbers=random.Random(0)):
     return bytes(changed)
 
 
-DAMAGE = {"empty": lambda content: b"", "truncated": lambda content: content[:-200], "halved": lambda c: c[: len(c) // 2],
-          "one bit": flip, "another bit": flip}
+DAMAGE = {"empty": lambda content: b"", "truncated": lambda content: content[:-200],
+          "halved": lambda content: content[: len(content) // 2], "one bit": flip, "another bit": flip}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -279,7 +284,8 @@ def test_two_damaged_checkpoints_are_one_line(stopped, folder, forks, figures):
 @pytest.fixture
 def small_disk(folder):
     """A file system of 4 MB."""
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], text=True,
+                          capture_output=True)
     if made.returncode:
         pytest.skip(f"a small file system can't be mounted here: {made.stderr.strip()}")
     yield folder
@@ -307,7 +313,8 @@ def test_a_read_only_folder(stopped, small_disk, whole, forks, figures):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     message, = resume(forks, small_disk, "train_search.py", 2).splitlines()
     assert "runs/one/lock: cannot be written (Read-only file system)" in message
-    assert forks.finish(forks.start(small_disk, "train_search.py", *SEARCH, "--epochs", "2", "--save", "two")) == 2
+    another = forks.start(small_disk, "train_search.py", *SEARCH, "--epochs", "2", "--save", "two")
+    assert forks.finish(another) == 2
     assert "runs/two: cannot be made (Read-only file system)" in printed(small_disk).splitlines()[-1]
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     resume(forks, small_disk, "train_search.py")
@@ -338,9 +345,11 @@ def assert_finite(folder):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("options, last", [(EACH_STEP, (1, 2)), ([], (1, 0))], ids=["each step", "each epoch"])
+@pytest.mark.parametrize("options, last", [(EACH_STEP, (1, 2)), ([], (1, 0))],
+                         ids=["each step", "each epoch"])
 def test_a_loss_that_is_not_finite(value, options, last, folder, forks, figures):
-    process = forks.start(folder, "train_search.py", *SEARCH, "--epochs", "2", *options, sabotage=forks.Poison(7, value))
+    process = forks.start(folder, "train_search.py", *SEARCH, "--epochs", "2", *options,
+                          sabotage=forks.Poison(7, value))
     assert forks.finish(process) == 3
     message, = [line for line in printed(folder).splitlines() if line.startswith("error")]
     assert "the loss is not finite at step 2 of epoch 1" in message and "Traceback" not in printed(folder)
@@ -377,25 +386,29 @@ def test_other_arguments_are_refused_with_both_values(stopped, folder, monkeypat
     monkeypatch.chdir(folder)
     before = {path: path.read_bytes() for path in (folder / "runs/one").iterdir()}
     for option, new, old in (("--epochs", "9", "2"), ("--lambda_reg", "0.5", "0.25"), ("--seed", "4", "0"),
-                             ("--batch_size", "5", "4"), ("--dataset", "synthetic", "cifar10"), ("--save", "two", "one"),
-                             ("--search_space", "s2", "nasbench201"), ("--epsilon", "0.5", "0.0001")):
+                             ("--batch_size", "5", "4"), ("--dataset", "synthetic", "cifar10"),
+                             ("--save", "two", "one"), ("--search_space", "s2", "nasbench201"),
+                             ("--epsilon", "0.5", "0.0001")):
         message = refused(train_search, ["--resume", "runs/one", option, new], monkeypatch, capsys)
         assert f"{option} {new}: runs/one was started with {old}" in message
-        assert "only data, device, graph, report_freq, checkpoint_minutes, workers, plot, tensorboard may change" in message
+        assert ("only data, device, graph, report_freq, checkpoint_minutes, workers, plot, tensorboard "
+                "may change") in message
     assert "--cutout True: runs/one was started with False" in refused(
         train_search, ["--resume", "runs/one", "--cutout"], monkeypatch, capsys)
     for value in ("-1", "nan", "soon"):
         assert "--checkpoint_minutes: invalid minutes" in refused(
             train_search, ["--resume", "runs/one", "--checkpoint_minutes", value], monkeypatch, capsys)
     assert "not a run of this script" in refused(train_eval, ["--resume", "runs/one"], monkeypatch, capsys)
-    assert "runs/two/config.json: no run to continue" in refused(train_search, ["--resume", "runs/two"], monkeypatch, capsys)
+    assert "runs/two/config.json: no run to continue" in refused(
+        train_search, ["--resume", "runs/two"], monkeypatch, capsys)
     assert before == {path: path.read_bytes() for path in (folder / "runs/one").iterdir()}
 
 
 def test_some_arguments_may_change(stopped, whole, images, folder, forks):
     shutil.copytree(stopped, folder, dirs_exist_ok=True)
-    status = forks.finish(forks.start(folder, "train_search.py", "--resume", "runs/one", "--data", images, "--device", "cpu",
-                                      "--report_freq", "3", "--checkpoint_minutes", "1", "--epochs", "2", "--seed", "0"))
+    status = forks.finish(forks.start(
+        folder, "train_search.py", "--resume", "runs/one", "--data", images, "--device", "cpu",
+        "--report_freq", "3", "--checkpoint_minutes", "1", "--epochs", "2", "--seed", "0"))
     assert status == 0 and "step 2/" not in printed(folder) and "epoch 1 step 3/" in printed(folder)
     assert_same_bits(folder, whole("train_search.py", *SEARCH, "--epochs", "2"))
 
@@ -410,7 +423,7 @@ def sealed(state) -> bytes:
 
 
 def seal(content: bytes) -> bytes:
-    return content + runs.SEAL + hashlib.sha256(content).hexdigest().encode()
+    return content + SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
 ignores_odd_protocols = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -418,11 +431,11 @@ ignores_odd_protocols = pytest.mark.filterwarnings("ignore:Detected pickle proto
 
 @pytest.fixture
 def resumable(tmp_path, monkeypatch):
-    """(bytes of checkpoint.pt) -> InputError of the attempt to continue it, in this process; nothing else may happen."""
+    """(bytes of checkpoint.pt) -> InputError of the attempt to continue it, in this process; nothing else."""
     class NoSignals:
         received = 0
 
-    monkeypatch.setattr(runs, "Signals", NoSignals)
+    monkeypatch.setattr("ldarts.runs.folder.Signals", NoSignals)
     folder = tmp_path / "one"
     folder.mkdir()
     net = torch.nn.Linear(2, 2)
@@ -432,23 +445,25 @@ def resumable(tmp_path, monkeypatch):
         (folder / CHECKPOINT).write_bytes(content)
         return runs.Run("search", args, Processes(torch.device("cpu")), {"model": net}, 5)
 
-    state = {"model": net.state_dict(), "format": runs.FORMAT, "processes": 1, "epoch": 0, "step": 1, "seconds": 0.5,
-             "meters": torch.ones(1, 3, dtype=torch.float64), "history": [{"epoch": 0}]}
+    state = {"model": net.state_dict(), "format": FORMAT, "processes": 1, "epoch": 0, "step": 1,
+             "seconds": 0.5, "meters": torch.ones(1, 3, dtype=torch.float64), "history": [{"epoch": 0}]}
     attempt.state = state
     assert attempt(sealed(state)).step == 1
     return attempt
 
 
 def test_another_format_and_another_number_of_processes_are_named(resumable):
-    for changed, said in (({"format": 2}, "format 2, this version reads 1"), ({"processes": 3}, "by 3 processes, not 1")):
+    for changed, said in (({"format": 2}, "format 2, this version reads 1"),
+                          ({"processes": 3}, "by 3 processes, not 1")):
         with pytest.raises(InputError, match=said):
             resumable(sealed(resumable.state | changed))
 
 
 def test_checkpoints_of_other_content(resumable):
-    for changed in ({"model": {}}, {"model": 1}, {"model": {"weight": "x", "bias": torch.zeros(3)}}, {"epoch": "x"},
-                    {"step": []}, {"seconds": None}, {"history": 3}, {"history": [torch.ones(1)]}, {"meters": torch.ones(0)},
-                    {"meters": "x"}, {"format": torch.ones(2)}, {"processes": []}):
+    for changed in ({"model": {}}, {"model": 1}, {"model": {"weight": "x", "bias": torch.zeros(3)}},
+                    {"epoch": "x"}, {"step": []}, {"seconds": None}, {"history": 3},
+                    {"history": [torch.ones(1)]}, {"meters": torch.ones(0)}, {"meters": "x"},
+                    {"format": torch.ones(2)}, {"processes": []}):
         with pytest.raises(InputError, match="not a checkpoint of this run|by \\[\\] processes"):
             resumable(sealed(resumable.state | changed))
     for missing in resumable.state:
@@ -459,12 +474,14 @@ def test_checkpoints_of_other_content(resumable):
 @ignores_odd_protocols
 def test_a_checkpoint_runs_no_code(resumable, tmp_path, figures):
     target = tmp_path / "made by the checkpoint"
-    for call in ((os.mkdir, str(target)), (eval, f"open({str(target)!r}, 'w')"), (subprocess.call, ["touch", str(target)])):
-        for state in ({"model": Exploit(*call)}, resumable.state | {"history": [Exploit(*call)]}, Exploit(*call)):
+    for call in ((os.mkdir, str(target)), (eval, f"open({str(target)!r}, 'w')"),
+                 (subprocess.call, ["touch", str(target)])):
+        exploit = Exploit(*call)
+        for state in ({"model": exploit}, resumable.state | {"history": [exploit]}, exploit):
             for content in (sealed(state), seal(pickle.dumps(state))):
                 with pytest.raises(InputError, match="damaged or not a checkpoint"):
                     resumable(content)
-                (tmp_path / "plain.pt").write_bytes(content[: -len(runs.SEAL) - 64])
+                (tmp_path / "plain.pt").write_bytes(content[: -len(SEAL) - 64])
                 with pytest.raises(InputError, match="damaged or not a checkpoint"):
                     load_checkpoint(str(tmp_path / "plain.pt"))
                 figures["exploit files"] += 2
@@ -537,8 +554,9 @@ def test_mutated_genotypes_and_configs_raise_nothing_but_input_error(tmp_path, f
     runs.add_run_arguments(parser.add_argument)
     for name, good, read in (
             ("genotype.json", CONVS.read_bytes(), lambda: genotypes.load(str(tmp_path / "run"))),
-            ("config.json", json.dumps({"kind": "search", "epochs": 3, "cutout": False, "device": "cpu", "resume": None,
-                                        "memory_format": "contiguous", "checkpoint_minutes": 2.5}).encode(),
+            ("config.json", json.dumps({"kind": "search", "epochs": 3, "cutout": False, "device": "cpu",
+                                        "resume": None, "memory_format": "contiguous",
+                                        "checkpoint_minutes": 2.5}).encode(),
              lambda: parser.parse_args(["--resume", str(tmp_path / "run")]))):
         refusals = 0
         for _ in range(500):
@@ -557,7 +575,7 @@ def test_mutated_images_raise_nothing_but_input_error(tmp_path, figures):
     for _ in range(500):
         (tmp_path / "test_batch").write_bytes(mutated(good[:head], numbers) + good[head:])
         try:
-            data._read_cifar(tmp_path / "test_batch", data._SOURCES["cifar10"])
+            read_cifar(tmp_path / "test_batch", SOURCES["cifar10"])
         except InputError:
             refusals += 1
     assert refusals > 250

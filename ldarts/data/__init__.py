@@ -1,0 +1,34 @@
+"""Data sets, and the batches of them that a network sees.
+
+batches: ImageSet, what a set is made into, and its batches on the device; archives: CIFAR and SVHN;
+synthetic: images drawn from a seed; folders: ImageNet and its batches.
+"""
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from .archives import SOURCES, read_archive
+from .batches import Batches, ImageSet, eval_batches
+from .folders import FolderBatches
+from .synthetic import synthetic
+
+DATASETS = (*SOURCES, "synthetic")
+
+
+def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0, download: bool = True,
+         size: int | None = None) -> tuple[ImageSet, ImageSet]:
+    """The training and the test set called `name`, on `device`.
+
+    root: the folder that holds (or receives) the unpacked archive, or the unpacked folder itself. seed: of
+    `synthetic` alone. size: of smaller images, pixels a side: means over squares. Raises InputError for an
+    unknown name, for missing or damaged files, and for a size that does not divide that of the images.
+    """
+    if name in SOURCES:
+        parts = read_archive(name, Path(root).expanduser(), download)
+    elif name == "synthetic":
+        parts = synthetic(seed)
+    else:
+        raise InputError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
+    parts = (part.to(device) for part in parts)
+    return tuple(part if size is None else part.smaller(size) for part in parts)

@@ -1,0 +1,148 @@
+"""ImageSet, what every data set is made into, and its batches: crop, flip and cutout by a few tensor lines.
+
+A batch is a function of (seed, tag, epoch, step) alone, whatever the device and the number of processes: one
+CPU generator draws all random numbers of an epoch, as tables over its images.
+"""
+import hashlib
+from typing import Iterator, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+
+Batch = tuple[Tensor, Tensor]  # x [n, 3, H, W], normalised; y [n]
+
+class ImageSet(NamedTuple):
+    images: Tensor  # uint8 [N, 3, H, W]
+    labels: Tensor  # int64 [N]
+    num_classes: int
+    mean: tuple[float, float, float]  # of the pixels divided by 255, as published with DARTS
+    std: tuple[float, float, float]
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+
+    def split(self, count: int) -> "tuple[ImageSet, ImageSet]":
+        """The first `count` images, and the rest."""
+        return tuple(self._replace(images=self.images[part], labels=self.labels[part])
+                     for part in (slice(count), slice(count, None)))
+
+    def smaller(self, size: int) -> "ImageSet":
+        """The images with `size` pixels a side, each the mean of a square of pixels."""
+        before = self.images.shape[-1]
+        if not 1 <= size <= before or before % size:
+            raise InputError(f"images of {size} pixels: those of this set have {before}; "
+                             "use a size that divides it")
+        means = [F.avg_pool2d(part.float(), before // size) for part in self.images.split(5000)]
+        return self._replace(images=torch.cat(means).round().byte())
+
+
+def generator_of(*key: int | str) -> torch.Generator:
+    """A CPU generator of its own for every key."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+class Normalize:
+    """uint8 images [n, 3, H, W] -> (images / 255 - mean) / std, in float32 or wider, then in `dtype`."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], dtype=torch.float32, device="cpu"):
+        options = dict(dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self.mean, self.std = (torch.tensor(value, **options)[:, None, None] for value in (mean, std))
+        self.dtype = dtype
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std).to(self.dtype)
+
+
+def crop_flip(images: Tensor, shift: Tensor, flip: Tensor, padding: int = 4) -> Tensor:
+    """Crop each image at `shift` out of its zero-padded self, then mirror it where `flip`.
+
+    images: uint8 [n, 3, H, W]; shift: int64 [n, 2], rows and columns, 0 to 2 * padding; flip: bool [n].
+    """
+    n, channels, height, width = images.shape
+    rows = shift[:, :1] + torch.arange(height, device=images.device)  # [n, H]
+    columns = torch.arange(width, device=images.device)
+    columns = shift[:, 1:] + torch.where(flip[:, None], columns.flip(0), columns)  # [n, W]
+    image, channel = (torch.arange(size, device=images.device) for size in (n, channels))
+    return F.pad(images, [padding] * 4)[image[:, None, None, None], channel[:, None, None],
+                                        rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def cutout(x: Tensor, centre: Tensor, length: int, keep: Tensor) -> Tensor:
+    """Zero a square of `length` pixels, clipped at the border, in each x[i] with keep[i]: DARTS's Cutout.
+
+    x: [n, 3, H, W]; centre: int64 [n, 2], row and column; keep: bool [n]. The square spans
+    centre - length // 2, included, to centre + length // 2, excluded.
+    """
+    def within(size: int, middle: Tensor) -> Tensor:  # [n, size]
+        at = torch.arange(size, device=x.device) - middle[:, None]
+        return (at >= -(length // 2)) & (at < length // 2)
+
+    rows, columns = within(x.shape[2], centre[:, 0]), within(x.shape[3], centre[:, 1])
+    return x.masked_fill((rows[:, :, None] & columns[:, None, :] & keep[:, None, None])[:, None], 0)
+
+
+class Batches:
+    """Shuffled batches of one data set, or of its `indices`; an incomplete one at an epoch's end is left out.
+
+    batch_size: images of a global batch, over all `world` processes; the process `rank` gets its contiguous
+    1 / world of each. tag: keeps the random numbers of two streams of one seed apart. augment: random crop
+    (zero padding 4) and flip before normalisation, cutout of `cutout_length` pixels (0: none) after it, as in
+    DARTS. Raises InputError when the images do not fill one batch or the batch does not divide by `world`.
+    """
+
+    def __init__(self, data: ImageSet, indices: Tensor | None, batch_size: int, seed: int, *, augment: bool,
+                 tag: str = "train", cutout_length: int = 0, rank: int = 0, world: int = 1,
+                 dtype=torch.float32, memory_format=torch.contiguous_format):
+        self.indices = torch.arange(len(data.labels)) if indices is None else indices.cpu()
+        if not 1 <= batch_size <= len(self.indices):
+            raise InputError(f"batch size {batch_size} with {len(self.indices)} {tag} images: "
+                             f"use a batch size from 1 to {len(self.indices)}")
+        if batch_size % world:
+            raise InputError(f"batch size {batch_size} does not divide by {world} processes: "
+                             f"use a multiple of {world}")
+        self.data, self.batch_size, self.seed, self.tag = data, batch_size, seed, tag
+        self.augment, self.cutout_length, self.memory_format = augment, cutout_length, memory_format
+        self.normalize = Normalize(data.mean, data.std, dtype, data.images.device)
+        self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+    def __len__(self) -> int:
+        return len(self.indices) // self.batch_size
+
+    def epoch(self, epoch: int, cutout_prob: float = 1.0, start: int = 0) -> Iterator[Batch]:
+        """Batches number `start` and later of an epoch, of batch_size / world images each.
+
+        cutout_prob: the fraction of images that cutout is applied to.
+        """
+        generator, count = generator_of(self.seed, self.tag, epoch), len(self) * self.batch_size
+        height, width = self.data.images.shape[2:]
+
+        def table(numbers: Tensor) -> Tensor:  # [count, …] -> [steps, batch_size / world, …], on the device
+            numbers = numbers.view(len(self), self.batch_size, *numbers.shape[1:])
+            return numbers[:, self.share].to(self.data.images.device)
+
+        index = table(self.indices[torch.randperm(len(self.indices), generator=generator)[:count]])
+        shift = table(torch.randint(9, (count, 2), generator=generator))
+        flip = table(torch.rand(count, generator=generator) < 0.5)
+        centre = table((torch.rand(count, 2, generator=generator) * torch.tensor([height, width])).long())
+        keep = table(torch.rand(count, generator=generator) < cutout_prob)
+        for step in range(start, len(self)):
+            images = self.data.images[index[step]]
+            if self.augment:
+                images = crop_flip(images, shift[step], flip[step])
+            x = self.normalize(images)
+            if self.augment and self.cutout_length:
+                x = cutout(x, centre[step], self.cutout_length, keep[step])
+            yield x.contiguous(memory_format=self.memory_format), self.data.labels[index[step]]
+
+
+def eval_batches(data: ImageSet, indices: Tensor | None, batch_size: int, *, dtype=torch.float32,
+                 memory_format=torch.contiguous_format) -> Iterator[Batch]:
+    """All images (or those at `indices`) once, in order and as they are; the last batch may be short."""
+    normalize = Normalize(data.mean, data.std, dtype, data.images.device)
+    indices = torch.arange(len(data.labels)) if indices is None else indices
+    for index in indices.to(data.images.device).split(batch_size):
+        yield normalize(data.images[index]).contiguous(memory_format=memory_format), data.labels[index]

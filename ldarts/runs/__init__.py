@@ -1,0 +1,14 @@
+"""A run: its command line, its folder, and what comes of it.
+
+machine: device, precision, seeds; checkpoints: files that appear whole; signals: how a run is stopped, its
+lock; meters: losses and accuracies; folder: Run; arguments: what command lines share; protocols: those of the
+two scripts; results: the table of finished runs.
+"""
+from .arguments import Parser, add_run_arguments, script
+from .checkpoints import load_checkpoint, write_atomically
+from .folder import Run
+from .machine import (AMP, MEMORY_FORMATS, amp_dtype, device_name, pick_device, seed_everything,
+                      set_deterministic, versions)
+from .meters import evaluate
+from .protocols import parse_eval_args, parse_search_args
+from .results import grouped, main, read_run, spread, table

@@ -1,0 +1,98 @@
+"""What the command lines have in common: bad input is one line, a resumed run keeps its arguments."""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Callable, Sequence
+
+from ..errors import InputError, NotFinite, brief
+from .machine import AMP, MEMORY_FORMATS
+
+MAY_CHANGE = ("data", "device", "graph", "report_freq", "checkpoint_minutes", "workers", "plot",
+              "tensorboard", "resume")  # when a run is continued
+
+
+def script(main: Callable[[], None]) -> None:
+    """Run a script's main: bad input is one line on standard error and status 2, a value not finite is 3."""
+    try:
+        main()
+    except (InputError, NotFinite) as error:
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, InputError) else 3)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that complains by InputError. With --resume, what is not given is as in the run.
+
+    kind: `search` or `eval`, what config.json says the run is.
+    """
+
+    def __init__(self, kind: str = "", **kwargs):
+        super().__init__(**kwargs)
+        self.kind = kind
+
+    def error(self, message: str):
+        raise InputError(message)
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        argv = sys.argv[1:] if argv is None else argv
+        args = super().parse_args(argv)
+        if not getattr(args, "resume", None):
+            return args
+        path = Path(args.resume) / "config.json"
+        recorded = self._recorded(path)
+        try:
+            before = super().parse_args(recorded)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        args = super().parse_args([*recorded, *argv])
+        for name, value in vars(args).items():
+            if name not in MAY_CHANGE and value != (was := getattr(before, name)):
+                raise InputError(f"--{name} {value}: {args.resume} was started with {was}; leave it out, "
+                                 f"only {', '.join(MAY_CHANGE[:-1])} may change "
+                                 "(the schedules run over --epochs)")
+        return args
+
+    def _recorded(self, path: Path) -> list[str]:
+        """The arguments in a config.json as they are typed, so that they pass the same checks."""
+        try:
+            config = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: no run to continue ({brief(error)}); "
+                             "--resume takes a folder runs/<name>") from error
+        if not isinstance(config, dict) or config.get("kind") != self.kind:
+            raise InputError(f"{path}: not a run of this script; --resume takes one of kind {self.kind!r}")
+        argv = []
+        for action in self._actions:
+            value = config.get(action.dest)
+            if not isinstance(value, (bool, int, float, str, type(None))):
+                raise InputError(f"{path}: {action.dest} is neither a number nor text")
+            if isinstance(value, bool):
+                argv += action.option_strings[not value :][:1]  # --x, or --no-x where there is one
+            elif value is not None and action.dest != "resume":
+                argv.append(f"{action.option_strings[0]}={value}")
+        return argv
+
+
+def minutes(text: str) -> float:
+    if not (value := float(text)) >= 0:
+        raise ValueError
+    return value
+
+
+def add_run_arguments(add: Callable) -> None:
+    """What both scripts take; add: a parser's add_argument."""
+    add("--device", default="auto")
+    add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
+    add("--amp", choices=AMP, default="none",
+        help="bf16: passes under autocast, but for those of a difference")
+    add("--deterministic", action="store_true", help="the same bits on every run also on a GPU, "
+                                                     "at a price in time")
+    add("--checkpoint_minutes", type=minutes, default=10.0,
+        help="between two checkpoints inside an epoch; 0: every step")
+    add("--resume", metavar="RUN", help="continue the run in this folder; may come with "
+                                        + ", ".join(f"--{name}" for name in MAY_CHANGE[:-1]))

@@ -1,0 +1,231 @@
+"""The run folder: configuration, log, metrics and checkpoints, and the point that a run has reached."""
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed import Processes
+from ..errors import InputError, NotFinite, brief
+from .checkpoints import (CHECKPOINT, FORMAT, PREVIOUS, load_checkpoint, not_written, save_checkpoint,
+                          write_atomically)
+from .machine import commit, device_name, seed_everything, versions
+from .meters import Meter
+from .signals import Signals, lock
+
+NEVER = 2**62  # no step
+
+
+class Run:
+    """The folder runs/<name>/ of one run, and the point that the run has reached.
+
+    Made on construction, which refuses an existing folder; with args.resume, continued from its last whole
+    checkpoint. args: of the script; parts: objects with a state_dict, by their names in the checkpoint;
+    steps: in an epoch; facts: more for config.json; means: numbers to average beside loss and accuracy. With
+    the arguments, `parts`, and the attributes below, a checkpoint holds all that the rest of the run depends
+    on: batches and random numbers are functions of (seed, rank, epoch, step). All processes call each method,
+    rank 0 alone writes.
+
+    epoch, step: what comes next; meter: of this epoch; history: the lines of metrics.jsonl, whose `seconds`
+    alone differ with and without interruptions.
+    """
+
+    def __init__(self, kind: str, args: argparse.Namespace, processes: Processes, parts: dict[str, Any],
+                 steps: int, facts: dict[str, Any] | None = None, means: int = 0):
+        self.args, self.processes, self.parts, self.steps = args, processes, parts, steps
+        self.writes = processes.rank == 0
+        self.epoch, self.step, self.history = 0, 0, []
+        self.means, self.meter = means, Meter(processes, means)
+        self.epoch_started = time.perf_counter()
+        self.taken, self.saves, self.saving = 0, 0, 0.0  # steps, checkpoints, their seconds, by this process
+        self.first_bad: dict[str, Tensor] = {}
+        self.path = Path(args.resume or Path("runs", args.save or f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"))
+        if self.writes and not args.resume:
+            self._make_folder()
+        if self.writes:
+            self._lock_file = lock(self.path)
+        if args.resume:
+            self._resume()
+        elif self.writes:
+            config = vars(args) | {"kind": kind, "processes": processes.world, "versions": versions(),
+                                   "device_name": device_name(processes.device), "commit": commit()}
+            self.write("config.json", json.dumps(config | (facts or {}), indent=1) + "\n")
+        self.signals = Signals()
+        self.started = self.saved = time.perf_counter()
+
+    def write(self, name: str, text: str) -> None:
+        if self.writes:
+            write_atomically(self.path / name, lambda path: path.write_text(text))
+
+    def log(self, line: str) -> None:
+        """Print a line and append it, with the time, to log.txt."""
+        if self.writes:
+            print(line, flush=True)
+            try:
+                with open(self.path / "log.txt", "a") as file:
+                    file.write(f"{datetime.now():%m-%d %H:%M:%S} {line}\n")
+            except OSError as error:
+                raise not_written(self.path / "log.txt", error) from error
+
+    def seed(self) -> None:
+        """Seed the generators for the next step, or for what follows the last one of an epoch."""
+        seed_everything(self.args.seed, self.processes.rank, self.epoch, self.step)
+
+    def after_step(self, loss: Tensor, logits: Tensor, y: Tensor, means: Tensor | None = None,
+                   **watched: Tensor | None) -> None:
+        """Account for a step that is taken; report, save and stop when it is time to.
+
+        loss: of the global batch; logits, y: of this process; means: [self.means], averaged over the epoch;
+        watched: further scalars that have to stay finite.
+        """
+        self.meter.update(loss, logits, y, means)
+        for name, value in {"the loss": loss, **watched}.items():
+            if value is not None:  # on a GPU nobody waits for the answer here
+                at = torch.where(value.detach().isfinite(), NEVER, self.step)
+                self.first_bad[name] = torch.minimum(at, self.first_bad.get(name, at))
+        reports = self.step % self.args.report_freq == 0 or self.step == self.steps - 1
+        if reports or not loss.is_cuda:
+            self._require_finite()
+        self.step += 1
+        self.taken += 1
+        if reports:
+            mean, accuracy, *_ = self.meter.read()
+            self.log(f"epoch {self.epoch} step {self.step - 1}/{self.steps}: loss {mean:.4f}, "
+                     f"accuracy {accuracy:.2f} %, {self._pace()}")
+        overdue = self.writes and time.perf_counter() - self.saved >= 60 * self.args.checkpoint_minutes
+        signal_number, overdue = self.processes.largest(self.signals.received, int(overdue))
+        if overdue or signal_number:
+            self.save()
+        self._stop(signal_number)
+
+    def end_epoch(self, values: dict[str, Any]) -> None:
+        """Write the values as a line of metrics.jsonl, and a checkpoint; then the next epoch begins."""
+        self._require_finite()
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise self._not_finite(f"{name} is {value} after", self.step)
+        self.history.append(values | {"seconds": round(time.perf_counter() - self.epoch_started, 3)})
+        self._write_metrics()
+        self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.processes, self.means)
+        self.epoch_started = time.perf_counter()
+        self.save()
+        self._stop(*self.processes.largest(self.signals.received))
+
+    def save(self) -> None:
+        """Write a checkpoint of finite weights."""
+        started = time.perf_counter()
+        self._require_finite()
+        meters = self.processes.gather(self.meter.totals)  # [world, 3 + means]
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        finite = torch.stack([value.isfinite().all() for value in state["model"].values()]).tolist()
+        for name, fine in zip(state["model"], finite):
+            if not fine:
+                raise self._not_finite(f"{name} is not finite before", self.step)
+        if self.writes:
+            save_checkpoint(self.path, state | {
+                "format": FORMAT, "processes": self.processes.world, "epoch": self.epoch, "step": self.step,
+                "seconds": started - self.epoch_started, "meters": meters, "history": self.history})
+        self.saved = time.perf_counter()
+        self.saving += self.saved - started
+        self.saves += 1
+
+    def cost(self) -> str:
+        """What the checkpoints of this process cost."""
+        share = 100 * self.saving / (time.perf_counter() - self.started)
+        return f"{self.saves} checkpoints took {self.saving:.2f} s, {share:.2f} % of the time"
+
+    def close(self) -> None:
+        """Leave the folder to others, and the other processes."""
+        if self.writes:
+            self._lock_file.close()
+        self.processes.close()
+
+    def _make_folder(self) -> None:
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError as error:
+            raise InputError(f"{self.path} exists already: give another name by --save, or continue it by "
+                             f"--resume {self.path}") from error
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be made ({error.strerror}): "
+                             "give another name by --save") from error
+
+    def _write_metrics(self) -> None:
+        self.write("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in self.history))
+
+    def _require_finite(self) -> None:
+        for name, first in self.first_bad.items():
+            if (step := int(first)) != NEVER:
+                raise self._not_finite(f"{name} is not finite at", step)
+
+    def _not_finite(self, what: str, step: int) -> NotFinite:
+        return NotFinite(f"{what} step {step} of epoch {self.epoch}; the checkpoint before it is kept: "
+                         f"--resume {self.path}")
+
+    def _pace(self) -> str:
+        seconds = (time.perf_counter() - self.started) / self.taken
+        left = round(seconds * ((self.args.epochs - self.epoch) * self.steps - self.step))
+        return f"{seconds:.3g} s/step, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+
+    def _stop(self, signal_number: int) -> None:
+        if signal_number:
+            launcher = "python" if self.processes.world == 1 else "torchrun …"
+            self.log(f"stopped by {signal.Signals(signal_number).name} before step {self.step} of epoch "
+                     f"{self.epoch}; continue by: {launcher} {Path(sys.argv[0]).name} --resume {self.path}")
+            self.processes.largest(0)  # torchrun would end the others once the first has left
+            sys.exit(Signals.STATUS[signal_number])
+
+    def _resume(self) -> None:
+        state = self._newest() if self.writes else None
+        self.processes.largest(0)  # the others read once a damaged file is out of the way
+        state = state if self.writes else self._newest()
+        if state is None:
+            self.log(f"{self.path}: no checkpoint yet; from the beginning")
+            return
+        where = self.path / CHECKPOINT
+        try:
+            if state["format"] != FORMAT:
+                raise InputError(f"{where}: format {state['format']}, this version reads {FORMAT}; "
+                                 "continue it with the version that config.json names")
+            if (world := state["processes"]) != self.processes.world:
+                raise InputError(f"{where}: written by {world} processes, not {self.processes.world}; "
+                                 f"continue it with --nproc_per_node={world}")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.epoch, self.step = int(state["epoch"]), int(state["step"])
+            self.history = list(state["history"])
+            self.epoch_started -= float(state["seconds"])  # of this epoch, before it was stopped
+            self.meter.totals.copy_(state["meters"][self.processes.rank])
+            self._write_metrics()  # without the lines of epochs that were not saved
+        except InputError:
+            raise
+        except Exception as error:  # whatever content of other names, types or shapes leads to
+            raise InputError(f"{where}: not a checkpoint of this run ({brief(error)}); "
+                             "start anew by --save") from error
+        self.log(f"{self.path}: continued at step {self.step} of epoch {self.epoch}")
+
+    def _newest(self) -> dict[str, Any] | None:
+        """The last whole checkpoint, None where there is none yet. A damaged one is moved away, or the next
+        save would put it in the place of the whole one."""
+        damage = []
+        for path in (self.path / CHECKPOINT, self.path / PREVIOUS):
+            try:
+                state = load_checkpoint(str(path), sealed=True)
+            except InputError as error:
+                damage += [str(error)] if path.exists() else []
+                continue
+            if damage and self.writes:
+                os.replace(self.path / CHECKPOINT, self.path / "checkpoint.damaged.pt")
+                self.log(f"warning: {damage[0]}; using {path}")
+            return state
+        if damage:
+            raise InputError("; ".join(damage) + "; no whole checkpoint is left, start anew")
+        return None

@@ -1,0 +1,74 @@
+"""The device, its precision and its random numbers, and what a run says of where it ran."""
+import hashlib
+import os
+import platform
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..errors import InputError
+
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+AMP = ("none", "bf16")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: a GPU where there is one; `cuda`: that of the process. Raises InputError if it is missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"--device {name}: {reason}; use cpu, cuda or auto") from error
+
+
+def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """What autocast lowers to. Raises InputError on a CPU, where PyTorch 2.13's gradient by the weights of a
+    dilated depthwise convolution in bfloat16 reads unwritten memory (channels-last, 16 channels of 32x32)."""
+    if name == "bf16" and device.type == "cpu":
+        raise InputError("--amp bf16: PyTorch's bfloat16 gradients of dilated convolutions are wrong on a "
+                         "CPU; leave it out there")
+    return torch.bfloat16 if name == "bf16" else None
+
+
+def seed_everything(seed: int, *position: int) -> None:
+    """Seed the generators of every device by `seed`, or by it and a position such as (rank, epoch, step)."""
+    if position:
+        digest = hashlib.sha256(repr((seed, *position)).encode()).digest()
+        seed = int.from_bytes(digest[:8], "little")
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def set_deterministic() -> None:
+    """Only algorithms that give the same bits on every run; an operation without one raises RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def versions() -> dict[str, str]:
+    return {"ldarts": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a + where it has uncommitted changes; None outside a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    result = subprocess.run(["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=root, text=True,
+                            capture_output=True)
+    return result.stdout.strip() or None

@@ -1,0 +1,44 @@
+"""How a run is asked to stop, and how a second process is kept out of its folder."""
+import fcntl
+import os
+import platform
+import signal
+from pathlib import Path
+from typing import TextIO
+
+from ..errors import InputError
+from .checkpoints import not_written
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1 as the wish to stop after the step; a second SIGINT ends the process."""
+
+    STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
+
+    def __init__(self):
+        self.received = 0
+        for number in self.STATUS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame) -> None:
+        if number == self.received == signal.SIGINT:
+            os._exit(130)
+        self.received = number
+
+
+def lock(folder: Path) -> TextIO:
+    """An open file whose lock, which dies with this process, keeps a second process out of the folder."""
+    try:
+        file = open(folder / "lock", "a+")
+    except OSError as error:
+        raise not_written(folder / "lock", error) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read(100).strip() or "another process"
+        raise InputError(f"{folder} is in use by {holder}: wait for its end, or stop it") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
