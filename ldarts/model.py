@@ -47,17 +47,12 @@ class AuxiliaryHead(nn.Module):
 
     def __init__(self, C: int, num_classes: int, stride: int):
         super().__init__()
+        # The ImageNet head of DARTS has no second norm, kept for the sake of its results.
+        norm = nn.BatchNorm2d(768) if stride == 3 else nn.Identity()
         self.features = nn.Sequential(
-            nn.ReLU(),
-            nn.AvgPool2d(5, stride, count_include_pad=False),
-            nn.Conv2d(C, 128, 1, bias=False),
-            nn.BatchNorm2d(128),
-            nn.ReLU(),
-            nn.Conv2d(128, 768, 2, bias=False),
-            # The ImageNet head of DARTS has no norm here, kept for the sake of its results.
-            nn.BatchNorm2d(768) if stride == 3 else nn.Identity(),
-            nn.ReLU(),
-        )
+            nn.ReLU(), nn.AvgPool2d(5, stride, count_include_pad=False),
+            nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
+            nn.Conv2d(128, 768, 2, bias=False), norm, nn.ReLU())
         self.classifier = nn.Linear(768, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,9 +67,6 @@ class Network(nn.Module):
     drop_path_prob: probability to drop a path of a sample, in training.
     """
 
-    auxiliary_stride = 3
-    stem_reduces = False  # between the two states that the first cell reads
-
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype):
         super().__init__()
         if not isinstance(genotype, Genotype):
@@ -83,11 +75,11 @@ class Network(nn.Module):
         if C < 2 or C % 2 or layers < 1:
             raise InputError(f"{layers} cells of {C} channels: "
                              "cells must be positive, channels positive and even")
-        C_prev_prev = C_prev = self._make_stem(C)
+        C_prev, reduction_prev, auxiliary_stride = self._make_stem(C)
+        C_prev_prev = C_prev
         self.cells = nn.ModuleList()
         self.auxiliary = auxiliary
         self.auxiliary_layer = 2 * layers // 3
-        reduction_prev = self.stem_reduces
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             C *= 2 if reduction else 1
@@ -96,13 +88,13 @@ class Network(nn.Module):
             reduction_prev = reduction
             C_prev_prev, C_prev = C_prev, cell.multiplier * C
             if auxiliary and i == self.auxiliary_layer:
-                self.auxiliary_head = AuxiliaryHead(C_prev, num_classes, self.auxiliary_stride)
+                self.auxiliary_head = AuxiliaryHead(C_prev, num_classes, auxiliary_stride)
         self.classifier = nn.Linear(C_prev, num_classes)
 
-    def _make_stem(self, C: int) -> int:
-        """Adds the stem -> the channels it ends in."""
+    def _make_stem(self, C: int) -> tuple[int, bool, int]:
+        """-> (its channels, whether it halves between its two states, the auxiliary head's stride)"""
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
-        return 3 * C
+        return 3 * C, False, 3
 
     def _stem_states(self, x: Tensor) -> tuple[Tensor, Tensor]:
         s = self.stem(x)
@@ -121,15 +113,12 @@ class Network(nn.Module):
 class NetworkImageNet(Network):
     """The derived network for 224x224 images: a stem of three stride-2 convolutions down to 28x28."""
 
-    auxiliary_stride = 2
-    stem_reduces = True
-
-    def _make_stem(self, C: int) -> int:
+    def _make_stem(self, C: int) -> tuple[int, bool, int]:
         self.stem0 = nn.Sequential(
             nn.Conv2d(3, C // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(C // 2), nn.ReLU(),
             nn.Conv2d(C // 2, C, 3, 2, 1, bias=False), nn.BatchNorm2d(C))
         self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(C, C, 3, 2, 1, bias=False), nn.BatchNorm2d(C))
-        return C
+        return C, True, 2
 
     def _stem_states(self, x: Tensor) -> tuple[Tensor, Tensor]:
         s0 = self.stem0(x)
@@ -158,8 +147,7 @@ class NetworkNAS201(nn.Module):
             if stage > 0:
                 self.cells.append(ResNetBasicblock(C, 2 * C))
                 C *= 2
-            for _ in range(layers):
-                self.cells.append(NAS201Cell(OPS[name](C, 1, True) for name in names))
+            self.cells.extend(NAS201Cell(OPS[name](C, 1, True) for name in names) for _ in range(layers))
         self.lastact = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
         self.classifier = nn.Linear(C, num_classes)
 
