@@ -9,5 +9,5 @@ from .model import Network, NetworkImageNet, NetworkNAS201
 from .model_search import SearchNetwork
 
 __version__ = "0.1.0"
-__all__ = ["Architect", "Genotype", "InputError", "Network", "NetworkImageNet", "NetworkNAS201", "SearchNetwork",
-           "genotypes", "layer_alignment", "mixed_sum", "spaces"]
+__all__ = ["Architect", "Genotype", "InputError", "Network", "NetworkImageNet", "NetworkNAS201",
+           "SearchNetwork", "genotypes", "layer_alignment", "mixed_sum", "spaces"]

@@ -8,9 +8,10 @@ from torch import Tensor
 class Captured:
     """Calls step(*inputs), captured on its first call as a CUDA graph that later calls replay.
 
-    step: from tensors that keep their shapes to any structure of tensors, without waiting for the device; it changes no
-    tensors but those that `state` lists. state: () -> those tensors, of which an optimizer may add some, all zero, in its first
-    step. The result lies in the same memory after every call. Numbers that change between calls have to be tensors.
+    step: from tensors that keep their shapes to any structure of tensors, without waiting for the device; it
+    changes no tensors but those that `state` lists. Numbers that change between calls have to be tensors.
+    state: () -> those tensors, of which an optimizer may add some, all zero, in its first step
+    The result lies in the same memory after every call.
     """
 
     def __init__(self, step: Callable[..., Any], state: Callable[[], Sequence[Tensor]]):

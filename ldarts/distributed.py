@@ -1,7 +1,7 @@
 """The processes that torchrun started, each on its share of every batch; or one process alone.
 
-A rank that dies closes its connections: the others fail in their next exchange, at the latest with the next step, and
-torchrun ends what is left. Running statistics of batch norms are those of rank 0, as in DistributedDataParallel.
+A rank that dies closes its connections: the others fail in the next exchange, at the latest in the next step,
+and torchrun ends what is left. Running statistics of batch norms are those of rank 0, as in torch's DDP.
 """
 import os
 from datetime import timedelta
@@ -15,7 +15,7 @@ from torch import Tensor
 class Processes:
     """rank of this process among `world`, by torchrun's environment; joins the group on construction.
 
-    Tensors on the CPU travel by gloo, also beside NCCL, so that what the hosts agree on does not wait for a GPU.
+    Tensors on the CPU travel by gloo, also beside NCCL: what the hosts agree on does not wait for a GPU.
     """
 
     def __init__(self, device: torch.device):
@@ -25,10 +25,11 @@ class Processes:
             torch.cuda.set_device(device)
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))  # of a rank that hangs: a dead one shows at once
+            # The time is for a rank that hangs: one that dies shows at once.
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
 
     def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The mean over the processes of each tensor (one dtype, one device), by one exchange; alone, the tensors."""
+        """Each tensor's mean over the processes, by one exchange (one dtype, one device); alone, itself."""
         if self.world == 1:
             return list(tensors)
         means = _as_one(tensors, lambda flat: (dist.all_reduce(flat), flat.div_(self.world)))

@@ -8,7 +8,7 @@ class InputError(ValueError):
 
 
 class NotFinite(ArithmeticError):
-    """A quantity of the run became NaN or infinite; the scripts print one line and exit with status 3."""
+    """A quantity became NaN or infinite; the scripts print it as one line and exit with status 3."""
 
 
 def brief(error: BaseException) -> str:
@@ -17,7 +17,7 @@ def brief(error: BaseException) -> str:
 
 
 def require(module: str, purpose: str, package: str = "") -> None:
-    """Raises InputError, beginning with `purpose`, where a module is not there. package: pip's name of it"""
+    """Raises InputError, beginning with `purpose`, where a module is missing. package: its name for pip"""
     if importlib.util.find_spec(module) is None:
         package = package or module
         raise InputError(f"{purpose} needs {package}, which is not installed: pip install {package}")

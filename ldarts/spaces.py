@@ -5,35 +5,36 @@ from .errors import InputError
 
 
 class Space(NamedTuple):
-    """Candidate operations of each edge, in the order of the nodes: 14 edges in a DARTS cell, 6 in NAS-Bench-201."""
+    """Candidate operations of each edge, by nodes: 14 edges in a DARTS cell, 6 in NAS-Bench-201."""
 
     normal: tuple[tuple[str, ...], ...]
     reduce: tuple[tuple[str, ...], ...]  # empty where the reduction cells are fixed
 
 
-_SHORT = {
-    "skip": "skip_connect", "max": "max_pool_3x3", "avg": "avg_pool_3x3", "sep3": "sep_conv_3x3",
-    "dil3": "dil_conv_3x3", "dil5": "dil_conv_5x5",
+SHORT = {  # names of operations in tables
+    "skip": "skip_connect", "max": "max_pool_3x3", "avg": "avg_pool_3x3",
+    "sep3": "sep_conv_3x3", "sep5": "sep_conv_5x5", "sep7": "sep_conv_7x7",
+    "dil3": "dil_conv_3x3", "dil5": "dil_conv_5x5", "c71": "conv_7x1_1x7",
 }
 
 
 def _edges(table: str) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(_SHORT[name] for name in edge.split("|")) for edge in table.split())
+    return tuple(tuple(SHORT[name] for name in edge.split("|")) for edge in table.split())
 
 
 def _uniform(*names: str) -> Space:
     return Space((names,) * 14, (names,) * 14)
 
 
-_S1 = Space(  # Zela et al., 2020: the two operations with the largest α of each edge after a plain DARTS search
+_S1 = Space(  # Zela et al., 2020: of each edge the two operations with the largest α after a DARTS search
     _edges("skip|dil3 skip|dil5 skip|dil5 skip|sep3 skip|dil3 max|skip skip|sep3 "
            "skip|sep3 skip|dil3 skip|sep3 max|skip skip|dil3 dil3|dil5 dil3|dil5"),
     _edges("max|avg max|dil3 max|avg max|avg skip|dil5 max|avg max|sep3 "
            "skip|dil3 skip|dil5 max|avg max|avg skip|dil5 skip|dil5 skip|dil5"),
 )
 # No `none`, as in the published Λ-DARTS code.
-_DARTS = _uniform("max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3",
-                  "dil_conv_5x5")
+_DARTS = _uniform("max_pool_3x3", "avg_pool_3x3", "skip_connect",
+                  "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
 
 SPACES = {
     "darts": _DARTS,

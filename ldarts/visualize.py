@@ -1,14 +1,16 @@
 """Cells, α and curves as pictures (extra `plot`: matplotlib).
 
-    python -m ldarts.visualize LAMBDA_DARTS DARTS --format svg     # LAMBDA_DARTS.svg, DARTS.svg: the two cells
-    python -m ldarts.visualize runs/one                            # cells, alphas and curves, into runs/one
-    python -m ldarts.visualize runs/a runs/b runs/c --out seeds    # … of each, and seeds/curves.png: mean and band
+    python -m ldarts.visualize LAMBDA_DARTS DARTS --format svg   # LAMBDA_DARTS.svg, DARTS.svg: the two cells
+    python -m ldarts.visualize runs/one                          # cells, alphas and curves, into runs/one
+    python -m ldarts.visualize runs/a runs/b --out seeds         # … of each; seeds/curves.png: mean and band
 """
 import math
-import statistics
+from itertools import chain, count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import genotypes, spaces
 from .errors import require
@@ -16,14 +18,24 @@ from .genotypes import Genotype
 from .operations import OPS
 from .runs import Parser, grouped, read_run, script
 
-NODE, GAP, LANE = 0.62, 1.18, 0.3  # inches: width of a state, between two states, between two edges
+BOX, PITCH, LANE = 0.62, 1.8, 0.3  # inches: width of a state, from state to state, from lane to lane
 CURVES = {  # metric -> title of its panel, in the order of the panels
     "valid_accuracy": "validation accuracy, %", "test_accuracy": "test accuracy, %",
-    "true_cifar10": "the cell fully trained (NAS-Bench-201), %", "train_loss": "training loss",
-    "lambda_train": "Λ, training batch", "entropy": "entropy of p, nats", "skip_connections": "skip connections, normal cell",
-    "alpha_eigenvalue": "dominant eigenvalue of ∂²L_valid/∂α²", "lambda_grad_norm": "‖λ ∇Λ‖", "loss_grad_norm": "‖∇L‖",
-    "clipped": "share of clipped steps",
+    "true_cifar10": "the cell fully trained (NAS-Bench-201), %",
+    "train_loss": "training loss", "lambda_train": "Λ, training batch",
+    "entropy": "entropy of p, nats", "skip_connections": "skip connections, normal cell",
+    "alpha_eigenvalue": "dominant eigenvalue of ∂²L_valid/∂α²",
+    "lambda_grad_norm": "‖λ ∇Λ‖", "loss_grad_norm": "‖∇L‖", "clipped": "share of clipped steps",
 }
+
+
+class Edge(NamedTuple):
+    source: int
+    target: int
+    operation: str
+
+
+Graph = tuple[list[str], list[Edge], tuple[int, ...]]  # names of states, edges, concatenated states
 
 
 def pyplot():
@@ -41,132 +53,171 @@ def save(figure, path: Path) -> None:
     pyplot().close(figure)
 
 
-def cell_graphs(genotype: "Genotype | str") -> dict[str, tuple[list[str], list[tuple[int, int, str]], tuple[int, ...]]]:
-    """(names of the states, edges (from, to, operation), states that make the output) of each cell."""
+def cell_graphs(genotype: "Genotype | str") -> dict[str, Graph]:
+    """The graph of each type of cell."""
     if isinstance(genotype, str):
-        edges = [(j, i, op) for i, node in enumerate(genotypes.parse_arch(genotype), 1) for op, j in node]
+        nodes = genotypes.parse_arch(genotype)
+        edges = [Edge(source, target, op) for target, node in enumerate(nodes, 1) for op, source in node]
         return {"cell": (["input", "1", "2", "output"], edges, ())}
     graphs = {}
     for part in ("normal", "reduce"):
-        edges = [(j, 2 + k // 2, op) for k, (op, j) in enumerate(getattr(genotype, part))]
-        names = ["$c_{k-2}$", "$c_{k-1}$", *map(str, range(len(edges) // 2)), "$c_k$"]
+        pairs = getattr(genotype, part)
+        edges = [Edge(source, 2 + k // 2, op) for k, (op, source) in enumerate(pairs)]
+        names = ["$c_{k-2}$", "$c_{k-1}$", *map(str, range(len(pairs) // 2)), "$c_k$"]
         graphs[part] = names, edges, getattr(genotype, part + "_concat")
     return graphs
 
 
-def lanes(edges: list[tuple[int, int, str]]) -> list[int]:
-    """A lane for each edge, above (1, 2, …) or below (-1, -2, …) the states: no two edges overlap in one lane."""
+def lanes(edges: list[Edge]) -> list[int]:
+    """A lane for each edge, above (1, 2, …) or below (-1, -2, …) the states: edges of one do not overlap."""
     found: dict[int, int] = {}
-    for k in sorted(range(len(edges)), key=lambda k: edges[k][1] - edges[k][0]):  # the short ones lie inside
-        j, i, _ = edges[k]
-        side = (-1) ** [e for e, edge in enumerate(edges) if edge[1] == i].index(k)  # a state's edges take turns
-        lane = side
-        while any(lane == taken and j < edges[e][1] and edges[e][0] < i for e, taken in found.items()):
-            lane += side
-        found[k] = lane
+    for k in sorted(range(len(edges)), key=lambda k: edges[k].target - edges[k].source):  # short ones inside
+        source, target, _ = edges[k]
+        siblings = [e for e, edge in enumerate(edges) if edge.target == target]
+        side = (-1) ** siblings.index(k)  # a state's edges take turns
+        beside = [lane for e, lane in found.items() if source < edges[e].target and edges[e].source < target]
+        found[k] = side
+        while found[k] in beside:
+            found[k] += side
     return [found[k] for k in range(len(edges))]
 
 
-def draw_cell(ax, names: list[str], edges: list[tuple[int, int, str]], concat: tuple[int, ...]) -> None:
-    """One cell, its states from left to right. Labels stand between two states, where no line runs up or down."""
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+def port(state: int, lane: int, arrives: bool, edges: list[Edge], at: list[int]) -> float:
+    """Where on its state an edge in a lane ends, in inches; in this order no two edges of a state cross."""
+    side = [(edge, abs(other)) for edge, other in zip(edges, at) if other * lane > 0]
+    arriving = sorted({distance for edge, distance in side if edge.target == state})
+    leaving = sorted({distance for edge, distance in side if edge.source == state}, reverse=True)
+    place = arriving.index(abs(lane)) if arrives else len(arriving) + leaving.index(abs(lane))
+    ends = len(arriving) + len(leaving)
+    step = min(0.12, (BOX - 0.12) / ends)
+    return PITCH * state + step * (place - (ends - 1) / 2)
+
+
+def draw_edge(ax, edge: Edge, lane: int, start: float, end: float) -> None:
+    """An arrow from one state up or down to its lane, along it and back; without an operation a grey one."""
+    from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path as Outline
-    at, out = lanes(edges), len(names) - 1
-    bus = min(at) - 1  # the lane of what is concatenated
-    edges, at = edges + [(j, out, "") for j in concat], at + [bus] * len(concat)
+    up, r = math.copysign(1, lane), 0.12  # r: radius of the corners
+    foot, y = 0.17 * up, (0.17 + LANE * abs(lane)) * up
+    points = [(start, foot), (start, y - r * up), (start, y), (start + r, y),
+              (end - r, y), (end, y), (end, y - r * up), (end, foot)]
+    line_and_corner = [Outline.LINETO, Outline.CURVE3, Outline.CURVE3]
+    outline = Outline(points, [Outline.MOVETO, *line_and_corner, *line_and_corner, Outline.LINETO])
+    op = edge.operation
+    colour = pyplot().get_cmap("tab20")(list(OPS).index(op)) if op else "0.7"
+    weightless = op in ("skip_connect", "none", "noise") or "pool" in op
+    ax.add_patch(FancyArrowPatch(path=outline, color=colour, ls=(0, (3, 1.5)) if weightless else "-", lw=1.8,
+                                 arrowstyle="-|>", mutation_scale=9, zorder=1))
+    if op:  # labelled before its last state, where no line runs up or down
+        ax.text(PITCH * (edge.target - 0.5), y, op, ha="center", va="center", fontsize=9.5, zorder=3,
+                bbox=dict(fc="white", ec="none", pad=1))
 
-    def port(state: int, lane: int, incoming: bool) -> float:
-        """Where on its state an edge ends; in this order no two edges of a state cross."""
-        side = [(l, i == state) for (j, i, _), l in zip(edges, at) if state in (j, i) and l * lane > 0]
-        order = sorted(set(side), key=lambda e: (not e[1], abs(e[0]) if e[1] else -abs(e[0])))
-        step = min(0.12, (NODE - 0.12) / len(order))
-        return state * (NODE + GAP) + step * (order.index((lane, incoming)) - (len(order) - 1) / 2)
 
-    for (j, i, op), lane in zip(edges, at):
-        x0, x1, up = port(j, lane, False), port(i, lane, True), math.copysign(1, lane)
-        foot, y, r = 0.17 * up, (0.17 + LANE * abs(lane)) * up, 0.12
-        points = [(x0, foot), (x0, y - r * up), (x0, y), (x0 + r, y), (x1 - r, y), (x1, y), (x1, y - r * up), (x1, foot)]
-        codes = [Outline.MOVETO, Outline.LINETO, Outline.CURVE3, Outline.CURVE3, Outline.LINETO, Outline.CURVE3,
-                 Outline.CURVE3, Outline.LINETO]
-        colour = pyplot().get_cmap("tab20")(list(OPS).index(op)) if op else "0.7"
-        free = not op or op in ("skip_connect", "none", "noise") or "pool" in op
-        ax.add_patch(FancyArrowPatch(path=Outline(points, codes), arrowstyle="-|>", mutation_scale=9, lw=1.8,
-                                     color=colour, ls=(0, (3, 1.5)) if free and op else "-", zorder=1))
-        if op:
-            ax.text(i * (NODE + GAP) - (NODE + GAP) / 2, y, op, ha="center", va="center", fontsize=9.5, zorder=3,
-                    bbox=dict(fc="white", ec="none", pad=1))
+def draw_cell(ax, names: list[str], edges: list[Edge], concat: tuple[int, ...]) -> None:
+    """One cell, its states from left to right, what is concatenated in a lane of its own below all others."""
+    from matplotlib.patches import FancyBboxPatch
+    at, output = lanes(edges), len(names) - 1
+    at += [min(at) - 1] * len(concat)
+    edges = edges + [Edge(state, output, "") for state in concat]
+    for edge, lane in zip(edges, at):
+        start = port(edge.source, lane, False, edges, at)
+        end = port(edge.target, lane, True, edges, at)
+        draw_edge(ax, edge, lane, start, end)
     for state, name in enumerate(names):
-        ax.add_patch(FancyBboxPatch((state * (NODE + GAP) - NODE / 2, -0.13), NODE, 0.26, zorder=2, fc="0.93", ec="0.4",
-                                    boxstyle="round,pad=0.04"))
-        ax.text(state * (NODE + GAP), 0, name, ha="center", va="center", fontsize=11, zorder=3)
-    ax.set(xlim=(-NODE, out * (NODE + GAP) + NODE), aspect="equal",
-           ylim=((0.45 + LANE * abs(min(at))) * -1, 0.45 + LANE * max(at)))
+        ax.add_patch(FancyBboxPatch((PITCH * state - BOX / 2, -0.13), BOX, 0.26, boxstyle="round,pad=0.04",
+                                    fc="0.93", ec="0.4", zorder=2))
+        ax.text(PITCH * state, 0, name, ha="center", va="center", fontsize=11, zorder=3)
+    ax.set(xlim=(-BOX, PITCH * output + BOX), aspect="equal",
+           ylim=(LANE * min(at) - 0.45, LANE * max(at) + 0.45))
     ax.axis("off")
 
 
 def draw_cells(genotype: "Genotype | str", path: Path) -> None:
     """The cells as graphs; an operation without weights is dashed, the concatenated output grey."""
     graphs = cell_graphs(genotype)
-    heights = [0.9 + LANE * (max(at) - min(at) + 1) for at in (lanes(edges) for _, edges, _ in graphs.values())]
-    width = max(len(names) for names, _, _ in graphs.values()) * (NODE + GAP)
-    figure, axes = pyplot().subplots(len(graphs), squeeze=False, figsize=(width, sum(heights) + 0.3 * len(graphs)),
-                                     height_ratios=heights)
+    width = PITCH * max(len(names) for names, _, _ in graphs.values())
+    used = [lanes(edges) for _, edges, _ in graphs.values()]
+    heights = [0.9 + LANE * (max(at) - min(at) + 1) for at in used]
+    figure, axes = pyplot().subplots(len(graphs), squeeze=False, height_ratios=heights,
+                                     figsize=(width, sum(heights) + 0.3 * len(graphs)))
     for ax, (part, graph) in zip(axes[:, 0], graphs.items()):
         draw_cell(ax, *graph)
         ax.set_title(part, loc="left", fontsize=12)
     save(figure, path)
 
 
-def draw_alphas(space: str, alphas: list[list[list[list[float]]]], genotype: "Genotype | str", path: Path) -> None:
-    """p = softmax(α) over the epochs, a panel an edge, those of the genotype framed and their operation marked.
+def draw_alphas(space: str, alphas: list[list], genotype: "Genotype | str", path: Path) -> None:
+    """p = softmax(α) over the epochs, a panel an edge; those of the genotype framed, their operation marked.
 
-    alphas: α of each epoch, of each type of cell [edges, ops]
+    Colours are the distance of p from that of equal operations, on one scale for the whole picture.
+    alphas: of each epoch, of each type of cell, α [edges, ops]
     """
-    primitives, graphs = spaces.get(space), cell_graphs(genotype)
+    graphs = cell_graphs(genotype)
+    types = [torch.tensor(epochs).softmax(-1) for epochs in zip(*alphas)]  # of each p [epochs, edges, ops]
+    distances = [p - 1 / p.shape[-1] for p in types]
+    reach = max(1e-6, *(float(distance.abs().max()) for distance in distances))
     figure = pyplot().figure(figsize=(9.5, 5.2 * len(graphs)), layout="constrained")
-    for block, (part, (names, chosen, _)), rows, k in zip(
-            figure.subfigures(len(graphs), squeeze=False)[:, 0], graphs.items(), primitives, range(2)):
-        p = torch.stack([torch.tensor(epoch[k]).softmax(-1) for epoch in alphas])  # [epochs, edges, ops]
-        first = 1 if isinstance(genotype, str) else 2
-        pairs = [(j, i) for i in range(first, 20) for j in range(i)][: len(rows)]
-        last = pairs[-1][1]
-        axes = block.subplots(last - first + 1, last, squeeze=False)
+    blocks = figure.subfigures(len(graphs), squeeze=False)[:, 0]
+    for block, part, operations, distance in zip(blocks, graphs, spaces.get(space), distances):
         block.suptitle(f"{part}: softmax(α) by epoch", fontsize=11)
-        for ax in axes.flat:
-            ax.set_axis_off()
-        for e, (j, i) in enumerate(pairs):
-            ax = axes[i - first, j]
-            ax.set_axis_on()
-            image = ax.imshow(p[:, e].T.numpy(), aspect="auto", vmin=0, vmax=float(p.max()), cmap="viridis", interpolation="nearest")
-            ax.set_title(f"{names[j]} → {names[i]}", fontsize=8, pad=3)
-            labelled = j == 0 or len(set(rows)) > 1
-            ax.set_yticks(range(len(rows[e])), rows[e] if labelled else [""] * len(rows[e]), fontsize=7)
-            ax.set_xticks([0, len(p) - 1] if i == last and len(p) > 1 else [])
-            ax.tick_params(labelsize=7, length=2)
-            for op in (op for a, b, op in chosen if (a, b) == (j, i)):
-                ax.plot(len(p) - 0.75, rows[e].index(op), "<", color="tab:red", ms=6, clip_on=False)
-                for spine in ax.spines.values():
-                    spine.set(color="tab:red", linewidth=2)
-        block.colorbar(image, ax=axes, shrink=0.6)
+        draw_type(block, graphs[part], operations, distance, reach)
     save(figure, path)
 
 
+def draw_type(block, graph: Graph, operations: tuple[tuple[str, ...], ...], distance: Tensor, reach: float):
+    """The edges of one type of cell: a row a target, a column a source. distance: [epochs, edges, ops]"""
+    names, derived, _ = graph
+    targets = sorted({edge.target for edge in derived})
+    grid = block.add_gridspec(len(targets), targets[-1])
+    pairs = [(source, target) for target in targets for source in range(target)]
+    for e, (source, target) in enumerate(pairs):
+        ax = block.add_subplot(grid[target - targets[0], source])
+        chosen = [edge.operation for edge in derived if edge[:2] == (source, target)]
+        image = draw_panel(ax, distance[:, e], operations[e], chosen, reach)
+        ax.set_title(f"{names[source]} → {names[target]}", fontsize=8, pad=3)
+        if source > 0 and len(set(operations)) == 1:
+            ax.set_yticklabels([])
+        if target < targets[-1]:
+            ax.set_xticks([])
+    bar = block.colorbar(image, ax=block.axes, shrink=0.6)
+    bar.set_label(f"p − 1/{distance.shape[-1]}, up to ±{reach:.2g}", fontsize=9)
+    bar.set_ticks([-reach, 0, reach], labels=[f"−{reach:.2g}", "0", f"+{reach:.2g}"], fontsize=8)
+
+
+def draw_panel(ax, distance: Tensor, operations: tuple[str, ...], chosen: list[str], reach: float):
+    """One edge -> its image. distance: [epochs, ops]; chosen: its operations in the genotype"""
+    last = len(distance) - 1
+    image = ax.imshow(distance.T.numpy(), vmin=-reach, vmax=reach, cmap="RdBu_r", aspect="auto",
+                      interpolation="nearest")
+    ax.set_yticks(range(len(operations)), operations)
+    ax.set_xticks([0, last] if last else [])
+    ax.tick_params(labelsize=7, length=2)
+    for op in chosen:
+        ax.annotate("◀", (1, operations.index(op)), (3, 0), xycoords=ax.get_yaxis_transform(),
+                    textcoords="offset points", va="center", fontsize=7)
+        ax.spines[:].set(color="black", linewidth=2)
+    return image
+
+
 def band(ax, x, rows: list[list[float]], label: str, shade: bool = True, **style) -> None:
-    """The mean of several curves over x, and, with `shade`, a band of one standard deviation to either side."""
-    mean = [statistics.fmean(values) for values in zip(*rows)]
+    """The mean of several curves over x; with `shade` a band of one standard deviation to either side."""
+    values = torch.tensor(rows, dtype=torch.float64)
+    mean = values.mean(0)
     line, = ax.plot(x, mean, label=label, **style)
     if shade and len(rows) > 1:
-        deviation = [statistics.stdev(values) for values in zip(*rows)]
-        ax.fill_between(x, [m - d for m, d in zip(mean, deviation)], [m + d for m, d in zip(mean, deviation)], lw=0,
-                        color=line.get_color(), alpha=0.2)
+        deviation = values.std(0)
+        ax.fill_between(x, mean - deviation, mean + deviation, lw=0, color=line.get_color(), alpha=0.2)
 
 
 def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
     """The metrics of groups of runs over the epochs, mean and band. groups: name -> metrics of each run"""
-    shown = [name for name in CURVES if any(name in line for runs in groups.values() for run in runs for line in run)]
+    runs = chain.from_iterable(groups.values())
+    logged = set().union(*chain.from_iterable(runs))
+    shown = [name for name in CURVES if name in logged]
     columns = min(3, len(shown))
-    figure, axes = pyplot().subplots(-(-len(shown) // columns), columns, squeeze=False, layout="constrained",
-                                     figsize=(3.6 * columns, 2.5 * -(-len(shown) // columns)))
+    height = math.ceil(len(shown) / columns)
+    figure, axes = pyplot().subplots(height, columns, squeeze=False, layout="constrained",
+                                     figsize=(3.6 * columns, 2.5 * height))
     for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
     for ax, name in zip(axes.flat, shown):
@@ -183,8 +234,8 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
     for ax in axes.flat[max(0, len(shown) - columns) : len(shown)]:
         ax.set_xlabel("epoch", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    across = max(1, min(len(labels), 60 * columns // (8 + max(map(len, labels)))))  # as many as fit the width
-    figure.legend(handles, labels, loc="outside lower center", ncols=across, fontsize=8)
+    across = min(len(labels), 60 * columns // (8 + max(map(len, labels))))  # as many as fit the width
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, across), fontsize=8)
     save(figure, path)
 
 
@@ -192,34 +243,50 @@ def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
     """cells, alphas (of a search) and curves of one run, into its folder -> what was written."""
     config, metrics = read_run(path)
     genotype, folder = genotypes.load(str(path)), Path(path)
-    written = [folder / f"{name}.{suffix}" for name in ("cells", "curves", "alphas")]
-    draw_cells(genotype, written[0])
-    draw_curves({folder.name: [metrics]}, written[1])
+    cells, curves, alphas = (folder / f"{name}.{suffix}" for name in ("cells", "curves", "alphas"))
+    draw_cells(genotype, cells)
+    draw_curves({folder.name: [metrics]}, curves)
     if "alphas" not in metrics[-1]:
-        return written[:2]
-    draw_alphas(config["search_space"], [line["alphas"] for line in metrics], genotype, written[2])
-    return written
+        return [cells, curves]
+    draw_alphas(config["search_space"], [line["alphas"] for line in metrics], genotype, alphas)
+    return [cells, curves, alphas]
+
+
+def file_names(cells: list[str]) -> dict[str, str]:
+    """The name of each cell's picture without suffix; where two share one, the folder's too, or a number."""
+    paths = [Path("cell" if cell.startswith("|") else cell) for cell in cells]
+    stems = [path.stem for path in paths]
+    taken = ["curves"]
+    for path in paths:
+        folder = path.parent.name.strip(".")
+        name = f"{folder}-{path.stem}" if folder and stems.count(path.stem) > 1 else path.stem
+        numbered = chain([name], (f"{name}-{number}" for number in count(2)))
+        taken.append(next(free for free in numbered if free not in taken))
+    return dict(zip(cells, taken[1:]))
 
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", nargs="+", metavar="RUN|NAME", help="a run folder, or a cell as train_eval.py takes it")
+    parser.add_argument("what", nargs="+", metavar="RUN|NAME",
+                        help="a run folder, or a cell as train_eval.py takes it")
     parser.add_argument("--out", default=".", help="folder for what belongs to no single run")
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     args = parser.parse_args()
     pyplot()
-    runs = [name for name in args.what if (Path(name) / "config.json").is_file()]
+    what = list(dict.fromkeys(args.what))
+    runs = [name for name in what if (Path(name) / "config.json").is_file()]
+    names = file_names([name for name in what if name not in runs])
     written = []
-    for name in args.what:
+    for name in what:
         if name in runs:
             written += draw_run(name, args.format)
         else:
-            stem = "cell" if name.startswith("|") else Path(name).stem
-            written.append(Path(args.out, f"{stem}.{args.format}"))
+            written.append(Path(args.out, f"{names[name]}.{args.format}"))
             draw_cells(genotypes.load(name), written[-1])
     if len(runs) > 1:
         written.append(Path(args.out, f"curves.{args.format}"))
-        draw_curves({name: [read_run(path)[1] for path in paths] for name, paths in grouped(runs).items()}, written[-1])
+        groups = {name: [read_run(path)[1] for path in paths] for name, paths in grouped(runs).items()}
+        draw_curves(groups, written[-1])
     print("\n".join(map(str, written)))
 
 

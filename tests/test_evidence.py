@@ -200,6 +200,50 @@ def test_pictures_of_runs_and_names(tmp_path, monkeypatch, capsys):
     assert all(Path(path).read_text().rstrip().endswith("</svg>") for path in written)
 
 
+def test_pictures_of_cells_of_one_name_have_names_of_their_own(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    for folder, name in (("a", "DARTS"), ("b", "NASNet")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "genotype.json").write_text(genotypes.to_json(genotypes.PUBLISHED[name]))
+    other = ARCH.replace("none", "skip_connect")
+    cells = ["a/genotype.json", "b/genotype.json", ARCH, other, "a/genotype.json"]
+    run_main(monkeypatch, visualize, *cells, "--format", "svg")
+    written = capsys.readouterr().out.split()
+    assert written == ["a-genotype.svg", "b-genotype.svg", "cell.svg", "cell-2.svg"]
+    assert len({Path(path).read_text() for path in written}) == 4
+    names = {"x/curves.json": "curves-2", "DARTS": "DARTS", "x/DARTS.json": "x-DARTS",
+             "x/y/DARTS.json": "y-DARTS", "../DARTS.json": "DARTS-2"}
+    assert visualize.file_names(list(names)) == names
+
+
+def drawn_alphas(monkeypatch, alphas):
+    """What draw_alphas makes of α of space s2 by epochs: colours [pixels, 3], and the labels of its axes."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(visualize, "save", lambda figure, path: figures.append(figure))
+    visualize.draw_alphas("s2", alphas, genotypes.PUBLISHED["c10_s2_lambdadarts_corr"], Path("alphas.png"))
+    images = [image for ax in figures[0].axes for image in ax.images]
+    assert len(images) == 28
+    colours = [torch.tensor(image.to_rgba(image.get_array())[..., :3]).flatten(0, 1) for image in images]
+    return torch.cat(colours), {ax.get_ylabel() for ax in figures[0].axes}
+
+
+@pytest.mark.parametrize("spread, reach", [(1e-3, "0.0005"), (0.1, "0.05"), (20.0, "0.5")])
+def test_colours_of_alphas_tell_operations_apart_whatever_their_spread(spread, reach, monkeypatch):
+    rising = torch.linspace(-1, 1, 3 * 2 * 14).reshape(3, 2, 14, 1)  # the difference of the two α
+    alphas = (spread * rising * torch.tensor([1.0, -1.0])).tolist()
+    colours, labels = drawn_alphas(monkeypatch, alphas)
+    assert f"p − 1/2, up to ±{reach}" in labels
+    assert (colours.amax(0) - colours.amin(0)).min() > 0.7
+    assert len(colours.mul(255).round().unique(dim=0)) > (40 if spread < 1 else 10)
+
+
+def test_equal_operations_have_the_colour_in_the_middle(monkeypatch):
+    colours, _ = drawn_alphas(monkeypatch, torch.zeros(2, 2, 14, 2).tolist())
+    assert colours.min() > 0.95
+
+
 @pytest.mark.parametrize("module, flags, package", [
     (visualize, ["DARTS"], "matplotlib"), (train_search, ["--dataset", "synthetic", "--plot"], "matplotlib"),
     (train_search, ["--dataset", "synthetic", "--tensorboard"], "tensorboard"),
