@@ -1,4 +1,5 @@
-"""The fast parts of a step against plain ones: banks of separable convolutions, and what is computed once for a state."""
+"""The engine against the plain form: separable convolutions, normalised sums, and what is computed once for a state."""
+import copy
 import json
 
 import pytest
@@ -6,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import ldarts
-from ldarts import bench, model_search
-from ldarts.mixed_sum import compiled_for
-from ldarts.model_search import leave
-from ldarts.operations import DilConv, SepConv, Zero
-from ldarts.separable import bank, fan, node
+from ldarts import bench, fused
+from ldarts.fused import compiled_for
+from ldarts.fused.normalised_sum import node_sum, normalised_terms
+from ldarts.fused.separable import separable_convolutions
+from ldarts.operations import DilConv, SepConv
 
 needs_build = pytest.mark.skipif(not compiled_for("cpu"), reason="the extension is not compiled: no compiler here")
 
@@ -39,8 +40,8 @@ def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
     x, p = images(9, C, *size, dtype=dtype).requires_grad_(), torch.rand(4, dtype=dtype).requires_grad_()
     weights = [w for op in ops for w in op.parameters()]
 
-    zs, table, dils = bank([x], None, [tuple(op.op[1:4]) for op in ops], p[2:], [2])
-    found = node([*bank(zs[:2], table[:2], [tuple(op.op[5:8]) for op in seps], p[:2], [1, 1])[2], *dils])
+    zs, rstd_mean, dils = separable_convolutions([x], None, [tuple(op.op[1:4]) for op in ops], p[2:], [2])
+    found = node_sum([*separable_convolutions(zs[:2], rstd_mean[:2], [tuple(op.op[5:8]) for op in seps], p[:2], [1, 1])[2], *dils])
     statistics = [b.clone() for op in ops for b in op.buffers()]
     for op in ops:
         for module in op.modules():
@@ -55,15 +56,15 @@ def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
 
 @needs_build
 @pytest.mark.parametrize("asked", ["x", "weights"])
-def test_only_asked_gradients_of_a_bank(asked):
+def test_only_asked_gradients_of_a_separable_convolutions(asked):
     op = SepConv(4, 4, 3, 1, 1, False).double()
     x = images(2, 4, 6, 6).requires_grad_(asked == "x")
     if asked == "x":
         op.requires_grad_(False)
     inputs = [x] if asked == "x" else list(op.parameters())
     p = torch.ones(1, dtype=torch.float64)
-    zs, table, _ = bank([x], None, [tuple(op.op[1:4])], p[:0], [])
-    found = node(bank(zs, table, [tuple(op.op[5:8])], p, [1])[2])
+    zs, rstd_mean, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], p[:0], [])
+    found = node_sum(separable_convolutions(zs, rstd_mean, [tuple(op.op[5:8])], p, [1])[2])
     grad = images(*found.shape)
     compare(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(op(x), inputs, grad), 1e-10)
 
@@ -76,8 +77,8 @@ def test_a_supernet_of_banks_has_the_derivatives_of_the_plain_one(space, C, monk
     nets[1].load_state_dict(nets[0].state_dict())
     x, y = images(3, 3, 12, 12), torch.tensor([1, 2, 3])
     results = []
-    for net, banks in zip(nets, (True, False)):
-        monkeypatch.setattr(model_search, "compiled_for", compiled_for if banks else lambda device: False)
+    for net, engine in zip(nets, (True, False)):
+        monkeypatch.setattr(fused, "takes", lambda x, engine=engine: engine)
         torch.manual_seed(1)
         w, p = net.weight_parameters(), [q.detach().clone().requires_grad_() for q in net.cell_weights()]
         loss = F.cross_entropy(net(x, p), y)
@@ -97,7 +98,7 @@ def test_a_fan_is_its_products():
     norms = [[torch.nn.BatchNorm2d(3, affine=False).double() for _ in range(count)] for count in (2, 0, 1)]
 
     def fused(p, *z):
-        return tuple(node([terms]) for terms in fan(z, norms, [[0, 1], [2, 0]], p))
+        return tuple(node_sum([terms]) for terms in normalised_terms(z, norms, [[0, 1], [2, 0]], p))
 
     def plain(p, *z):
         normed = [F.batch_norm(one, None, None, training=True) if of_z else one for one, of_z in zip(z, norms)]
@@ -115,14 +116,14 @@ def test_a_fan_is_its_products():
 
 
 @needs_build
-def test_the_same_bits_whatever_the_number_of_threads_of_a_bank():
+def test_the_same_bits_whatever_the_number_of_threads_of_a_separable_convolutions():
     op = SepConv(8, 8, 3, 1, 1, False)
     x, threads, results = images(20, 8, 9, 9, dtype=torch.float32).requires_grad_(), torch.get_num_threads(), []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            zs, table, _ = bank([x], None, [tuple(op.op[1:4])], torch.ones(0), [])
-            results.append([*zs, table, *torch.autograd.grad((zs[0] ** 2).sum(), [x, op.op[1].weight, op.op[2].weight])])
+            zs, rstd_mean, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], torch.ones(0), [])
+            results.append([*zs, rstd_mean, *torch.autograd.grad((zs[0] ** 2).sum(), [x, op.op[1].weight, op.op[2].weight])])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -134,10 +135,10 @@ def test_weights_per_channel():
     z[3] = z[3].contiguous()  # brought to the layout of the sum
     expected = sum(w[:, None, None] * one for w, one in zip(weights, z))
     for shift in (torch.rand(5, dtype=torch.float64), None):
-        found = torch.ops.ldarts.node_sum(weights, shift, z)
+        found = torch.ops.ldarts.scaled_sum(weights, shift, z)
         compare([found], [expected if shift is None else expected + shift[:, None, None]], 1e-12)
     with pytest.raises(ValueError, match="weights have shape"):
-        torch.ops.ldarts.node_sum(weights[:, :4], None, z)
+        torch.ops.ldarts.scaled_sum(weights[:, :4], None, z)
 
 
 @needs_build
@@ -149,26 +150,23 @@ def test_mismatches_of_a_bank_are_named():
                              (([x, x[:1]], [dw] * 2, [pw] * 2), "shape")):
         x_, dw_, pw_ = arguments
         with pytest.raises(ValueError, match=named):
-            ops.bank_forward(x_, None, dw_, pw_, 1, [1] * len(dw_))
+            ops.separable_forward(x_, None, dw_, pw_, 1, [1] * len(dw_))
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("space", ["darts", "s1", "s3", "nasbench201"])
-def test_sharing_by_state_equals_every_operation_by_itself(space, training):
-    net = ldarts.SearchNetwork(4, 10, 1 if space == "nasbench201" else 3, space).double().train(training)
-    twin = ldarts.SearchNetwork(4, 10, 1 if space == "nasbench201" else 3, space).double().train(training)
-    twin.load_state_dict(net.state_dict())
-    cell, plain = net.searched_cells()[0], twin.searched_cells()[0]
-    if space == "nasbench201":
-        edges, plain_edges = ([c.edges[f"{i}<-0"] for i in (1, 2, 3)] for c in (cell, plain))
-    else:
-        edges, plain_edges = ([c._ops[i * (i + 3) // 2] for i in range(4)] for c in (cell, plain))
-    state = images(2, 4, 6, 6)
-    for terms, edge in zip(leave(state, edges), plain_edges, strict=True):
-        expected = [op(state) for op in edge if not isinstance(op, Zero)]
-        assert len(terms) == len(expected) and all(torch.equal(a, b) for a, b in zip(terms, expected))
-    for (name, buffer), other in zip(cell.named_buffers(), plain.buffers()):
-        assert torch.equal(buffer, other), name
+def test_a_cell_by_the_engine_is_the_cell(space, layout, training):
+    """Output and running statistics, of a normal and of a reduction cell."""
+    net = ldarts.SearchNetwork(4, 10, 1 if space == "nasbench201" else 4, space).double().train(training)
+    for cell, weights in zip(net.searched_cells()[:2], net.cell_weights()):
+        twin = copy.deepcopy(cell)
+        inputs = [torch.randn(2, block.op[1].in_channels, 6, 6).double() for block in cell.preprocess]
+        inputs = inputs or [torch.randn(2, 4, 6, 6).double()]
+        inputs = [x.contiguous(memory_format=layout) for x in inputs]
+        compare([fused.run_cell(cell, inputs, weights)], [twin(*inputs, weights)], 1e-10)
+        for (name, buffer), other in zip(cell.named_buffers(), twin.buffers()):
+            torch.testing.assert_close(buffer, other, msg=name)
 
 
 def test_channels_last_computes_what_the_default_layout_does():

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldarts.mixed_sum import build_options, compiled_for, mixed_sum, mixed_sum_ref
+from ldarts.fused import build, compiled_for
+from ldarts.fused.build import build_options
+from ldarts.fused.mixed_sum import mixed_sum, mixed_sum_ref
 
 ROOT = Path(__file__).parent.parent
-MODULE = sys.modules["ldarts.mixed_sum"]  # ldarts.mixed_sum is the function
+MODULE = sys.modules["ldarts.fused.mixed_sum"]  # fused.mixed_sum is the function
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 needs_build = pytest.mark.skipif(not compiled_for("cpu"), reason="the extension is not compiled: no compiler here")
@@ -169,8 +171,9 @@ def call(cache, **environment):
                             env=os.environ | {"XDG_CACHE_HOME": str(cache)} | environment, start_new_session=True)
 
 
-def test_the_reference_can_be_chosen(tmp_path):
-    out, err = (process := call(tmp_path, LDARTS_MIXED_SUM="reference")).communicate(timeout=60)
+@pytest.mark.parametrize("name, value", [("LDARTS_FUSED", "off"), ("LDARTS_MIXED_SUM", "reference")])
+def test_the_plain_form_can_be_chosen(tmp_path, name, value):
+    out, err = (process := call(tmp_path, **{name: value})).communicate(timeout=60)
     assert process.returncode == 0 and out == "6.0\n" and err == "" and list(tmp_path.iterdir()) == []
 
 
@@ -191,19 +194,19 @@ def test_two_processes_build_once_even_after_one_was_killed(tmp_path):
     killed.communicate()
     results = [(p, *p.communicate(timeout=200)) for p in [call(tmp_path), call(tmp_path)]]
     assert all(p.returncode == 0 and out == "6.0\n" for p, out, _ in results), results
-    assert sum(err.count("compiling the fused mixed_sum, once") for _, _, err in results) == 1
+    assert sum(err.count("compiling the fused operators, once") for _, _, err in results) == 1
 
 
 def test_a_changed_source_is_another_build(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     before = build_options()["build"]
-    monkeypatch.setattr(MODULE, "PACKAGE", tmp_path / "ldarts")
+    monkeypatch.setattr(build, "PACKAGE", tmp_path / "ldarts")
     assert build_options()["build"] == before
     with open(tmp_path / "csrc" / "mixed_sum.cpp", "a") as file:
         file.write("\n")
     assert build_options()["build"] != before
     (tmp_path / "ldarts").mkdir()
     (tmp_path / "ldarts" / "_C.so").write_bytes(f"..ldarts-build:{before};..".encode())
-    assert MODULE._built_ahead() is None  # stale
+    assert build._built_ahead() is None  # stale
     (tmp_path / "ldarts" / "_C.so").write_bytes(f"..ldarts-build:{build_options()['build']};..".encode())
-    assert MODULE._built_ahead() == str(tmp_path / "ldarts" / "_C.so")
+    assert build._built_ahead() == str(tmp_path / "ldarts" / "_C.so")
