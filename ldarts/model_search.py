@@ -1,10 +1,12 @@
 """`SearchNetwork`, the supernet: every candidate operation on every edge, weighted by softmax(α).
 
-This is what is computed (Liu et al., 2019, section 2). The package `fused` computes the same faster; the door to
-it is `SearchNetwork.run_cell`.
+This is what is computed (Liu et al., 2019, section 2). The package `fused` computes the same faster; the door
+to it is in `SearchNetwork.forward`.
 """
+import itertools
 from contextlib import contextmanager
-from typing import Iterator, Sequence
+from functools import partial
+from typing import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,6 @@ from torch import Tensor, nn
 
 from . import fused
 from .errors import InputError
-from .fused import mixed_sum
 from .genotypes import Genotype, format_arch
 from .operations import OPS, FactorizedReduce, ReLUConvBN, ResNetBasicblock, Zero
 from .spaces import get
@@ -34,13 +35,6 @@ class MixedOp(nn.Module):
         return iter(self._ops)
 
 
-class MixedOp201(nn.ModuleList):
-    """The same in NAS-Bench-201, where the pool has no batch norm and the operations are the list itself."""
-
-    def __init__(self, C: int, primitives: Sequence[str]):
-        super().__init__(OPS[name](C, 1, False) for name in primitives)
-
-
 class SearchedCell(nn.Module):
     """What the two kinds of cell share: nodes, each with an edge from every state before it."""
 
@@ -48,42 +42,43 @@ class SearchedCell(nn.Module):
     preprocess: Sequence[nn.Module] = ()  # what turns the inputs into states
     outputs = 1  # the last nodes, which are put out side by side
 
-    def connect(self, nodes: list[list[nn.Module]], primitives: Sequence[Sequence[str]]) -> None:
-        """nodes: for each node the mixed operations of its edges, in the order of the states they leave."""
-        self.nodes = nodes
-        names = [name for edge in primitives for name in edge]
-        kept = [k for k, name in enumerate(names) if name != "none"]  # which adds nothing and costs nothing
+    def connect(self, primitives: Sequence[Sequence[str]], inputs: int, edge: Callable) -> None:
+        """edge: (number of the state it leaves, its operations) -> module; inputs: states before the nodes"""
+        self.inputs = inputs
+        self.nodes: list[list[nn.Module]] = []  # of each the edges into it, in the order of their states
+        names = iter(primitives)
+        while sum(map(len, self.nodes)) < len(primitives):
+            self.nodes.append([edge(j, next(names)) for j in range(inputs + len(self.nodes))])
+        operations = itertools.chain(*primitives)
+        kept = [k for k, name in enumerate(operations) if name != "none"]  # which adds nothing, costs nothing
         self.register_buffer("_kept", torch.tensor(kept), persistent=False)
 
     def add_nodes(self, states: list[Tensor], weights: Tensor) -> list[Tensor]:
-        """Node = Σ_j Σ_k p_jk op_k(state j) over its edges j and their operations k. weights: p [edges, ops]"""
+        """Node = Σ_j Σ_k p_jk op_k(state j) over its edges j, their operations k. weights: p [edges, ops]"""
         p, used = weights.flatten()[self._kept], 0
         for edges in self.nodes:
             terms = [op(x) for x, edge in zip(states, edges) for op in edge if not isinstance(op, Zero)]
-            states.append(mixed_sum(p[used : used + len(terms)], terms))
+            states.append(fused.mixed_sum(p[used : used + len(terms)], terms))
             used += len(terms)
         return states
 
 
 class Cell(SearchedCell):
-    """A DARTS cell: two inputs, `steps` nodes, output [N, steps * C, H, W]."""
+    """A DARTS cell: two inputs, four nodes, output [N, 4 * C, H, W]."""
 
     def __init__(self, primitives: Sequence[Sequence[str]], C_prev_prev: int, C_prev: int, C: int,
-                 reduction: bool, reduction_prev: bool, steps: int = 4):
+                 reduction: bool, reduction_prev: bool):
         super().__init__()
-        self.reduction, self.outputs = reduction, steps
+        self.reduction = reduction
         if reduction_prev:
             self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
         else:
             self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
         self.preprocess = self.preprocess0, self.preprocess1
-        self._ops = nn.ModuleList()
-        names, nodes = iter(primitives), []
-        for i in range(steps):
-            nodes.append([MixedOp(C, 2 if reduction and j < 2 else 1, next(names)) for j in range(2 + i)])
-            self._ops.extend(nodes[-1])
-        self.connect(nodes, primitives)
+        self.connect(primitives, 2, lambda j, names: MixedOp(C, 2 if reduction and j < 2 else 1, names))
+        self.outputs = len(self.nodes)
+        self._ops = nn.ModuleList(edge for edges in self.nodes for edge in edges)
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
         """s0, s1: what the two cells before put out; weights: p [edges, ops]"""
@@ -96,12 +91,10 @@ class NAS201Cell(SearchedCell):
 
     def __init__(self, primitives: Sequence[Sequence[str]], C: int):
         super().__init__()
-        self.edges = nn.ModuleDict()
-        names, nodes = iter(primitives), []
-        for i in range(1, 4):
-            nodes.append([MixedOp201(C, next(names)) for _ in range(i)])
-            self.edges.update({f"{i}<-{j}": edge for j, edge in enumerate(nodes[-1])})
-        self.connect(nodes, primitives)
+        # An edge is a plain list of operations, and its pool has no batch norm.
+        self.connect(primitives, 1, lambda j, names: nn.ModuleList(OPS[name](C, 1, False) for name in names))
+        self.edges = nn.ModuleDict({f"{i}<-{j}": edge for i, edges in enumerate(self.nodes, 1)
+                                    for j, edge in enumerate(edges)})
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """weights: p [6, ops]"""
@@ -111,8 +104,8 @@ class NAS201Cell(SearchedCell):
 class SearchNetwork(nn.Module):
     """The supernet of a search space, with α initialised to 1e-3 · N(0, 1).
 
-    C: channels of the first cell (a DARTS cell puts out four times as many); layers: cells, in `nasbench201` cells
-    a stage. Cells of one type share α: alphas_normal and alphas_reduce [14, ops], or arch_parameters [6, 5].
+    C: channels of the first cell (a DARTS cell puts out four times as many); layers: cells, in nasbench201
+    cells a stage. Cells of one type share α: alphas_normal, alphas_reduce [14, ops], or arch_parameters [6, 5].
     state_dict keys are the original's, plus α. Raises InputError for an unknown space.
     """
 
@@ -126,22 +119,21 @@ class SearchNetwork(nn.Module):
         in_201 = space == "nasbench201"
         self._alpha_names = ["arch_parameters"] if in_201 else ["alphas_normal", "alphas_reduce"]
         (self._build_nasbench201 if in_201 else self._build_darts)(C, num_classes, layers)
+        for name, edges in zip(self._alpha_names, self.primitives):
+            # Under the original's keys, of which one is also the name of a method: so not as an attribute.
+            self._parameters[name] = nn.Parameter(1e-3 * torch.randn(len(edges), len(edges[0])))
 
     def _build_darts(self, C: int, num_classes: int, layers: int) -> None:
-        C_curr = 3 * C
-        self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
+        self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
         self.cells = nn.ModuleList()
-        C_prev_prev, C_prev, C_curr, reduction_prev = C_curr, C_curr, C, False
+        C_prev_prev, C_prev, C_curr, reduction_prev = 3 * C, 3 * C, C, False
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             C_curr *= 2 if reduction else 1
             primitives = self.primitives.reduce if reduction else self.primitives.normal
             self.cells.append(Cell(primitives, C_prev_prev, C_prev, C_curr, reduction, reduction_prev))
             reduction_prev, C_prev_prev, C_prev = reduction, C_prev, 4 * C_curr
-        self.classifier = nn.Linear(C_prev, num_classes)
-        self.alphas_normal, self.alphas_reduce = (
-            nn.Parameter(1e-3 * torch.randn(len(edges), len(edges[0])))
-            for edges in (self.primitives.normal, self.primitives.reduce))
+        self.lastact, self.classifier = nn.Identity(), nn.Linear(C_prev, num_classes)
 
     def _build_nasbench201(self, C: int, num_classes: int, layers: int) -> None:
         self.stem = nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
@@ -150,9 +142,6 @@ class SearchNetwork(nn.Module):
             [*stages[0], ResNetBasicblock(C, 2 * C), *stages[1], ResNetBasicblock(2 * C, 4 * C), *stages[2]])
         self.lastact = nn.Sequential(nn.BatchNorm2d(4 * C), nn.ReLU())
         self.classifier = nn.Linear(4 * C, num_classes)
-        # Under the original's key, which is also the name of a method here: so not as an attribute.
-        alpha = 1e-3 * torch.randn(6, len(self.primitives.normal[0]))
-        self._parameters["arch_parameters"] = nn.Parameter(alpha)
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """α of each type of cell."""
@@ -174,25 +163,19 @@ class SearchNetwork(nn.Module):
     def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
         """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights()."""
         weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
-        if self.space == "nasbench201":
-            x = self.stem(x)
-            for cell in self.cells:
-                x = cell(x) if isinstance(cell, ResNetBasicblock) else self.run_cell(cell, [x], next(weights))
-            x = self.lastact(x)
-        else:
-            s0 = x = self.stem(x)
-            for cell in self.cells:
-                s0, x = x, self.run_cell(cell, [s0, x], next(weights))
-        return self.classifier(x.mean((2, 3)))
-
-    def run_cell(self, cell: SearchedCell, inputs: list[Tensor], weights: Tensor) -> Tensor:
-        """cell(*inputs, weights); by the engine where it takes the inputs."""
-        return fused.run_cell(cell, inputs, weights) if fused.takes(inputs[0]) else cell(*inputs, weights)
+        before = x = self.stem(x)
+        for cell in self.cells:
+            if isinstance(cell, ResNetBasicblock):
+                x = cell(x)
+            else:
+                run = partial(fused.run_cell, cell) if fused.takes(x) else cell  # the door to the engine
+                before, x = x, run(*[before, x][-cell.inputs :], next(weights))
+        return self.classifier(self.lastact(x).mean((2, 3)))
 
     @torch.no_grad()
     def genotype(self) -> "Genotype | str":
-        """The strongest operation of the two strongest edges into each node, never `none`; in `nasbench201` the
-        strongest operation of every edge, as the benchmark's arch string."""
+        """The strongest operation, never `none`, of the two strongest edges into each node; in nasbench201 that
+        of every edge, as the benchmark's arch string."""
         p = [F.softmax(alpha, dim=-1).tolist() for alpha in self.arch_parameters()]
         if self.space == "nasbench201":
             rows = iter(zip(p[0], self.primitives.normal))

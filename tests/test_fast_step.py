@@ -164,7 +164,7 @@ def test_a_cell_by_the_engine_is_the_cell(space, layout, training):
         inputs = [torch.randn(2, block.op[1].in_channels, 6, 6).double() for block in cell.preprocess]
         inputs = inputs or [torch.randn(2, 4, 6, 6).double()]
         inputs = [x.contiguous(memory_format=layout) for x in inputs]
-        compare([fused.run_cell(cell, inputs, weights)], [twin(*inputs, weights)], 1e-10)
+        compare([fused.run_cell(cell, *inputs, weights)], [twin(*inputs, weights)], 1e-10)
         for (name, buffer), other in zip(cell.named_buffers(), twin.buffers()):
             torch.testing.assert_close(buffer, other, msg=name)
 

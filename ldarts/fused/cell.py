@@ -19,8 +19,9 @@ from .separable import separable_convolutions
 Product = tuple[Tensor, nn.BatchNorm2d | None]  # what an operation computes, and the norm that it ends in
 
 
-def run_cell(cell, inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """cell(*inputs, weights); cell: a SearchedCell."""
+def run_cell(cell: nn.Module, *inputs_and_weights: Tensor) -> Tensor:
+    """cell(*inputs_and_weights); cell: a SearchedCell of model_search."""
+    *inputs, weights = inputs_and_weights
     x = inputs[0]
     normalises = (cell.training and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
                   and x.is_contiguous(memory_format=torch.channels_last))
