@@ -26,12 +26,12 @@ class WeightGrads(NamedTuple):
 class Architect:
     """Computes gradients, and steps α with Adam.
 
-    net: the supernet; criterion: (logits, y) -> scalar loss; lr, betas, weight_decay: of Adam on α; w_momentum,
-    w_weight_decay: those of the SGD on w, which the unrolled step imitates; average: tensors -> their means over the
-    processes. Every gradient of a batch is averaged before anything that is not linear in it, so that the results, loss
-    included, are those of the global batch (logits stay those of the process). amp: the dtype to which autocast lowers the
-    passes that no difference is taken of. capturable: of Adam, for CUDA graphs. No method here changes a weight, a buffer
-    or a momentum, except that lambda_grads moves the batch-norm statistics once, as the training pass that it is.
+    net: the supernet; criterion: (logits, y) -> scalar loss; lr, betas, weight_decay: of Adam on α;
+    w_momentum, w_weight_decay: those of the SGD on w, which the unrolled step imitates; average: tensors ->
+    their means over the processes. A gradient is averaged before anything that is not linear in it: results,
+    loss included, are those of the global batch (logits: of the process). amp: the dtype to which autocast
+    lowers the passes that no difference is taken of. capturable: of Adam, for CUDA graphs. No method changes
+    a weight, a buffer or a momentum, but lambda_grads, a training pass, moves the batch-norm statistics once.
     """
 
     def __init__(self, net: SearchNetwork, criterion: Callable[[Tensor, Tensor], Tensor], lr: float = 3e-4,
@@ -41,8 +41,8 @@ class Architect:
                  capturable: bool = False):
         self.net, self.criterion, self.average, self.amp = net, criterion, average, amp
         self.w_momentum, self.w_weight_decay = w_momentum, w_weight_decay
-        self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas, weight_decay=weight_decay,
-                                          capturable=capturable)
+        self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas,
+                                          weight_decay=weight_decay, capturable=capturable)
         # Lists, because a walk through the thousands of modules of a supernet takes milliseconds.
         self.weights = net.weight_parameters()
         self._norms = tracking_norms(net)
@@ -58,9 +58,9 @@ class Architect:
                     unrolled: bool, hessian: str = "central") -> list[Tensor]:
         """∂L_valid/∂α, at w or, `unrolled`, at w' = w − ξ (∇L_train + momentum · v + weight_decay · w).
 
-        eta: ξ, the current learning rate; w_optimizer: the SGD whose momentum buffers are v (0 where it has none yet);
+        eta: ξ, the current learning rate; w_optimizer: the SGD whose momentum buffers are v (none yet: 0);
         hessian: ∂²L_train/∂α∂w · ∇_w' L_valid by a `central` difference of radius 1e-2 / ‖∇_w' L_valid‖, as
-        published, or `exact` by double backward. Liu et al., 2019, eq. 6 to 8. train is read only if `unrolled`.
+        published, or `exact` by double backward. Liu et al., 2019, eq. 6 to 8. Only `unrolled` reads train.
         """
         if hessian not in ("central", "exact"):
             raise InputError(f"unknown way {hessian!r} to the product with the Hessian: use central or exact")
@@ -69,7 +69,8 @@ class Architect:
             w = self.weights
             if not unrolled:
                 with without_grad(w):  # which nobody would read
-                    return in_layout_of(alphas, self.average(torch.autograd.grad(self._loss(valid, amp=self.amp), alphas)))
+                    grads = torch.autograd.grad(self._loss(valid, amp=self.amp), alphas)
+                    return in_layout_of(alphas, self.average(grads))
             rng = self._rng(train[0].device)
             loss = self._loss(train, amp=self.amp)
             dw = torch.autograd.grad(loss, w, create_graph=hessian == "exact")
@@ -86,7 +87,8 @@ class Architect:
                 r = 1e-2 / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
 
                 def side(sign: int) -> tuple[Tensor, ...]:  # ∂L_train(w + sign r vector, α) by α
-                    shifted = torch._foreach_add([p.detach() for p in w], torch._foreach_mul(vector, sign * r))
+                    shifted = torch._foreach_add([p.detach() for p in w],
+                                                 torch._foreach_mul(vector, sign * r))
                     with placed(w, shifted), without_grad(w):
                         return torch.autograd.grad(self._loss(train, rng=rng), alphas)
 
@@ -97,13 +99,14 @@ class Architect:
                      method: str = "central") -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
         """(L, ∇_w L, ∇_w Λ, Λ) on one training batch; gradients in the order of net.weight_parameters().
 
-        kind: `cosine` or `sign`, see layer_alignment. With g_l = ∂L/∂p_l and u_l = ∂Λ/∂g_l over the normal cells,
-        ∇_w Λ = Σ_l ∂²L/∂w∂p_l · u_l, by the method `central`, a difference of ∇_w L at p ± ε u with ε = epsilon / ‖u‖,
-        as published (Movahedi et al., 2023, section 4); `forward`, between p + ε u and p; or `exact`, by double
-        backward.
+        kind: `cosine` or `sign`, see layer_alignment. With g_l = ∂L/∂p_l and u_l = ∂Λ/∂g_l over the normal
+        cells, ∇_w Λ = Σ_l ∂²L/∂w∂p_l · u_l, by the method `central`, a difference of ∇_w L at p ± ε u with
+        ε = epsilon / ‖u‖, as published (Movahedi et al., 2023, section 4); `forward`, between p + ε u and p;
+        or `exact`, by double backward.
         """
         if method not in METHODS:
-            raise InputError(f"unknown method {method!r} for the gradient of Λ: use one of {', '.join(METHODS)}")
+            raise InputError(f"unknown method {method!r} for the gradient of Λ: "
+                             f"use one of {', '.join(METHODS)}")
         grads = self.weight_grads(batch, kind, epsilon, method)
         return grads.loss, grads.dw, grads.d_lambda, grads.alignment
 
@@ -111,7 +114,8 @@ class Architect:
                      lambda_t: Tensor | float | None = None) -> "WeightGrads":
         """lambda_grads with the logits of the training pass; method None: ∇_w L alone, without Λ.
 
-        lambda_t: dw is ∇_w (L − lambda_t Λ) and d_lambda None, which saves `exact` the gradients by w of its first backward pass.
+        lambda_t: dw is ∇_w (L − lambda_t Λ) and d_lambda None, which saves `exact` the gradients by w of its
+        first backward pass.
         """
         w, p = self.weights, self.cell_leaves()
         rng = self._rng(batch[0].device)
@@ -121,7 +125,8 @@ class Architect:
         own = torch.autograd.grad(own_loss, wanted, create_graph=method == "exact")  # of this process
         loss, *means = self.average([t.detach() for t in (own_loss, *own)])
 
-        def result(dw: Sequence[Tensor], d_lambda: Sequence[Tensor] | None, value: Tensor | None) -> WeightGrads:
+        def result(dw: Sequence[Tensor], d_lambda: Sequence[Tensor] | None,
+                   value: Tensor | None) -> WeightGrads:
             d_lambda = None if d_lambda is None else in_layout_of(w, d_lambda)
             return WeightGrads(loss, logits.detach(), in_layout_of(w, dw), d_lambda, value)
 
@@ -132,7 +137,8 @@ class Architect:
         if method == "exact":
             normal, d = zip(*((layer, direction) for layer, direction in zip(g, u) if direction is not None))
             if as_one:
-                dw = torch.autograd.grad([own_loss, *normal], w, [torch.ones_like(own_loss), *torch._foreach_mul(d, -lambda_t)])
+                d = [torch.ones_like(own_loss), *torch._foreach_mul(d, -lambda_t)]
+                dw = torch.autograd.grad([own_loss, *normal], w, d)
                 return result(self.average(dw), None, value)
             # The last weights (the classifier's bias) may act on no g_l: their gradient is 0.
             return result(dw, self.average(torch.autograd.grad(normal, w, d, materialize_grads=True)), value)
@@ -150,12 +156,13 @@ class Architect:
         d_lambda = self.average(d_lambda)
         if lambda_t is None:
             return result(dw, d_lambda, value)
-        return result(torch._foreach_sub(dw, torch._foreach_mul(d_lambda, lambda_t)), None, value)  # w minimises L - λ Λ
+        dw = torch._foreach_sub(dw, torch._foreach_mul(d_lambda, lambda_t))  # w minimises L - λ Λ
+        return result(dw, None, value)
 
     def alpha_eigenvalue(self, batch: Batch, iterations: int = 20, tolerance: float = 0.01) -> float:
-        """The eigenvalue of ∂²L/∂α² on one batch that is largest in magnitude, which grows when a search collapses
-        (Zela et al., 2020): power iteration by double backward, from the same direction on every call, changing nothing.
-        It ends after `iterations`, or when the value changes by less than `tolerance` of itself.
+        """The eigenvalue of ∂²L/∂α² on one batch that is largest in magnitude, which grows when a search
+        collapses (Zela et al., 2020): power iteration by double backward, from one direction on every call,
+        changing nothing. Ends after `iterations`, or at a change of less than `tolerance` times the value.
         """
         device, alphas = batch[0].device, self.net.arch_parameters()
         generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
@@ -166,7 +173,8 @@ class Architect:
             v, value = torch.randn_like(gradient), 0.0
             for _ in range(iterations):
                 v = v / v.norm()
-                product = torch.cat([h.flatten() for h in torch.autograd.grad(gradient, alphas, v, retain_graph=True)])
+                parts = torch.autograd.grad(gradient, alphas, v, retain_graph=True)
+                product = torch.cat([h.flatten() for h in parts])
                 before, value, v = value, float(v @ product), product
                 if abs(value - before) < tolerance * abs(value):
                     break
@@ -177,7 +185,7 @@ class Architect:
         return [p.detach().clone().requires_grad_() for p in self.net.cell_weights()]
 
     def alignment(self, grads: Sequence[Tensor], kind: str) -> tuple[Tensor, list[Tensor | None]]:
-        """Λ over the normal cells and u_l = ∂Λ/∂g_l, None for reduction cells. grads: g_l of every searched cell."""
+        """Λ over normal cells and u_l = ∂Λ/∂g_l, None for reductions. grads: g_l of every searched cell."""
         leaves = [g.detach().requires_grad_() for g in grads]
         normal = [g for g, cell in zip(leaves, self.net.searched_cells()) if not cell.reduction]
         value = layer_alignment(normal, kind)
@@ -190,7 +198,8 @@ class Architect:
             p = self.cell_leaves()
             return self.alignment(self.average(torch.autograd.grad(self._loss(batch, p), p)), kind)[0]
 
-    def gradient_norms(self, batch: Batch, kind: str, epsilon: float, method: str | None) -> tuple[Tensor, Tensor]:
+    def gradient_norms(self, batch: Batch, kind: str, epsilon: float,
+                       method: str | None) -> tuple[Tensor, Tensor]:
         """‖∇_w L‖ and ‖∇_w Λ‖ (method None: 0) on one batch, by the passes of a step, changing nothing."""
         with frozen_statistics(self._norms):
             grads = self.weight_grads(batch, kind, epsilon, method)
@@ -233,7 +242,7 @@ class Architect:
 def in_layout_of(parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     """The gradients in the memory layout of their parameters, as backward() would leave them in `.grad`.
 
-    A fused optimizer reads both as flat memory: where the strides differ it steps one weight by the gradient of another.
+    A fused optimizer reads both as flat memory: with other strides it steps a weight by another's gradient.
     """
     return [grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
             for p, grad in zip(parameters, grads, strict=True)]

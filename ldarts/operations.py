@@ -1,7 +1,7 @@
 """The candidate operations and the blocks they are made of; module and parameter names are those of DARTS.
 
-Every operation maps [N, C, H, W] to [N, C, H / stride, W / stride]. `affine` says whether its batch norms have
-a scale and a shift: not in the search, where they would undo the architecture weights.
+Every operation maps [N, C, H, W] to [N, C, H / stride, W / stride]. `affine` says whether its batch norms
+have a scale and a shift: not in the search, where they would undo the architecture weights.
 """
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ class FactorizedReduce(nn.Module):
     def __init__(self, C_in: int, C_out: int, affine: bool = True):
         super().__init__()
         if C_out % 2:
-            raise ValueError(f"FactorizedReduce to {C_out} channels: must be even, each convolution makes half")
+            raise ValueError(f"FactorizedReduce to {C_out} channels: must be even, "
+                             "each convolution makes half")
         self.relu = nn.ReLU()
         self.conv_1 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
         self.conv_2 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
@@ -138,6 +139,6 @@ class ResNetBasicblock(nn.Module):
 
 
 def drop_path(x: Tensor, drop_prob: float) -> Tensor:
-    """Zero whole samples of x [N, C, H, W] with probability drop_prob, scale the others by 1 / (1 - drop_prob)."""
+    """Zero whole samples of x [N, C, H, W] with probability p = drop_prob, scale others by 1 / (1 - p)."""
     keep = torch.rand(len(x), 1, 1, 1, device=x.device, dtype=torch.float32).ge(drop_prob).to(x.dtype)
     return x * keep / (1.0 - drop_prob)

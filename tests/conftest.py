@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 class Golden:
-    """One golden file: arrays by name as float64 (or int64) tensors, groups of named arrays as dictionaries."""
+    """One golden file: arrays by name as float64 (or int64) tensors, groups of them as dictionaries."""
 
     def __init__(self, name: str):
         self.arrays = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
@@ -43,7 +43,7 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def forks():
-    """tests/processes.py with its server, which has one thread: a process that has computed with more can't be forked."""
+    """tests/processes.py and its server of one thread: a process that computed with more can't be forked."""
     multiprocessing.set_forkserver_preload(["pytest", "processes"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""Real processes that start in milliseconds: forked from a server that has imported PyTorch and the two scripts.
+"""Real processes, started in milliseconds: forked from a server that has imported PyTorch and both scripts.
 
 The server imports this module, so the first lines warm it up; tests call `start`.
 """
@@ -21,7 +21,7 @@ SCRIPTS = {"train_search.py": train_search, "train_eval.py": train_eval}
 
 
 def start(folder: Path, script: str, *argv, sabotage=None, env=None):
-    """A process that runs a script in `folder`, with its output in <folder>.printed; sabotage: a function it calls first."""
+    """A process that runs a script in `folder`, output in <folder>.printed; sabotage: what it calls first."""
     process = multiprocessing.get_context("forkserver").Process(
         target=_child, args=(folder, script, [str(a) for a in argv], sabotage, env or {}), daemon=True)
     process.start()
@@ -58,7 +58,7 @@ def wait_for(condition, timeout: float = 120):
 
 
 class KillAtCall:
-    """Ends the process by SIGKILL before the nth call of os.fsync and os.replace, or, `halved`, inside the nth writing."""
+    """SIGKILL before the nth call of os.fsync and os.replace or, `halved`, inside the nth writing."""
 
     def __init__(self, n: int, halved: bool = False):
         self.left, self.halved = n, halved

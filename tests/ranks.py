@@ -1,4 +1,4 @@
-"""What test_distributed.py has every rank compute: `torchrun … tests/ranks.py FOLDER` writes FOLDER/<rank>.pt."""
+"""What test_distributed.py has ranks compute: `torchrun … tests/ranks.py FOLDER` writes FOLDER/<rank>.pt."""
 import os
 import sys
 from pathlib import Path
@@ -13,9 +13,11 @@ from train_search import search_step
 GRADIENTS = {
     "first order": lambda arch, train, valid: arch.alpha_grads(train, valid, 0.025, None, False),
     "second order": lambda arch, train, valid: arch.alpha_grads(train, valid, 0.025, None, True),
-    "second order, exact": lambda arch, train, valid: arch.alpha_grads(train, valid, 0.025, None, True, "exact"),
+    "second order, exact":
+        lambda arch, train, valid: arch.alpha_grads(train, valid, 0.025, None, True, "exact"),
     "no Λ": lambda arch, train, valid: list(weight_grads(arch, train, None)),
-    **{f"Λ {kind}, {method}": lambda arch, train, valid, kind=kind, method=method: weight_grads(arch, train, method, kind)
+    **{f"Λ {kind}, {method}":
+       lambda arch, train, valid, kind=kind, method=method: weight_grads(arch, train, method, kind)
        for kind in ("cosine", "sign") for method in ("central", "forward", "exact")},
     "Λ in a step": lambda arch, train, valid: list(arch.weight_grads(train, "cosine", 1e-3, "exact", 0.1).dw),
     "Λ of a batch": lambda arch, train, valid: [arch.batch_alignment(train)],
@@ -46,20 +48,23 @@ def three_steps(average, seed):
     optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4)
     for step in range(3):
         search_step(arch, optimizer, batch(seed + 2 * step), batch(seed + 2 * step + 1), unrolled=True,
-                    alpha_first=True, lambda_t=0.1, kind="cosine", epsilon=1e-3, method="central", grad_clip=5.0)
+                    alpha_first=True, lambda_t=0.1, kind="cosine", epsilon=1e-3, method="central",
+                    grad_clip=5.0)
     return [p.detach() for p in net.parameters()]
 
 
 def gradients(average, seed):
     """The gradients by name, on the batches seed (to train) and seed + 1 (to validate)."""
     train, valid = batch(seed), batch(seed + 1)
-    return {name: [t.detach() for t in call(make(average)[1], train, valid)] for name, call in GRADIENTS.items()}
+    return {name: [t.detach() for t in call(make(average)[1], train, valid)]
+            for name, call in GRADIENTS.items()}
 
 
 if __name__ == "__main__":
     processes = Processes(torch.device("cpu"))
     own = 10 * processes.rank
     torch.save({"same": gradients(processes.average, 0), "different": gradients(processes.average, own),
-                "steps, same": three_steps(processes.average, 0), "steps, different": three_steps(processes.average, own)},
+                "steps, same": three_steps(processes.average, 0),
+                "steps, different": three_steps(processes.average, own)},
                Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
     processes.close()

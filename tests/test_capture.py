@@ -1,4 +1,4 @@
-"""What surrounds a CUDA graph, with a stand-in for torch.cuda that works as a graph does: a capture computes nothing."""
+"""What surrounds a CUDA graph; the stand-in for torch.cuda is like a graph: a capture computes nothing."""
 import contextlib
 import copy
 
@@ -17,7 +17,7 @@ class Stream:
 
 
 class Graph:
-    """Records one call of `step` and undoes it; replay calls it again, into the memory of the first results."""
+    """Records one call of `step`, undoes it; replay calls it again, into the memory of the first results."""
 
     def __init__(self, captured):
         self.captured = captured
@@ -65,7 +65,8 @@ def search(capture, monkeypatch, unrolled):
     losses = []
     for i in range(3):
         rate.fill_(0.025 / (1 + i))
-        x = [torch.randn(4, 3, 8, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+        x = [torch.randn(4, 3, 8, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+             for _ in range(2)]
         y = [torch.randint(10, (4,)) for _ in range(2)]
         lambda_t = torch.tensor(0.1 * i, dtype=torch.float64)
         losses.append(float(take(x[0], y[0], x[1], y[1], lambda_t).loss))
@@ -81,7 +82,7 @@ def test_a_captured_search_is_the_search(unrolled, monkeypatch):
 
 
 def test_passes_in_bf16_point_where_float64_does():
-    """α gradients and both gradients by w of a supernet after some steps; the passes of a difference stay in float32."""
+    """Gradients by α and both by w of a supernet after some steps; passes of a difference stay in float32."""
     torch.manual_seed(0)
     net = ldarts.SearchNetwork(8, 10, 8, "s2").to(memory_format=torch.channels_last)
     x, y = torch.randn(32, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(32) % 10
@@ -92,12 +93,14 @@ def test_passes_in_bf16_point_where_float64_does():
         _, dw, exact, value = arch.lambda_grads(batch, "cosine", 0.0, "exact")
         central = arch.lambda_grads(batch, "cosine", 1e-2, "central")[2]
         alphas = arch.alpha_grads(batch, batch, 0.025, None, False)
-        found[name] = [torch.cat([t.double().flatten() for t in part]) for part in (alphas, dw, exact, central)], float(value)
+        parts = [torch.cat([t.double().flatten() for t in part]) for part in (alphas, dw, exact, central)]
+        found[name] = parts, float(value)
     cosines = [float(F.cosine_similarity(a, b, 0)) for a, b in zip(found["float64"][0], found["bf16"][0])]
-    print("bf16 against float64: cosine of the gradients by α {:.4f}, of ∇L {:.4f}, of ∇Λ exact {:.4f}, central {:.4f}".format(*cosines),
-          f"Λ {found['bf16'][1]:+.4f} against {found['float64'][1]:+.4f}")
+    print("bf16 against float64: cosine of the gradients by α {:.4f}, of ∇L {:.4f}, of ∇Λ exact {:.4f}, "
+          "central {:.4f}".format(*cosines), f"Λ {found['bf16'][1]:+.4f} against {found['float64'][1]:+.4f}")
     # Rounding differs with the number of threads: by 0.05.
-    assert all(c > least for c, least in zip(cosines, (0.8, 0.7, 0.45, 0.3))) and abs(found["bf16"][1] - found["float64"][1]) < 0.15
+    assert all(c > least for c, least in zip(cosines, (0.8, 0.7, 0.45, 0.3)))
+    assert abs(found["bf16"][1] - found["float64"][1]) < 0.15
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU; there is none")
@@ -106,18 +109,21 @@ def test_a_graph_on_a_gpu_is_the_step():
     for capture in (False, True):
         torch.manual_seed(0)
         net = ldarts.SearchNetwork(4, 10, 4, "darts").cuda().to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(net.weight_parameters(), torch.tensor(0.025, device="cuda"), 0.9, fused=True)
+        rate = torch.tensor(0.025, device="cuda")
+        optimizer = torch.optim.SGD(net.weight_parameters(), rate, 0.9, fused=True)
         arch = ldarts.Architect(net, F.cross_entropy, capturable=True)
 
         def step(x, y, lambda_t):
-            return search_step(arch, optimizer, (x, y), (x, y), unrolled=False, alpha_first=True, lambda_t=lambda_t,
-                               kind="cosine", epsilon=1e-2, method="central", grad_clip=5.0)
+            return search_step(arch, optimizer, (x, y), (x, y), unrolled=False, alpha_first=True,
+                               lambda_t=lambda_t, kind="cosine", epsilon=1e-2, method="central",
+                               grad_clip=5.0)
 
         take = Captured(step, lambda: [*net.parameters(), *net.buffers(), *optimizer_tensors(optimizer),
                                        *optimizer_tensors(arch.optimizer)]) if capture else step
         generator = torch.Generator().manual_seed(0)
         for i in range(3):
-            x = torch.randn(8, 3, 32, 32, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
+            x = torch.randn(8, 3, 32, 32, generator=generator).cuda().contiguous(
+                memory_format=torch.channels_last)
             take(x, torch.arange(8, device="cuda"), torch.tensor(0.1 * i, device="cuda"))
         results.append([p.detach().clone() for p in net.parameters()])
     for a, b in zip(*results):

@@ -19,15 +19,17 @@ from ldarts.model_search import frozen_statistics, tracking_norms
 from test_faults import COMMON, EVAL, assert_same_bits, printed, reached, write_images
 
 ROOT = Path(__file__).parent.parent
-SEARCH = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4", "--lambda_grad", "forward", "--epochs", "2"]
+SEARCH = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4", "--lambda_grad", "forward",
+          "--epochs", "2"]
 
 
 def torchrun(folder, *argv):
     """torchrun with two processes of one thread, its output in <folder>.printed"""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(folder.with_suffix(".printed"), "a") as output:
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                                 *map(str, argv)], cwd=folder, env=environment, stdout=output, stderr=output)
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                 "--nproc_per_node=2", *map(str, argv)],
+                                cwd=folder, env=environment, stdout=output, stderr=output)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def mean(rows):
 
 @pytest.fixture(scope="module")
 def serial():
-    """The gradients of test_distributed's two ranks computed one after another, from the definitions in the paper."""
+    """The gradients of the two ranks computed one after another, from the definitions in the paper."""
     train, valid = zip(*((ranks.batch(10 * rank), ranks.batch(10 * rank + 1)) for rank in range(2)))
     net, arch = ranks.make()
     w, alphas, p = net.weight_parameters(), net.arch_parameters(), arch.cell_leaves()
@@ -97,14 +99,15 @@ def serial():
         # second order: w' and the vector are those of the global batch
         names = [name for name, q in net.named_parameters() if not any(q is alpha for alpha in alphas)]
         stepped = [(q - 0.025 * (g + 3e-4 * q)).detach().requires_grad_() for q, g in zip(w, dw)]
-        both = mean(torch.autograd.grad(loss(images, **dict(zip(names, stepped))), [*alphas, *stepped]) for images in valid)
+        both = mean(torch.autograd.grad(loss(images, **dict(zip(names, stepped))), [*alphas, *stepped])
+                    for images in valid)
         d_alpha, vector = both[: len(alphas)], both[len(alphas) :]
         r = 1e-2 / torch.cat([v.flatten() for v in vector]).norm()
-        sides = [mean(torch.autograd.grad(loss(images, **{n: q.detach() + s * r * v for n, q, v in zip(names, w, vector)}),
-                                          alphas) for images in train) for s in (1, -1)]
+        beside = [{n: q.detach() + s * r * v for n, q, v in zip(names, w, vector)} for s in (1, -1)]
+        sides = [mean(torch.autograd.grad(loss(images, **at), alphas) for images in train) for at in beside]
         found["second order"] = [d - 0.025 * (a - b) / (2 * r) for d, a, b in zip(d_alpha, *sides)]
-        product = mean(torch.autograd.grad(torch.autograd.grad(loss(images), w, create_graph=True), alphas, vector)
-                       for images in train)
+        product = mean(torch.autograd.grad(torch.autograd.grad(loss(images), w, create_graph=True), alphas,
+                                           vector) for images in train)
         found["second order, exact"] = [d - 0.025 * h for d, h in zip(d_alpha, product)]
 
         # Λ of the averaged g_l
@@ -119,9 +122,11 @@ def serial():
             for s, at in moved.items():
                 for i, d in zip(normal, u):
                     at[i] = p[i].detach() + s * eps * d
-            up, down = (mean(torch.autograd.grad(loss_at(images, moved[s]), w) for images in train) for s in (1, -1))
+            up, down = (mean(torch.autograd.grad(loss_at(images, moved[s]), w) for images in train)
+                        for s in (1, -1))
             graphs = [torch.autograd.grad(loss_at(images, p), p, create_graph=True) for images in train]
-            exact = mean(torch.autograd.grad([own[i] for i in normal], w, u, materialize_grads=True) for own in graphs)
+            exact = mean(torch.autograd.grad([own[i] for i in normal], w, u, materialize_grads=True)
+                         for own in graphs)
             for method, d_lambda in (("central", [(a - b) / (2 * eps) for a, b in zip(up, down)]),
                                      ("forward", [(a - b) / eps for a, b in zip(up, dw)]), ("exact", exact)):
                 found[f"Λ {kind}, {method}"] = [*found["no Λ"], *d_lambda, value.detach()]
@@ -164,8 +169,9 @@ def pair(forks, folder, script, *argv, **options):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    return [forks.start(folder, script, *argv, env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                        "MASTER_ADDR": "localhost", "MASTER_PORT": port}, **options) for rank in range(2)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [forks.start(folder, script, *argv, env={"RANK": str(rank), "LOCAL_RANK": str(rank), **shared},
+                        **options) for rank in range(2)]
 
 
 def test_two_processes_evaluate_and_continue_to_the_same_bits(images, forks):
@@ -173,13 +179,16 @@ def test_two_processes_evaluate_and_continue_to_the_same_bits(images, forks):
     argv = [*EVAL, "--epochs", "4"]
     for path in (whole, folder):
         path.mkdir()
-    assert [forks.finish(process) for process in pair(forks, whole, "train_eval.py", *argv)] == [0, 0], printed(whole)
+    processes = pair(forks, whole, "train_eval.py", *argv)
+    assert [forks.finish(process) for process in processes] == [0, 0], printed(whole)
     processes = pair(forks, folder, "train_eval.py", *argv)
     forks.wait_for(lambda: "epoch 1 step 1/" in printed(folder))
     os.kill(processes[1].pid, signal.SIGUSR1)  # one is enough: they agree on the step
-    assert [forks.finish(process) for process in processes] == [0, 0] and "stopped by SIGUSR1" in printed(folder)
+    assert [forks.finish(process) for process in processes] == [0, 0]
+    assert "stopped by SIGUSR1" in printed(folder)
     assert reached(folder) < (4, 0)
-    assert [forks.finish(process) for process in pair(forks, folder, "train_eval.py", "--resume", "runs/one")] == [0, 0]
+    processes = pair(forks, folder, "train_eval.py", "--resume", "runs/one")
+    assert [forks.finish(process) for process in processes] == [0, 0]
     assert_same_bits(folder, whole)
 
 

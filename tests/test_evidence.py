@@ -1,4 +1,4 @@
-"""What shows the results: the studies, the pictures, the table of runs, NAS-Bench-201's file, and ImageNet from a folder."""
+"""What shows results: studies, pictures, the table of runs, NAS-Bench-201's file; ImageNet from a folder."""
 import json
 import shutil
 import sys
@@ -18,6 +18,7 @@ from ldarts.model import count_multiply_adds, count_parameters
 from ldarts.study import cases, collapse, collapse_report, gradient
 
 ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|avg_pool_3x3~1|nor_conv_1x1~2|"
+TABLES = sorted(Path(__file__).parent.glob("evidence/*/tables.md"))
 
 
 def run_main(monkeypatch, module, *args):
@@ -37,8 +38,9 @@ def refused(monkeypatch, capsys, module, *args) -> str:
 @pytest.mark.parametrize("grad_clip, clipped", [(1e-3, 1.0), (1e3, 0.0)])
 def test_a_step_says_whether_it_was_clipped(grad_clip, clipped):
     net, arch, optimizer = make("s2")
-    grads = train_search.search_step(arch, optimizer, double(batch()), double(batch(2)), lambda_t=0.1, unrolled=False,
-                                     alpha_first=False, kind="cosine", epsilon=1e-4, method="exact", grad_clip=grad_clip)
+    grads = train_search.search_step(
+        arch, optimizer, double(batch()), double(batch(2)), lambda_t=0.1, unrolled=False, alpha_first=False,
+        kind="cosine", epsilon=1e-4, method="exact", grad_clip=grad_clip)
     assert grads.clipped.tolist() == [clipped]
 
 
@@ -76,14 +78,15 @@ def test_a_snapshot_measures_each_direction_and_leaves_the_net_alone():
     assert len(found) == 7
     exact, random = found["exact", None], found["random", None]
     assert exact["cosine"] == pytest.approx(1) and abs(random["cosine"]) < 0.1
-    assert exact["same"] == pytest.approx(1e-5 * exact["norm"], rel=0.2) and exact["same"] != exact["held_out"][0]
+    assert exact["same"] == pytest.approx(1e-5 * exact["norm"], rel=0.2)
+    assert exact["same"] != exact["held_out"][0]
     for method in ("central", "forward"):
         assert found[method, 1e-7]["cosine"] > 0.999 and found[method, 1e-1]["cosine"] < 0.9
         assert found[method, 1e-7]["same"] == pytest.approx(exact["same"], rel=1e-2)
 
 
-SEARCH = ["collapse", "--dataset", "synthetic", "--image_size", 4, "--init_channels", 2, "--layers", 1, "--epochs", 2, "--batch_size", 500,
-          "--lambda_reg", 0.25, "--fresh_batches", 2, "--out", "out"]
+SEARCH = ["collapse", "--dataset", "synthetic", "--image_size", 4, "--init_channels", 2, "--layers", 1,
+          "--epochs", 2, "--batch_size", 500, "--lambda_reg", 0.25, "--fresh_batches", 2, "--out", "out"]
 
 
 def test_the_study_of_collapse_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
@@ -95,11 +98,14 @@ def test_the_study_of_collapse_goes_on_where_it_stopped(tmp_path, monkeypatch, c
     run_main(monkeypatch, cases, *flags, 0, 2)
     assert (tmp_path / "out/nasbench201-random-0.json").read_bytes() == first
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "tables.md", "nasbench201.png", "truth.png", *(f"nasbench201-{v}-{seed}.json" for v in ("DARTS", "random") for seed in (0, 2))}
+        "tables.md", "nasbench201.png", "truth.png",
+        *(f"nasbench201-{v}-{seed}.json" for v in ("DARTS", "random") for seed in (0, 2))}
     assert (tmp_path / "out/truth.png").stat().st_size > 10_000
-    lines = {v: json.loads((tmp_path / f"out/nasbench201-{v}-2.json").read_text())["values"] for v in ("DARTS", "random")}
+    lines = {v: json.loads((tmp_path / f"out/nasbench201-{v}-2.json").read_text())["values"]
+             for v in ("DARTS", "random")}
     assert lines["DARTS"][0] == lines["random"][0]  # λ is 0 in the first epoch
-    assert lines["DARTS"][1]["ratio"] == 0 < lines["random"][1]["ratio"] and lines["DARTS"][1]["loss"] != lines["random"][1]["loss"]
+    assert lines["DARTS"][1]["ratio"] == 0 < lines["random"][1]["ratio"]
+    assert lines["DARTS"][1]["loss"] != lines["random"][1]["loss"]
     capsys.readouterr()
     run_main(monkeypatch, cases, *flags, 0, 2, "--show")
     cell = collapse.true_accuracy(lines["random"][1])
@@ -128,9 +134,10 @@ def flat(tensors):
 def parts_of(variant, lambda_t, epsilon=1e-4):
     """∇L, ∇Λ by a central difference, and what a variant subtracts from ∇L, on one batch."""
     net, plain, _ = make("s2")
-    arch = collapse.make_architect(SimpleNamespace(arch_learning_rate=1e-3), collapse.VARIANTS[variant], net, seed=0)
+    variant = collapse.VARIANTS[variant]
+    arch = collapse.make_architect(SimpleNamespace(arch_learning_rate=1e-3), variant, net, seed=0)
     _, dw, central, _ = plain.lambda_grads(double(batch()), "cosine", epsilon, "central")
-    stepped = arch.weight_grads(double(batch()), "cosine", 1e-4, collapse.VARIANTS[variant].method, lambda_t).dw
+    stepped = arch.weight_grads(double(batch()), "cosine", 1e-4, variant.method, lambda_t).dw
     return flat(dw), flat(central), flat(dw) - flat(stepped)
 
 
@@ -163,8 +170,8 @@ def test_no_label_of_a_cell_covers_another(name):
 
 def write_run(path, seed, accuracy, **config):
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"kind": "search", "search_space": "s2", "seed": seed, "save": path.name,
-                                                  "epochs": 1, **config}))
+    config = {"kind": "search", "search_space": "s2", "seed": seed, "save": path.name, "epochs": 1, **config}
+    (path / "config.json").write_text(json.dumps(config))
     (path / "genotype.json").write_text(genotypes.to_json(genotypes.PUBLISHED["c10_s2_lambdadarts_corr"]))
     line = {"epoch": 0, "valid_accuracy": accuracy, "lambda_train": 0.25, "seconds": 90, "entropy": 0.6,
             "alphas": [[[0.1, 0.2]] * 14] * 2}
@@ -193,10 +200,11 @@ def test_pictures_of_runs_and_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed in range(2):
         write_run(tmp_path / f"runs/s{seed}", seed, 20.0 + seed)
-    run_main(monkeypatch, visualize, "runs/s0", "runs/s1", "DARTS", ARCH, "--out", "pictures", "--format", "svg")
+    run_main(monkeypatch, visualize, "runs/s0", "runs/s1", "DARTS", ARCH, "--out", "pictures",
+             "--format", "svg")
     written = capsys.readouterr().out.split()
-    assert {"runs/s0/cells.svg", "runs/s1/alphas.svg", "runs/s0/curves.svg", "pictures/curves.svg", "pictures/DARTS.svg",
-            "pictures/cell.svg"} <= set(written)
+    assert {"runs/s0/cells.svg", "runs/s1/alphas.svg", "runs/s0/curves.svg", "pictures/curves.svg",
+            "pictures/DARTS.svg", "pictures/cell.svg"} <= set(written)
     assert all(Path(path).read_text().rstrip().endswith("</svg>") for path in written)
 
 
@@ -281,29 +289,32 @@ def imagenet(tmp_path):
 def test_imagenet_batches_depend_on_seed_and_epoch_alone(imagenet):
     def batches(seed, workers, epoch, train=True, **share):
         kind = "train" if train else "val"
-        return list(FolderBatches(imagenet / kind, 4, seed, train=train, device=torch.device("cpu"), workers=workers,
-                                  **share).epoch(epoch))
+        return list(FolderBatches(imagenet / kind, 4, seed, train=train, device=torch.device("cpu"),
+                                  workers=workers, **share).epoch(epoch))
 
     first = batches(0, 0, 1)
-    assert len(first) == 2 and first[0][0].shape == (4, 3, 224, 224) and sum(int(y.sum()) for _, y in first) == 4
+    assert len(first) == 2 and first[0][0].shape == (4, 3, 224, 224)
+    assert sum(int(y.sum()) for _, y in first) == 4
     for other in (batches(0, 2, 1), [tuple(map(torch.cat, zip(*parts))) for parts in zip(
             batches(0, 0, 1, rank=0, world=2), batches(0, 0, 1, rank=1, world=2))]):
         assert all(torch.equal(a, b) for pair in zip(first, other) for a, b in zip(*pair))
-    assert not torch.equal(first[0][0], batches(0, 0, 2)[0][0]) and not torch.equal(first[0][0], batches(1, 0, 1)[0][0])
+    assert not torch.equal(first[0][0], batches(0, 0, 2)[0][0])
+    assert not torch.equal(first[0][0], batches(1, 0, 1)[0][0])
     tested = batches(0, 0, 0, train=False)
-    assert [len(y) for _, y in tested] == [4, 2] and torch.cat([y for _, y in tested]).tolist() == [0, 0, 0, 1, 1, 1]
+    assert [len(y) for _, y in tested] == [4, 2]
+    assert torch.cat([y for _, y in tested]).tolist() == [0, 0, 0, 1, 1, 1]
     bright = torch.stack([x.mean() for x in torch.cat([x for x, _ in tested])])
     assert bright[:3].max() < bright[3:].min()  # images and labels stay together
 
 
 def test_imagenet_trains_and_names_a_damaged_image(imagenet, monkeypatch, capsys):
     monkeypatch.chdir(imagenet)
-    flags = ["--dataset", "imagenet", "--data", imagenet, "--init_channels", 16, "--layers", 3, "--batch_size", 4,
-             "--epochs", 2, "--workers", 2]
+    flags = ["--dataset", "imagenet", "--data", imagenet, "--init_channels", 16, "--layers", 3,
+             "--batch_size", 4, "--epochs", 2, "--workers", 2]
     run_main(monkeypatch, train_eval, *flags, "--save", "one")
     config, metrics = runs.read_run("runs/one")
-    assert (config["learning_rate"], config["weight_decay"], config["label_smoothing"], config["drop_path_prob"]) == (
-        0.5, 3e-5, 0.1, 0.0)
+    assert (config["learning_rate"], config["weight_decay"]) == (0.5, 3e-5)
+    assert (config["label_smoothing"], config["drop_path_prob"]) == (0.1, 0.0)
     assert len(metrics) == 2 and 0 <= metrics[1]["test_accuracy"] <= 100
     (imagenet / "train/n02/1.jpeg").write_bytes(b"no image")
     assert "train/n02/1.jpeg" in refused(monkeypatch, capsys, train_eval, *flags, "--save", "two")
@@ -315,7 +326,7 @@ def test_the_published_cell_on_imagenet():
     assert (count_parameters(net), count_multiply_adds(net, 224)) == (5140288, 565652544)
 
 
-@pytest.mark.parametrize("folder", sorted(path.parent for path in Path(__file__).parent.glob("evidence/*/tables.md")), ids=lambda p: p.name)
+@pytest.mark.parametrize("folder", [path.parent for path in TABLES], ids=lambda p: p.name)
 def test_the_findings_are_those_of_the_results_beside_them(folder, tmp_path, monkeypatch, capsys):
     """tables.md is what --show makes of the results."""
     found = sorted(folder.glob("*.json"))
@@ -330,12 +341,14 @@ def test_the_findings_are_those_of_the_results_beside_them(folder, tmp_path, mon
     for module in (gradient, collapse_report):
         monkeypatch.setattr(module, "find_spec", lambda name: None)  # without the pictures
     run_main(monkeypatch, cases, study, "--out", tmp_path, "--show", *flags)
-    assert (tmp_path / "tables.md").read_text() == (folder / "tables.md").read_text() == capsys.readouterr().out
+    text = (tmp_path / "tables.md").read_text()
+    assert text == (folder / "tables.md").read_text() == capsys.readouterr().out
 
 
 def test_rows_of_the_findings_stand_in_their_tables():
     readme = (study.ROOT / "README.md").read_text()
-    findings = readme[readme.index("### Does the gradient of Λ raise Λ?") : readme.index("### The fused mixed sum")]
+    findings = readme[readme.index("### Does the gradient of Λ raise Λ?") :
+                      readme.index("### The fused mixed sum")]
     rows = [line for line in findings.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
-    there = {line for path in Path(__file__).parent.glob("evidence/*/tables.md") for line in path.read_text().splitlines()}
+    there = {line for path in TABLES for line in path.read_text().splitlines()}
     assert len(rows) > 10 and not set(rows) - there

@@ -1,4 +1,4 @@
-"""The engine against the plain form: separable convolutions, normalised sums, and what is computed once for a state."""
+"""The engine against the plain form: separable convolutions, normalised sums, what a state computes once."""
 import copy
 import json
 
@@ -13,7 +13,8 @@ from ldarts.fused.normalised_sum import node_sum, normalised_terms
 from ldarts.fused.separable import separable_convolutions
 from ldarts.operations import DilConv, SepConv
 
-needs_build = pytest.mark.skipif(not compiled_for("cpu"), reason="the extension is not compiled: no compiler here")
+needs_build = pytest.mark.skipif(not compiled_for("cpu"),
+                                 reason="the extension is not compiled: no compiler here")
 
 
 def images(*shape, dtype=torch.float64):
@@ -22,18 +23,20 @@ def images(*shape, dtype=torch.float64):
 
 def compare(found, expected, tolerance):
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max())))
+        atol = tolerance * max(1.0, float(b.detach().abs().max()))
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=atol)
 
 
 @needs_build
 @pytest.mark.parametrize("C", [1, 3, 8, 16, 20, 32])
 @pytest.mark.parametrize("size", [(5, 7), (8, 8), (3, 1), (34, 33)], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-4)], ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-4)],
+                         ids=["float64", "float32"])
 def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
-    """Two stages of every kind of unit, weighted and summed as a node, against the operations called one by one."""
-    ops = [SepConv(C, C, 3, stride, 1, False), SepConv(C, C, 5, stride, 2, False), DilConv(C, C, 3, stride, 2, 2, False),
-           DilConv(C, C, 5, stride, 4, 2, False)]
+    """Two stages of every kind of unit, weighted and summed as a node, against the operations one by one."""
+    ops = [SepConv(C, C, 3, stride, 1, False), SepConv(C, C, 5, stride, 2, False),
+           DilConv(C, C, 3, stride, 2, 2, False), DilConv(C, C, 5, stride, 4, 2, False)]
     for op in ops:
         op.to(dtype)
     seps = ops[:2]
@@ -41,7 +44,8 @@ def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
     weights = [w for op in ops for w in op.parameters()]
 
     zs, rstd_mean, dils = separable_convolutions([x], None, [tuple(op.op[1:4]) for op in ops], p[2:], [2])
-    found = node_sum([*separable_convolutions(zs[:2], rstd_mean[:2], [tuple(op.op[5:8]) for op in seps], p[:2], [1, 1])[2], *dils])
+    twice = separable_convolutions(zs[:2], rstd_mean[:2], [tuple(op.op[5:8]) for op in seps], p[:2], [1, 1])
+    found = node_sum([*twice.terms, *dils])
     statistics = [b.clone() for op in ops for b in op.buffers()]
     for op in ops:
         for module in op.modules():
@@ -50,8 +54,8 @@ def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
     expected = sum(w * op(x) for w, op in zip(p, ops))
     compare([found, *statistics], [expected, *[b for op in ops for b in op.buffers()]], tolerance)
     grad = images(*expected.shape, dtype=dtype)
-    compare(torch.autograd.grad(found, [x, p, *weights], grad), torch.autograd.grad(expected, [x, p, *weights], grad),
-            tolerance * 20)
+    compare(torch.autograd.grad(found, [x, p, *weights], grad),
+            torch.autograd.grad(expected, [x, p, *weights], grad), tolerance * 20)
 
 
 @needs_build
@@ -72,8 +76,9 @@ def test_only_asked_gradients_of_a_separable_convolutions(asked):
 @needs_build
 @pytest.mark.parametrize("space, C", [("darts", 2), ("darts", 6), ("s1", 4), ("s2", 16), ("s3", 4)])
 def test_a_supernet_of_banks_has_the_derivatives_of_the_plain_one(space, C, monkeypatch):
-    """Loss, gradients by weights and p, gradients of gradients along random directions, and batch-norm statistics."""
-    nets = [ldarts.SearchNetwork(C, 10, 3, space).double().to(memory_format=torch.channels_last) for _ in range(2)]
+    """Loss, gradients by weights and p, their gradients along random directions, batch-norm statistics."""
+    nets = [ldarts.SearchNetwork(C, 10, 3, space).double().to(memory_format=torch.channels_last)
+            for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     x, y = images(3, 3, 12, 12), torch.tensor([1, 2, 3])
     results = []
@@ -94,19 +99,22 @@ def test_a_supernet_of_banks_has_the_derivatives_of_the_plain_one(space, C, monk
 @needs_build
 def test_a_fan_is_its_products():
     """Three z on two edges, two of them behind batch norms, which one is on both edges."""
-    z, p = [images(2, 3, 4, 4).requires_grad_() for _ in range(3)], torch.rand(4, dtype=torch.float64).requires_grad_()
+    z = [images(2, 3, 4, 4).requires_grad_() for _ in range(3)]
+    p = torch.rand(4, dtype=torch.float64).requires_grad_()
     norms = [[torch.nn.BatchNorm2d(3, affine=False).double() for _ in range(count)] for count in (2, 0, 1)]
 
     def fused(p, *z):
         return tuple(node_sum([terms]) for terms in normalised_terms(z, norms, [[0, 1], [2, 0]], p))
 
     def plain(p, *z):
-        normed = [F.batch_norm(one, None, None, training=True) if of_z else one for one, of_z in zip(z, norms)]
+        normed = [F.batch_norm(one, None, None, training=True) if of_z else one
+                  for one, of_z in zip(z, norms)]
         return p[0] * normed[0] + p[1] * normed[1], p[2] * normed[2] + p[3] * normed[0]
 
     assert torch.autograd.gradcheck(fused, (p, *z)) and torch.autograd.gradgradcheck(fused, (p, *z))
     compare(fused(p, *z), plain(p, *z), 1e-12)
-    compare(torch.autograd.grad(fused(p, *z), [p, *z], plain(p, *z)), torch.autograd.grad(plain(p, *z), [p, *z], plain(p, *z)), 1e-11)
+    compare(torch.autograd.grad(fused(p, *z), [p, *z], plain(p, *z)),
+            torch.autograd.grad(plain(p, *z), [p, *z], plain(p, *z)), 1e-11)
     for one, of_z in zip(z, norms):
         for norm in of_z:
             expected = torch.nn.BatchNorm2d(3, affine=False).double()
@@ -118,12 +126,14 @@ def test_a_fan_is_its_products():
 @needs_build
 def test_the_same_bits_whatever_the_number_of_threads_of_a_separable_convolutions():
     op = SepConv(8, 8, 3, 1, 1, False)
-    x, threads, results = images(20, 8, 9, 9, dtype=torch.float32).requires_grad_(), torch.get_num_threads(), []
+    x = images(20, 8, 9, 9, dtype=torch.float32).requires_grad_()
+    threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
             zs, rstd_mean, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], torch.ones(0), [])
-            results.append([*zs, rstd_mean, *torch.autograd.grad((zs[0] ** 2).sum(), [x, op.op[1].weight, op.op[2].weight])])
+            grads = torch.autograd.grad((zs[0] ** 2).sum(), [x, op.op[1].weight, op.op[2].weight])
+            results.append([*zs, rstd_mean, *grads])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -145,8 +155,10 @@ def test_weights_per_channel():
 def test_mismatches_of_a_bank_are_named():
     ops, x = torch.ops.ldarts, images(2, 4, 5, 5)
     dw, pw = torch.randn(4, 1, 3, 3).double(), torch.randn(4, 4, 1, 1).double()
-    for arguments, named in ((([x], [dw, dw], [pw]), "expected as many"), (([x], [dw[:3]], [pw]), "depthwise weight 0"),
-                             (([x], [dw], [pw[:, :3]]), "pointwise weight 0"), (([x], [dw.float()], [pw]), "dtype"),
+    for arguments, named in ((([x], [dw, dw], [pw]), "expected as many"),
+                             (([x], [dw[:3]], [pw]), "depthwise weight 0"),
+                             (([x], [dw], [pw[:, :3]]), "pointwise weight 0"),
+                             (([x], [dw.float()], [pw]), "dtype"),
                              (([x, x[:1]], [dw] * 2, [pw] * 2), "shape")):
         x_, dw_, pw_ = arguments
         with pytest.raises(ValueError, match=named):
@@ -154,7 +166,8 @@ def test_mismatches_of_a_bank_are_named():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last],
+                         ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("space", ["darts", "s1", "s3", "nasbench201"])
 def test_a_cell_by_the_engine_is_the_cell(space, layout, training):
     """Output and running statistics, of a normal and of a reduction cell."""
@@ -176,7 +189,8 @@ def test_channels_last_computes_what_the_default_layout_does():
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         net.to(memory_format=layout)
-        loss, dw, d_lambda, value = arch.lambda_grads((x.contiguous(memory_format=layout), y), "cosine", 1e-4, "exact")
+        batch = x.contiguous(memory_format=layout), y
+        loss, dw, d_lambda, value = arch.lambda_grads(batch, "cosine", 1e-4, "exact")
         results.append([loss, value, *dw, *d_lambda])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
@@ -184,8 +198,9 @@ def test_channels_last_computes_what_the_default_layout_does():
 
 @pytest.mark.parametrize("method", ["none", "central", "exact"])
 def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench", "step", "--json", "--search_space", "s2", "--init_channels", "4", "--layers", "4",
-                                     "--batch_size", "4", "--steps", "1", "--lambda_grad", method, "--device", "cpu"])
+    monkeypatch.setattr("sys.argv", [
+        "bench", "step", "--json", "--search_space", "s2", "--init_channels", "4", "--layers", "4",
+        "--batch_size", "4", "--steps", "1", "--lambda_grad", method, "--device", "cpu"])
     bench.main()
     found = json.loads(capsys.readouterr().out)
     assert 0 < found["seconds_per_weight_step"] < 2 * found["seconds_per_step"] and found["peak_mib"] > 50

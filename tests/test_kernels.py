@@ -1,4 +1,4 @@
-"""The CUDA kernels of the fused sum, run on the CPU by cuda_emulation.h; and mistakes planted in them, which must show."""
+"""The CUDA kernels of the fused sum, on the CPU by cuda_emulation.h; mistakes planted in them must show."""
 import os
 import shutil
 import subprocess
@@ -15,32 +15,47 @@ FLAGS = ["-std=c++17", "-O1", "-w", "-fsanitize=alignment,bounds,signed-integer-
 
 # name: (operator whose grid must fail, dtype, text, replacement)
 MUTATIONS = {
-    "dot: no barrier before the warps are added": ("dot", "float32", "  __syncthreads();\n  for (int m", "  for (int m"),
-    "dot: no barrier in the second stage": ("dot", "float32", "  __syncthreads();\n  if (threadIdx.x > 0)", "  if (threadIdx.x > 0)"),
+    "dot: no barrier before the warps are added": ("dot", "float32", "  __syncthreads();\n  for (int m",
+                                                   "  for (int m"),
+    "dot: no barrier in the second stage": ("dot", "float32", "  __syncthreads();\n  if (threadIdx.x > 0)",
+                                            "  if (threadIdx.x > 0)"),
     "dot: a barrier in a branch": ("dot", "float32", "  __syncthreads();\n  if (threadIdx.x > 0) return;",
                                    "  if (threadIdx.x > 0) return;\n  __syncthreads();"),
-    "dot: a shuffle in a branch": ("dot", "float32", "      dot = warp_sum(dot);", "      if (i[0] < end) dot = warp_sum(dot);"),
+    "dot: a shuffle in a branch": ("dot", "float32", "      dot = warp_sum(dot);",
+                                   "      if (i[0] < end) dot = warp_sum(dot);"),
     "dot: half of the warp left out": ("dot", "float32", "distance = kWarp / 2", "distance = kWarp / 4"),
     "dot: last partial left out": ("dot", "float32", "b < a.blocks;", "b < a.blocks - 1;"),
     "dot: tail left out": ("dot", "float32", "  if (packed < a.n &&", "  if (false &&"),
-    "dot: tail in every block": ("dot", "float32", "packed < a.n && blockIdx.x == gridDim.x - 1", "packed < a.n"),
-    "dot: reads behind the end": ("dot", "float32", "if (m + k < a.count && i[v] < end)", "if (m + k < a.count)"),
+    "dot: tail in every block": ("dot", "float32", "packed < a.n && blockIdx.x == gridDim.x - 1",
+                                 "packed < a.n"),
+    "dot: reads behind the end": ("dot", "float32", "if (m + k < a.count && i[v] < end)",
+                                  "if (m + k < a.count)"),
     "dot: sums not cleared": ("dot", "float32", "m += kWarp) sums[m] = 0;", "m += kWarp) continue;"),
-    "dot: too little shared memory": ("dot", "float32", "sizeof(Acc<T>) * kWarps * number", "sizeof(Acc<T>) * number"),
-    "dot: partials of the second chunk over the first's": ("dot", "float32", "partial + first * blocks", "partial"),
+    "dot: too little shared memory": ("dot", "float32", "sizeof(Acc<T>) * kWarps * number",
+                                      "sizeof(Acc<T>) * number"),
+    "dot: partials of the second chunk over the first's": ("dot", "float32", "partial + first * blocks",
+                                                           "partial"),
     "dot: index in 32 bits": ("index", "float16", "constexpr int64_t kTile", "constexpr int kTile"),
-    "sum: index off by one": ("sum", "float32", "load<L>(a.term[m + k] + i)", "load<L>(a.term[m + k] + i + 1)"),
+    "sum: index off by one": ("sum", "float32", "load<L>(a.term[m + k] + i)",
+                              "load<L>(a.term[m + k] + i + 1)"),
     "sum: tail left out": ("sum", "float32", "i < a.n) sum_pack<T, 1>", "i < 0) sum_pack<T, 1>"),
-    "sum: last pack left out": ("sum", "float32", "p < packs; p += thread_count()) sum_pack", "p + 1 < packs; p += thread_count()) sum_pack"),
+    "sum: last pack left out": ("sum", "float32", "p < packs; p += thread_count()) sum_pack",
+                                "p + 1 < packs; p += thread_count()) sum_pack"),
     "sum: grid not strided": ("sum", "float32", "p += thread_count()) sum_pack", "p += packs) sum_pack"),
-    "sum: weights of the second chunk": ("sum", "float32", "SumArgs<T> a{{}, weight + first,", "SumArgs<T> a{{}, weight,"),
+    "sum: weights of the second chunk": ("sum", "float32", "SumArgs<T> a{{}, weight + first,",
+                                         "SumArgs<T> a{{}, weight,"),
     "sum: first chunk forgotten": ("sum", "float32", "first ? carry : nullptr,", "nullptr,"),
-    "sum: alignment of the terms not asked": ("sum", "float32", "aligned(terms, count) && aligned(&out, 1)", "aligned(&out, 1)"),
-    "sum: index in 32 bits": ("index", "float16", "sum_pack(const SumArgs<T>& a, int64_t i)", "sum_pack(const SumArgs<T>& a, int i)"),
-    "all: thread number in 32 bits": ("index", "float16", "inline int64_t thread_number()", "inline int thread_number()"),
-    "scale: index in 32 bits": ("index", "float16", "scale_pack(const ScaleArgs<T>& a, int64_t i)", "scale_pack(const ScaleArgs<T>& a, int i)"),
+    "sum: alignment of the terms not asked": ("sum", "float32", "aligned(terms, count) && aligned(&out, 1)",
+                                              "aligned(&out, 1)"),
+    "sum: index in 32 bits": ("index", "float16", "sum_pack(const SumArgs<T>& a, int64_t i)",
+                              "sum_pack(const SumArgs<T>& a, int i)"),
+    "all: thread number in 32 bits": ("index", "float16", "inline int64_t thread_number()",
+                                      "inline int thread_number()"),
+    "scale: index in 32 bits": ("index", "float16", "scale_pack(const ScaleArgs<T>& a, int64_t i)",
+                                "scale_pack(const ScaleArgs<T>& a, int i)"),
     "scale: wrong output": ("scale", "float32", "store<T, L>(a.out[m] + i", "store<T, L>(a.out[m / 2] + i"),
-    "scale: alignment of the outputs not asked": ("scale", "float32", "aligned(outs, count) && aligned(&grad, 1)", "aligned(&grad, 1)"),
+    "scale: alignment of the outputs not asked":
+        ("scale", "float32", "aligned(outs, count) && aligned(&grad, 1)", "aligned(&grad, 1)"),
 }  # fmt: skip
 
 
@@ -57,8 +72,8 @@ def jobs(tmp_path_factory):
         here = folder / str(number)
         here.mkdir()
         (here / KERNELS.name).write_text(text)
-        command = [compiler, *FLAGS, f"-DSCALAR={TYPES[dtype]}", f"-I{here}", f"-I{TESTS}", "-o", str(here / "driver"),
-                   str(TESTS / "kernel_driver.cpp")]
+        command = [compiler, *FLAGS, f"-DSCALAR={TYPES[dtype]}", f"-I{here}", f"-I{TESTS}",
+                   "-o", str(here / "driver"), str(TESTS / "kernel_driver.cpp")]
         subprocess.run(command, check=True, capture_output=True, text=True)
         results = {}
         for operator in operators:

@@ -1,4 +1,4 @@
-"""The fused sum against its reference: one grid over dtype, layout, shape and number of terms, on every device here."""
+"""The fused sum against its reference: a grid of dtype, layout, shape, number of terms, on each device."""
 import os
 import shutil
 import signal
@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 MODULE = sys.modules["ldarts.fused.mixed_sum"]  # fused.mixed_sum is the function
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-needs_build = pytest.mark.skipif(not compiled_for("cpu"), reason="the extension is not compiled: no compiler here")
+needs_build = pytest.mark.skipif(not compiled_for("cpu"),
+                                 reason="the extension is not compiled: no compiler here")
 
 
 def sample(shape, count, dtype, device="cpu", layout=torch.contiguous_format, weights_dtype=None, grad=False):
@@ -28,20 +29,23 @@ def sample(shape, count, dtype, device="cpu", layout=torch.contiguous_format, we
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     weights = one(count).to(device, weights_dtype or dtype).requires_grad_(grad)
-    terms = [one(*shape).to(device, dtype).contiguous(memory_format=layout).requires_grad_(grad) for _ in range(count)]
+    terms = [one(*shape).to(device, dtype).contiguous(memory_format=layout).requires_grad_(grad)
+             for _ in range(count)]
     return weights, terms
 
 
 @needs_build
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 35, 65])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (4, 16, 8, 8), (1, 1, 1, 1), (0, 4, 3, 3), (3, 8, 37, 41)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (4, 16, 8, 8), (1, 1, 1, 1), (0, 4, 3, 3), (3, 8, 37, 41)],
+                         ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_agrees_with_the_reference(dtype, layout, shape, count, device):
     weights, terms = sample(shape, count, dtype, device, layout, grad=True)
     out = mixed_sum(weights, terms)
-    assert out.shape == shape and out.dtype == dtype and (not out.numel() or out.is_contiguous(memory_format=layout))
+    assert out.shape == shape and out.dtype == dtype
+    assert not out.numel() or out.is_contiguous(memory_format=layout)
     grad = torch.randn(shape, dtype=torch.float64).to(device, dtype)
     found = torch.autograd.grad(out, [weights, *terms], grad)
     again = torch.autograd.grad(mixed_sum(weights, terms), [weights, *terms], grad)
@@ -108,7 +112,8 @@ def test_the_same_bits_whatever_the_number_of_threads():
 
 @needs_build
 def test_wider_weights_and_gradients_of_other_layouts():
-    weights, terms = sample((4, 8, 5, 5), 6, torch.bfloat16, layout=torch.channels_last, weights_dtype=torch.float32, grad=True)
+    weights, terms = sample((4, 8, 5, 5), 6, torch.bfloat16, layout=torch.channels_last,
+                            weights_dtype=torch.float32, grad=True)
     out = mixed_sum(weights, terms)
     assert out.dtype == torch.bfloat16
     grad = torch.randn(1, dtype=torch.bfloat16).expand(4, 8, 5, 5)  # strides of 0
@@ -140,7 +145,8 @@ def mismatches():
 
 
 @pytest.mark.parametrize("force", [False, True], ids=["default", "reference"])
-@pytest.mark.parametrize("name, weights, terms, message", list(mismatches()), ids=[m[0] for m in mismatches()])
+@pytest.mark.parametrize("name, weights, terms, message", list(mismatches()),
+                         ids=[m[0] for m in mismatches()])
 def test_a_mismatch_names_the_term_and_the_property(name, weights, terms, message, force, monkeypatch):
     if force:
         monkeypatch.setattr(MODULE, "compiled_for", lambda device: False)
@@ -163,12 +169,14 @@ def test_cuda_graph_capture():
 
 # ---- building
 
-CALL = "import torch, ldarts; print(float(ldarts.mixed_sum(torch.ones(2), [torch.ones(3), torch.ones(3)]).sum()))"
+CALL = ("import torch, ldarts; "
+        "print(float(ldarts.mixed_sum(torch.ones(2), [torch.ones(3), torch.ones(3)]).sum()))")
 
 
 def call(cache, **environment):
-    return subprocess.Popen([sys.executable, "-c", CALL], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"XDG_CACHE_HOME": str(cache)} | environment, start_new_session=True)
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)} | environment
+    return subprocess.Popen([sys.executable, "-c", CALL], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=environment, start_new_session=True)
 
 
 @pytest.mark.parametrize("name, value", [("LDARTS_FUSED", "off"), ("LDARTS_MIXED_SUM", "reference")])

@@ -26,9 +26,11 @@ def test_the_published_extremes():
     truth = nasbench201.look_up(SIX_SKIPS)
     assert truth[:4] == (54.30, 15.61, 16.32, 15231) and truth.better == 15230 / 15625
     nothing = nasbench201.look_up(SIX_SKIPS.replace("skip_connect", "none"))
-    assert nothing.cifar10 == pytest.approx(10, abs=0.5) and nothing.cifar100 == pytest.approx(1, abs=0.5)  # chance
-    # The published best cell of CIFAR-10 (Dong and Yang, 2020, with the operations of its edges in this order).
-    best = nasbench201.look_up("|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_1x1~2|")
+    assert nothing.cifar10 == pytest.approx(10, abs=0.5)  # chance
+    assert nothing.cifar100 == pytest.approx(1, abs=0.5)
+    # The published best cell of CIFAR-10 (Dong and Yang, 2020, with its edges' operations in this order).
+    best = nasbench201.look_up(
+        "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_1x1~2|")
     assert best.rank == 1 and best.better == 0
 
 
@@ -36,10 +38,12 @@ def test_every_row_has_its_arch_string():
     rows = [0, 1, 5, 15624, 7812, *random.Random(0).sample(range(15625), 200)]
     assert [nasbench201.row(arch_of(row)) for row in rows] == rows
     ranks = [nasbench201.look_up(arch_of(row)).rank for row in random.Random(1).sample(range(15625), 1000)]
-    assert statistics.median(ranks) == pytest.approx(7813, rel=0.1) and min(ranks) < 200 and 15000 < max(ranks) <= 15625
+    assert statistics.median(ranks) == pytest.approx(7813, rel=0.1)
+    assert min(ranks) < 200 and 15000 < max(ranks) <= 15625
 
 
-@pytest.mark.parametrize("arch", ["|nor_conv_3x3~0|", SIX_SKIPS.replace("skip_connect~2", "sep_conv_3x3~2"), "nothing"])
+@pytest.mark.parametrize("arch", [
+    "|nor_conv_3x3~0|", SIX_SKIPS.replace("skip_connect~2", "sep_conv_3x3~2"), "nothing"])
 def test_what_is_no_cell_of_the_benchmark_is_named(arch):
     with pytest.raises(InputError, match="NAS-Bench-201"):
         nasbench201.look_up(arch)
@@ -54,13 +58,15 @@ def test_the_rank_test_is_that_of_uniform_ranks():
 
 def test_a_search_logs_the_truth_and_ends_with_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["x", "--dataset", "synthetic", "--search_space", "nasbench201", "--init_channels", "2", "--layers",
-                                      "1", "--batch_size", "500", "--epochs", "2", "--lambda_reg", "0", "--save", "one"])
+    monkeypatch.setattr(sys, "argv", [
+        "x", "--dataset", "synthetic", "--search_space", "nasbench201", "--init_channels", "2",
+        "--layers", "1", "--batch_size", "500", "--epochs", "2", "--lambda_reg", "0", "--save", "one"])
     train_search.main()
     output = capsys.readouterr().out.splitlines()
     lines = [json.loads(line) for line in (tmp_path / "runs/one/metrics.jsonl").read_text().splitlines()]
     arch = json.loads((tmp_path / "runs/one/genotype.json").read_text())["arch"]
     truth = nasbench201.look_up(arch)
-    assert len(lines) == 2 and lines[-1]["true_cifar10"] == truth.cifar10 and lines[-1]["true_rank"] == truth.rank
+    assert len(lines) == 2 and lines[-1]["true_cifar10"] == truth.cifar10
+    assert lines[-1]["true_rank"] == truth.rank
     assert output[-2] == nasbench201.describe(arch) and f"{truth.cifar10:.2f} % on CIFAR-10" in output[-2]
     assert "true_cifar10" in visualize.CURVES

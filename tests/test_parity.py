@@ -15,8 +15,8 @@ KINDS = {"corr": "cosine", "signcorr": "sign"}
 
 def relative(found, expected):
     """Largest error relative to the largest magnitude, over a tensor or a list of them."""
-    found, expected = (torch.cat([t.detach().flatten() for t in ts]) if isinstance(ts, (list, tuple)) else ts.detach()
-                       for ts in (found, expected))
+    found, expected = (torch.cat([t.detach().flatten() for t in ts]) if isinstance(ts, (list, tuple))
+                       else ts.detach() for ts in (found, expected))
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -24,11 +24,12 @@ def supernet(case):
     c = case.config
     net = ldarts.SearchNetwork(c["C"], c["num_classes"], c["layers"], c["space"]).double()
     state = case.group("state")
-    missing, unexpected = net.load_state_dict(
-        state | {"alphas_normal": case["alphas_normal"], "alphas_reduce": case["alphas_reduce"]}, strict=False)
-    assert not unexpected and all(k.endswith(("running_mean", "running_var", "num_batches_tracked")) for k in missing)
-    arch = ldarts.Architect(net, F.cross_entropy, c["arch_learning_rate"], c["arch_betas"], c["arch_weight_decay"],
-                            c["momentum"], c["weight_decay"])
+    alphas = {"alphas_normal": case["alphas_normal"], "alphas_reduce": case["alphas_reduce"]}
+    missing, unexpected = net.load_state_dict(state | alphas, strict=False)
+    assert not unexpected
+    assert all(k.endswith(("running_mean", "running_var", "num_batches_tracked")) for k in missing)
+    arch = ldarts.Architect(net, F.cross_entropy, c["arch_learning_rate"], c["arch_betas"],
+                            c["arch_weight_decay"], c["momentum"], c["weight_decay"])
     return net, arch
 
 
@@ -64,7 +65,8 @@ def test_logits_and_loss(case):
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_alpha_gradients(case, unrolled):
     net, arch = supernet(case)
-    found = arch.alpha_grads(batch(case, "train"), batch(case, "valid"), case.config["learning_rate"], None, unrolled)
+    found = arch.alpha_grads(batch(case, "train"), batch(case, "valid"), case.config["learning_rate"], None,
+                             unrolled)
     order = "second" if unrolled else "first"
     for g, which in zip(found, ("normal", "reduce")):
         assert relative(g, case[f"dalpha_{order}_{which}"]) < 1e-8
@@ -139,13 +141,15 @@ def run_steps(case, lambda_sign=1, alpha_first=True, unrolled=None):
     from train_search import search_step
     c = case.config
     net, arch = supernet(case)
-    optimizer = torch.optim.SGD(net.weight_parameters(), c["learning_rate"], c["momentum"], weight_decay=c["weight_decay"])
+    optimizer = torch.optim.SGD(net.weight_parameters(), c["learning_rate"], c["momentum"],
+                                weight_decay=c["weight_decay"])
     losses, alphas = [], []
     for i in range(3):
         grads = search_step(arch, optimizer, batch(case, "train", i), batch(case, "valid", i),
-                               unrolled=c["unrolled_steps"] if unrolled is None else unrolled, alpha_first=alpha_first,
-                               lambda_t=lambda_sign * c["lambda_reg"], kind=KINDS[c["kind"]], epsilon=c["epsilon_0"],
-                               method="central", grad_clip=c["grad_clip"])
+                            unrolled=c["unrolled_steps"] if unrolled is None else unrolled,
+                            alpha_first=alpha_first, lambda_t=lambda_sign * c["lambda_reg"],
+                            kind=KINDS[c["kind"]], epsilon=c["epsilon_0"], method="central",
+                            grad_clip=c["grad_clip"])
         losses.append(grads.loss)
         alphas.append([a.detach().clone() for a in net.arch_parameters()])
     final = case.group("steps/final")
@@ -198,7 +202,8 @@ def test_nasbench201(golden):
 def test_derived_network(golden):
     case = golden("eval_corr3")
     c = case.config
-    net = ldarts.Network(c["C"], c["num_classes"], c["layers"], c["auxiliary"], ldarts.genotypes.load(c["genotype"]))
+    net = ldarts.Network(c["C"], c["num_classes"], c["layers"], c["auxiliary"],
+                         ldarts.genotypes.load(c["genotype"]))
     state = case.group("state")
     net.double().load_state_dict(state)  # strict: the original's keys, all of them and no other
     assert list(net.state_dict()) == list(state)
@@ -215,6 +220,7 @@ def test_published_cells_and_their_parameter_counts(golden):
         assert json.loads(ldarts.genotypes.to_json(genotype)) == expected
         if name in counts:
             with torch.device("meta"):
-                assert ldarts.model.count_parameters(ldarts.Network(36, 10, 20, True, genotype)) == counts[name]
+                net = ldarts.Network(36, 10, 20, True, genotype)
+                assert ldarts.model.count_parameters(net) == counts[name]
     assert ldarts.genotypes.load("LAMBDA_DARTS") == ldarts.genotypes.load("lambdadarts_corr_3")
     assert counts["lambdadarts_corr_3"] == 3_604_438

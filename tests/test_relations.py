@@ -1,7 +1,7 @@
-"""What must change nothing in a search: relations between whole searches of many steps, in float64 and in every space.
+"""What must change nothing in a search: relations of searches of many steps, in float64 and in every space.
 
-Gradients can be right while the training is not: one in another memory layout than its weight, stepped by a fused optimizer,
-moves the wrong weights.
+Gradients can be right while the training is not: one in another memory layout than its weight, stepped by a
+fused optimizer, moves the wrong weights.
 """
 import functools
 
@@ -16,15 +16,17 @@ from ldarts.fused import compiled_for
 from train_search import search_step
 
 SPACES = [space for space in spaces.SPACES if space != "s5"]  # the same as darts
-STEPS = {"nasbench201": 20, "s2": 20}  # elsewhere 8: their steps take longer and differ in nothing but the operations
+STEPS = {"nasbench201": 20, "s2": 20}  # elsewhere 8: slower steps that differ in operations alone
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 @functools.cache  # a search is compared with several others
-def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=True, engine=True, permuted=False):
+def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=True, engine=True,
+           permuted=False):
     """All weights and α after some steps on random images, from the same beginning."""
     torch.manual_seed(3)
-    net = ldarts.SearchNetwork(2, 10, 1 if space == "nasbench201" else 4, space).double().to(memory_format=LAYOUTS[layout])
+    net = ldarts.SearchNetwork(2, 10, 1 if space == "nasbench201" else 4, space).double().to(
+        memory_format=LAYOUTS[layout])
     optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4, fused=fused)
     arch = ldarts.Architect(net, F.cross_entropy, 3e-3)
     images, labels = torch.randn(12, 3, 8, 8, dtype=torch.float64), torch.arange(12) % 10
@@ -36,10 +38,11 @@ def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=Tr
             pick = [order[:4], order[4:8]]
             if permuted:
                 pick = [part.flip(0) for part in pick]
-            train, valid = ((images[part].contiguous(memory_format=LAYOUTS[layout]), labels[part]) for part in pick)
+            train, valid = ((images[part].contiguous(memory_format=LAYOUTS[layout]), labels[part])
+                            for part in pick)
             torch.manual_seed(step)  # of the noise of s4
-            search_step(arch, optimizer, train, valid, unrolled=False, alpha_first=space != "nasbench201", lambda_t=lambda_t,
-                        kind="cosine", epsilon=1e-4, method=method, grad_clip=5.0)
+            search_step(arch, optimizer, train, valid, unrolled=False, alpha_first=space != "nasbench201",
+                        lambda_t=lambda_t, kind="cosine", epsilon=1e-4, method=method, grad_clip=5.0)
     return [p.detach().contiguous() for p in net.parameters()]
 
 
@@ -56,7 +59,8 @@ def test_without_lambda_every_estimator_is_plain_darts(space, method):
     assert any(float((a - b).abs().max()) > 1e-3 for a, b in zip(search(space), search(space, None, 0.0)))
 
 
-@pytest.mark.parametrize("changed", [{"layout": "contiguous"}, {"fused": False}, {"engine": False}, {"permuted": True}], ids=str)
+@pytest.mark.parametrize("changed", [{"layout": "contiguous"}, {"fused": False}, {"engine": False},
+                                     {"permuted": True}], ids=str)
 @pytest.mark.parametrize("space", SPACES)
 def test_what_changes_nothing(space, changed):
     if space == "s4" and changed != {"fused": False}:
@@ -71,7 +75,8 @@ def test_what_changes_nothing(space, changed):
 @pytest.mark.parametrize("method", [None, *METHODS])
 @pytest.mark.parametrize("space", SPACES)
 def test_gradients_have_the_layout_of_their_parameters(space, method, layout, unrolled):
-    net = ldarts.SearchNetwork(2, 10, 1 if space == "nasbench201" else 4, space).to(memory_format=LAYOUTS[layout])
+    net = ldarts.SearchNetwork(2, 10, 1 if space == "nasbench201" else 4, space).to(
+        memory_format=LAYOUTS[layout])
     arch = ldarts.Architect(net, F.cross_entropy)
     batch = torch.randn(2, 3, 8, 8).contiguous(memory_format=LAYOUTS[layout]), torch.arange(2)
     found = [(arch.weight_grads(batch, "cosine", 1e-4, method, 0.1).dw, arch.weights),

@@ -13,13 +13,13 @@ from ldarts import Genotype, Network, genotypes
 from ldarts.runs import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--dataset", "synthetic", "--init_channels", "2", "--layers", "4", "--search_space", "s2", "--report_freq", "3",
-        "--batch_size", "500"]
+TINY = ["--dataset", "synthetic", "--init_channels", "2", "--layers", "4", "--search_space", "s2",
+        "--report_freq", "3", "--batch_size", "500"]
 
 
 def run(folder, script, *args):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=folder, text=True, capture_output=True,
-                          timeout=300)
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=folder, text=True,
+                          capture_output=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,14 @@ def searched(tmp_path_factory):
 def test_a_search_leaves_a_whole_run_folder(searched):
     folder, printed = searched
     path = folder / "runs" / "one"
-    assert {"checkpoint.pt", "config.json", "genotype.json", "log.txt", "metrics.jsonl"} <= set(os.listdir(path))
+    wanted = {"checkpoint.pt", "config.json", "genotype.json", "log.txt", "metrics.jsonl"}
+    assert wanted <= set(os.listdir(path))
     config = json.loads((path / "config.json").read_text())
-    assert config["search_space"] == "s2" and config["lambda_reg"] == 0.125 and config["versions"]["torch"] == torch.__version__
+    assert config["search_space"] == "s2" and config["lambda_reg"] == 0.125
+    assert config["versions"]["torch"] == torch.__version__
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in metrics] == [0, 1] and [line["lambda_reg"] for line in metrics] == [0, 0.125]
+    assert [line["epoch"] for line in metrics] == [0, 1]
+    assert [line["lambda_reg"] for line in metrics] == [0, 0.125]
     for name in ("lambda_train", "lambda_valid", "entropy", "skip_connections", "valid_accuracy", "seconds",
                  "lambda_grad_norm", "loss_grad_norm", "clipped"):
         assert name in metrics[1]
@@ -46,14 +49,15 @@ def test_a_search_leaves_a_whole_run_folder(searched):
     alphas = [torch.tensor(line["alphas"]) for line in metrics]  # of each type of cell [14, 2]
     assert alphas[0].shape == (2, 14, 2) and not torch.equal(*alphas)
     assert isinstance(genotypes.load(str(path)), Genotype)
-    for shown in ("s/step", " left", "loss", "accuracy", "normal: ", "reduce: ", "skip connections: ", "Λ by epoch: ",
-                  "train it: python train_eval.py --arch runs/one --dataset synthetic"):
+    for shown in ("s/step", " left", "loss", "accuracy", "normal: ", "reduce: ", "skip connections: ",
+                  "Λ by epoch: ", "train it: python train_eval.py --arch runs/one --dataset synthetic"):
         assert shown in printed, shown
 
 
 def test_the_genotype_of_a_search_is_trained_then_tested(searched):
     folder, _ = searched
-    small = ["--arch", "runs/one", "--dataset", "synthetic", "--init_channels", 2, "--layers", 3, "--batch_size", 500]
+    small = ["--arch", "runs/one", "--dataset", "synthetic", "--init_channels", 2, "--layers", 3,
+             "--batch_size", 500]
     result = run(folder, "train_eval.py", *small, "--epochs", 1, "--save", "eval")
     assert result.returncode == 0, result.stderr
     metrics = json.loads((folder / "runs/eval/metrics.jsonl").read_text())
@@ -110,8 +114,9 @@ BAD_EVAL = {
     "weights of another network": (["--evaluate", "other.pt"], "other.pt"),
     "truncated checkpoint": (["--evaluate", "cut.pt"], "cut.pt"),
     "no checkpoint": (["--evaluate", "none.pt"], "none.pt"),
-    "auxiliary tower in nasbench201": (["--arch", "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|none~1|none~2|",
-                                        "--auxiliary"], "--auxiliary"),
+    "auxiliary tower in nasbench201": (
+        ["--arch", "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|none~1|none~2|", "--auxiliary"],
+        "--auxiliary"),
 }
 
 
@@ -120,19 +125,22 @@ def test_a_bad_evaluation_is_one_line_and_leaves_nothing(tmp_path, args, named, 
     import train_eval
     bad_genotypes(tmp_path)
     before = sorted(os.listdir(tmp_path))
-    assert_refused(train_eval, ["--dataset", "synthetic", "--init_channels", "4", "--layers", "3", *args], named, tmp_path,
-                   monkeypatch, capsys, before)
+    assert_refused(train_eval, ["--dataset", "synthetic", "--init_channels", "4", "--layers", "3", *args],
+                   named, tmp_path, monkeypatch, capsys, before)
 
 
-@pytest.mark.parametrize("arch", ["noise.json", "|none~0|+|none~0|none~1|+|skip_connect~0|none~1|none~2|"], ids=["s4", "nasbench201"])
+@pytest.mark.parametrize("arch", ["noise.json", "|none~0|+|none~0|none~1|+|skip_connect~0|none~1|none~2|"],
+                         ids=["s4", "nasbench201"])
 def test_cells_that_leave_weights_without_a_gradient_are_trained(tmp_path, arch, monkeypatch):
     import train_eval
     edges = [["noise", 0], ["noise", 1]] * 3 + [["noise", 0], ["sep_conv_3x3", 0]]
-    cell = {name: value for kind in ("normal", "reduce") for name, value in ((kind, edges), (f"{kind}_concat", [2, 3, 4, 5]))}
+    cell = {name: value for kind in ("normal", "reduce")
+            for name, value in ((kind, edges), (f"{kind}_concat", [2, 3, 4, 5]))}
     (tmp_path / "noise.json").write_text(json.dumps(cell))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_eval.py", "--dataset", "synthetic", "--arch", arch, "--init_channels", "4", "--layers",
-                                      "1", "--epochs", "1", "--batch_size", "500", "--no-auxiliary", "--save", "one"])
+    monkeypatch.setattr(sys, "argv", [
+        "train_eval.py", "--dataset", "synthetic", "--arch", arch, "--init_channels", "4", "--layers", "1",
+        "--epochs", "1", "--batch_size", "500", "--no-auxiliary", "--save", "one"])
     train_eval.main()
     assert json.loads((tmp_path / "runs/one/metrics.jsonl").read_text())["epoch"] == 0
 
@@ -150,7 +158,8 @@ def assert_refused(script, args, named, folder, monkeypatch, capsys, before=()):
 def test_an_existing_run_is_not_written_over(searched):
     folder, _ = searched
     result = run(folder, "train_search.py", *TINY, "--epochs", 2, "--save", "one")
-    assert result.returncode == 2 and "runs/one exists" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert result.returncode == 2 and "runs/one exists" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_checkpoint_is_a_plain_dictionary_of_the_network(searched):

@@ -32,16 +32,16 @@ def test_s1_has_the_table_of_the_paper():
     assert reduce[0] == ("max_pool_3x3", "avg_pool_3x3") and reduce[6] == ("max_pool_3x3", "sep_conv_3x3")
     assert reduce[-3:] == (("skip_connect", "dil_conv_5x5"),) * 3
     count = {name: sum(edge.count(name) for edge in normal) for name in OPS}
-    assert [count[n] for n in ("skip_connect", "max_pool_3x3", "sep_conv_3x3", "dil_conv_3x3", "dil_conv_5x5")] == [
-        12, 2, 4, 6, 4]
+    named = "skip_connect", "max_pool_3x3", "sep_conv_3x3", "dil_conv_3x3", "dil_conv_5x5"
+    assert [count[n] for n in named] == [12, 2, 4, 6, 4]
 
 
 @pytest.mark.parametrize("space", spaces.SPACES)
 def test_every_space_searches_and_derives(space):
     net, arch, optimizer = make(space)
     before = [alpha.clone() for alpha in net.arch_parameters()]
-    search_step(arch, optimizer, double(batch()), double(batch(2)), unrolled=False, alpha_first=True, lambda_t=0.1,
-                kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)
+    search_step(arch, optimizer, double(batch()), double(batch(2)), unrolled=False, alpha_first=True,
+                lambda_t=0.1, kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)
     assert all(p.isfinite().all() for p in net.parameters())
     assert not any(torch.equal(alpha, old) for alpha, old in zip(net.arch_parameters(), before))
     genotype = net.genotype()
@@ -57,27 +57,32 @@ def test_derivation_takes_the_two_strongest_edges_and_never_none():
     names = (("none", "skip_connect", "sep_conv_3x3"),) * 5
     p = [[0.1, 0.2, 0.7], [0.8, 0.15, 0.05],  # node 0 has two edges: both, the stronger first
          [0.9, 0.06, 0.04], [0.2, 0.5, 0.3], [0.1, 0.3, 0.6]]
-    assert derive(p, names) == (("sep_conv_3x3", 0), ("skip_connect", 1), ("sep_conv_3x3", 2), ("skip_connect", 1))
+    assert derive(p, names) == (("sep_conv_3x3", 0), ("skip_connect", 1),
+                                ("sep_conv_3x3", 2), ("skip_connect", 1))
 
 
 def test_nasbench201_derives_the_strongest_operation_of_each_edge():
     net = make("nasbench201")[0]
     with torch.no_grad():
         net.arch_parameters()[0].copy_(torch.eye(5).repeat(2, 1)[:6])
-    assert net.genotype() == ("|none~0|+|skip_connect~0|nor_conv_1x1~1|+|nor_conv_3x3~0|avg_pool_3x3~1|none~2|")
+    assert net.genotype() == (
+        "|none~0|+|skip_connect~0|nor_conv_1x1~1|+|nor_conv_3x3~0|avg_pool_3x3~1|none~2|")
 
 
 CALLS = {
     "first order": lambda arch, o: arch.alpha_grads(double(batch()), double(batch(2)), 0.025, o, False),
     "second order": lambda arch, o: arch.alpha_grads(double(batch()), double(batch(2)), 0.025, o, True),
-    "second order, exact": lambda arch, o: arch.alpha_grads(double(batch()), double(batch(2)), 0.025, o, True, "exact"),
-    **{f"Λ, {method}": lambda arch, o, method=method: arch.lambda_grads(double(batch()), "cosine", 1e-4, method)
+    "second order, exact":
+        lambda arch, o: arch.alpha_grads(double(batch()), double(batch(2)), 0.025, o, True, "exact"),
+    **{f"Λ, {method}":
+       lambda arch, o, method=method: arch.lambda_grads(double(batch()), "cosine", 1e-4, method)
        for method in ("central", "forward", "exact")},
 }
 
 
 @pytest.mark.parametrize("method", ["central", "forward", "exact"])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last],
+                         ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("space, kind", [("darts", "cosine"), ("s2", "sign"), ("nasbench201", "cosine")])
 def test_the_gradient_of_a_step_is_that_of_the_loss_less_that_of_alignment(space, kind, layout, method):
     x, y = double(batch())
@@ -86,24 +91,29 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_less_that_of_alignment(space
     net.to(memory_format=layout)
     apart = arch.weight_grads((x, y), kind, 1e-4, method)
     together = arch.weight_grads((x, y), kind, 1e-4, method, 0.3)
-    assert together.d_lambda is None and float(apart.alignment) == pytest.approx(float(together.alignment), rel=1e-9)
+    assert together.d_lambda is None
+    assert float(apart.alignment) == pytest.approx(float(together.alignment), rel=1e-9)
     for both, dw, d_lambda in zip(together.dw, apart.dw, apart.d_lambda, strict=True):
-        torch.testing.assert_close(both, dw - 0.3 * d_lambda, rtol=1e-7, atol=1e-10 * (1 + float(dw.abs().max())))
+        atol = 1e-10 * (1 + float(dw.abs().max()))
+        torch.testing.assert_close(both, dw - 0.3 * d_lambda, rtol=1e-7, atol=atol)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("space", ["s1", "s4"])
 def test_a_gradient_leaves_weights_momenta_and_statistics_alone(space, call):
     net, arch, optimizer = make(space)
-    search_step(arch, optimizer, double(batch()), double(batch(2)), unrolled=False, alpha_first=True, lambda_t=0.0,
-                kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)  # so that there are momenta
+    # So that there are momenta.
+    search_step(arch, optimizer, double(batch()), double(batch(2)), unrolled=False, alpha_first=True,
+                lambda_t=0.0, kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)
     weights = [p.clone() for p in net.parameters()]
     momenta = [optimizer.state[p]["momentum_buffer"].clone() for p in net.weight_parameters()]
     statistics = {name: b.clone() for name, b in net.named_buffers()}
     call(arch, optimizer)
     assert all(torch.equal(p, old) for p, old in zip(net.parameters(), weights))
-    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], old) for p, old in zip(net.weight_parameters(), momenta))
-    moved = [int(b - statistics[name]) for name, b in net.named_buffers() if name.endswith("num_batches_tracked")]
+    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], old)
+               for p, old in zip(net.weight_parameters(), momenta))
+    moved = [int(b - statistics[name]) for name, b in net.named_buffers()
+             if name.endswith("num_batches_tracked")]
     weight_pass = call not in list(CALLS.values())[:3]
     assert moved and set(moved) == {int(weight_pass)}
     if not weight_pass:
@@ -153,14 +163,16 @@ def test_a_checkpoint_without_alpha_loads_and_comes_back_out(space):
     other.load_state_dict(original)
     back = {k: v for k, v in other.state_dict().items() if "alphas" not in k and k != "arch_parameters"}
     assert list(back) == list(original) and all(torch.equal(back[k], original[k]) for k in back)
-    some = {"darts": "cells.0._ops.3._ops.3.op.1.weight", "nasbench201": "cells.0.edges.1<-0.2.op.1.weight"}[space]
+    some = {"darts": "cells.0._ops.3._ops.3.op.1.weight",
+            "nasbench201": "cells.0.edges.1<-0.2.op.1.weight"}[space]
     assert {"stem.0.weight", some, "classifier.bias"} <= set(back)
 
 
 def test_unknown_ways_name_the_known_ones():
     net, arch, _ = make("s2")
-    for call, named in ((lambda: arch.lambda_grads(batch(), "cosine", 1e-4, "magic"), "central, forward, exact"),
-                        (lambda: arch.alpha_grads(batch(), batch(), 0.1, None, True, "magic"), "central or exact"),
-                        (lambda: ldarts.layer_alignment([torch.ones(2)] * 2, "magic"), "cosine")):
+    for call, named in (
+            (lambda: arch.lambda_grads(batch(), "cosine", 1e-4, "magic"), "central, forward, exact"),
+            (lambda: arch.alpha_grads(batch(), batch(), 0.1, None, True, "magic"), "central or exact"),
+            (lambda: ldarts.layer_alignment([torch.ones(2)] * 2, "magic"), "cosine")):
         with pytest.raises(ValueError, match=named):
             call()

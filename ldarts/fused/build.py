@@ -1,7 +1,6 @@
-"""Builds and loads `csrc/`, the compiled operators: on first use where `pip install .` did not, once, in the user's cache.
+"""Loads the operators of `csrc/`, compiled by `pip install .` or, once, on first use, in the user's cache.
 
-Without a compiler, or with LDARTS_FUSED=off in the environment, what is compiled for nothing is never called: the plain
-form runs.
+Without a compiler, or with LDARTS_FUSED=off in the environment, the plain form runs, nothing compiled.
 """
 import fcntl
 import functools
@@ -29,8 +28,8 @@ def has_kernel(device: str) -> bool:
     found = device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
         "ldarts::mixed_sum", device.upper())
     if not found and device in ("cpu", "cuda"):
-        warnings.warn(f"ldarts: the fused operators are not compiled for {device}; the slower plain form runs there. For CUDA, install "
-                      "nvcc of PyTorch's CUDA version", stacklevel=3)
+        warnings.warn(f"ldarts: the fused operators are not compiled for {device}; the slower plain form "
+                      "runs there. For CUDA, install nvcc of PyTorch's CUDA version", stacklevel=3)
     return found
 
 
@@ -42,10 +41,11 @@ def load() -> bool:
         torch.ops.load_library(_built_ahead() or _build())
     except Exception as error:  # a compiler fails in more ways than can be listed
         lines = str(error).splitlines()
-        reason = next((line for line in lines if " error: " in line or line.startswith("error")), lines[0][:200])
-        warnings.warn(f"ldarts: the fused operators could not be compiled ({reason.strip()}); the slower plain form runs. "
-                      "Install a C++20 compiler, such as g++ 11 or later, and ninja; LDARTS_FUSED=off chooses "
-                      "it silently", stacklevel=3)
+        errors = (line for line in lines if " error: " in line or line.startswith("error"))
+        reason = next(errors, lines[0][:200])
+        warnings.warn(f"ldarts: the fused operators could not be compiled ({reason.strip()}); the slower "
+                      "plain form runs. Install a C++20 compiler, such as g++ 11 or later, and ninja; "
+                      "LDARTS_FUSED=off chooses it silently", stacklevel=3)
         return False
     return True
 
@@ -55,9 +55,11 @@ def build_options() -> dict:
     from torch.utils import cpp_extension
     csrc = PACKAGE.parent / "csrc" if (PACKAGE.parent / "csrc").is_dir() else PACKAGE / "csrc"
     cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    sources = [csrc / name for name in ("mixed_sum.cpp", "norms.cpp", "separable.cpp")] + ([csrc / "mixed_sum.cu"] if cuda else [])
+    sources = [csrc / name for name in ("mixed_sum.cpp", "norms.cpp", "separable.cpp")]
+    sources += [csrc / "mixed_sum.cu"] if cuda else []
     level = torch.backends.cpu.get_cpu_capability()  # what at::vec is to be compiled for
-    cflags = ["-O3", "-std=c++20", "-march=native", f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}", "-fopenmp"]
+    cflags = ["-O3", "-std=c++20", "-march=native", f"-DCPU_CAPABILITY={level}",
+              f"-DCPU_CAPABILITY_{level}", "-fopenmp"]
     nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
     if sys.platform == "darwin":
         cflags.remove("-fopenmp")
@@ -67,7 +69,8 @@ def build_options() -> dict:
         digest.update(path.name.encode() + path.read_bytes())
     build = digest.hexdigest()[:16]
     cflags.append(f"-DLDARTS_BUILD={build}")
-    return {"sources": [str(path) for path in sources], "cuda": cuda, "cflags": cflags, "nvcc": nvcc, "build": build}
+    return {"sources": [str(path) for path in sources], "cuda": cuda, "cflags": cflags, "nvcc": nvcc,
+            "build": build}
 
 
 def _built_ahead() -> str | None:
@@ -89,11 +92,13 @@ def _build() -> str:
         if not (folder / "done").exists():
             if not shutil.which(cpp_extension.get_cxx_compiler()):
                 raise RuntimeError(f"error: no compiler {cpp_extension.get_cxx_compiler()!r}")
-            print(f"ldarts: compiling the fused operators, once, for about {'three minutes' if options['cuda'] else 'a minute'} "
-                  f"({folder})", file=sys.stderr, flush=True)
+            minutes = "three minutes" if options["cuda"] else "a minute"
+            print(f"ldarts: compiling the fused operators, once, for about {minutes} ({folder})",
+                  file=sys.stderr, flush=True)
             started = time.perf_counter()
             (folder / "lock").unlink(missing_ok=True)  # PyTorch's own lock, left by a build that was killed
-            cpp_extension.load(name, options["sources"], extra_cflags=options["cflags"], extra_cuda_cflags=options["nvcc"],
+            cpp_extension.load(name, options["sources"], extra_cflags=options["cflags"],
+                               extra_cuda_cflags=options["nvcc"],
                                extra_ldflags=["-fopenmp"] if "-fopenmp" in options["cflags"] else [],
                                build_directory=str(folder), with_cuda=options["cuda"], is_python_module=False)
             (folder / "done").touch()

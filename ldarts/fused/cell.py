@@ -1,8 +1,8 @@
 """A cell as `model_search` defines it, with what its operations have in common computed once.
 
-On the CPU, in training and channels-last, a node is one sum of normalised terms and the separable convolutions that leave
-a state are one call; elsewhere the operations are those of the cell, and the ReLU, the pools and the pixels of reductions
-of a state are computed once for all edges that leave it.
+On the CPU, in training and channels-last, a node is one sum of normalised terms and the separable
+convolutions that leave a state are one call; elsewhere the operations are those of the cell, and the ReLU,
+the pools and the pixels of reductions of a state are computed once for all edges that leave it.
 """
 from functools import cached_property
 from typing import Iterator, NamedTuple, Sequence
@@ -31,10 +31,12 @@ def run_cell(cell: nn.Module, *inputs_and_weights: Tensor) -> Tensor:
 
 def normalised_states(cell, inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """All states of a cell, each node as one sum of normalised terms."""
-    states = [normalise(*State(x).product(block)) for block, x in zip(cell.preprocess, inputs)] or list(inputs)
+    states = ([normalise(*State(x).product(block)) for block, x in zip(cell.preprocess, inputs)]
+              or list(inputs))
     plans = [Outgoing(cell.nodes, j, weights.shape[1]) for j in range(len(states) + len(cell.nodes) - 1)]
-    p = weights.flatten()[[k for plan in plans for k in plan.columns]].split([len(plan.columns) for plan in plans])
-    leaving: list[Iterator[list[Terms]]] = []  # of each state: the terms of its edges, in the order of the nodes
+    columns = [k for plan in plans for k in plan.columns]
+    p = weights.flatten()[columns].split([len(plan.columns) for plan in plans])
+    leaving: list[Iterator[list[Terms]]] = []  # of each state: its edges' terms, in the order of the nodes
     for _ in cell.nodes:
         for j in range(len(leaving), len(states)):
             leaving.append(iter(outgoing_terms(states[j], plans[j], p[j])))
@@ -44,10 +46,12 @@ def normalised_states(cell, inputs: Sequence[Tensor], weights: Tensor) -> list[T
 
 def shared_states(cell, inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """All states of a cell, by its own operations."""
-    states = [State(State(x).term(block)) for block, x in zip(cell.preprocess, inputs)] or [State(x) for x in inputs]
+    states = ([State(State(x).term(block)) for block, x in zip(cell.preprocess, inputs)]
+              or [State(x) for x in inputs])
     p, used = weights.flatten()[cell._kept], 0
     for edges in cell.nodes:
-        terms = [state.term(op) for state, edge in zip(states, edges) for op in edge if not isinstance(op, Zero)]
+        terms = [state.term(op) for state, edge in zip(states, edges)
+                 for op in edge if not isinstance(op, Zero)]
         states.append(State(mixed_sum(p[used : used + len(terms)], terms)))
         used += len(terms)
     return [state.x for state in states]
@@ -89,7 +93,7 @@ class State:
         return op(self.x), None
 
     def term(self, op: nn.Module) -> Tensor:
-        """op(x). A pool is normalised once; its running statistics are those of every norm it stands before."""
+        """op(x). A pool is normalised once; its running statistics are those of every norm behind it."""
         z, norm = self.product(op)
         if norm is None:
             return z
@@ -106,8 +110,8 @@ class State:
 class Outgoing:
     """The operations on the edges that leave a state, sorted by the way in which they are computed.
 
-    separable, dilated, others: lists of operations, one an edge; columns: the position of their weights in the flattened
-    [edges, ops], of all separable ones, then of all dilated ones, then of the others.
+    separable, dilated, others: lists of operations, one an edge; columns: the position of their weights in
+    the flattened [edges, ops], of all separable ones, then of all dilated ones, then of the others.
     """
 
     def __init__(self, nodes: Sequence[Sequence[nn.Module]], state: int, width: int):
@@ -142,13 +146,13 @@ def outgoing_terms(state: Tensor, plan: Outgoing, p: Tensor) -> list[list[Terms]
             of_edge.append(one)
 
     if separable or dilated:
-        first = separable_convolutions([state], None, [tuple(op.op[1:4]) for op in separable + dilated], p_dilated,
-                                       widths_of(plan.dilated))
+        first = separable_convolutions([state], None, [tuple(op.op[1:4]) for op in separable + dilated],
+                                       p_dilated, widths_of(plan.dilated))
         share_out(first.terms, plan.dilated)
     if separable:
-        count = len(separable)
-        second = separable_convolutions(first.z[:count], first.rstd_mean[:count], [tuple(op.op[5:8]) for op in separable],
-                                        p_separable, widths_of(plan.separable))
+        count, pairs = len(separable), [tuple(op.op[5:8]) for op in separable]
+        second = separable_convolutions(first.z[:count], first.rstd_mean[:count], pairs, p_separable,
+                                        widths_of(plan.separable))
         share_out(second.terms, plan.separable)
     shared = State(state)
     products = [[shared.product(op) for op in edge] for edge in plan.others]
@@ -175,7 +179,7 @@ def copy_buffers(to: nn.Module, source: nn.Module) -> None:
 
 
 class ReLU(torch.autograd.Function):
-    """forward: relu(x). backward: 1[x > 0] G; its own derivative by x, which is 0, is never a tensor of zeros to be added."""
+    """forward: relu(x). backward: 1[x > 0] G; its derivative by x is 0, and never a tensor of zeros."""
 
     @staticmethod
     def forward(ctx, x):
@@ -189,7 +193,7 @@ class ReLU(torch.autograd.Function):
 
 
 class Concat(torch.autograd.Function):
-    """forward: torch.cat along the channels. backward: slices, whose own backward is a Concat, not a sum of padded slices."""
+    """forward: torch.cat of channels. backward: slices; their backward: a Concat, no sum of padded slices."""
 
     @staticmethod
     def forward(ctx, *tensors):
@@ -205,8 +209,8 @@ relu, concat = ReLU.apply, Concat.apply
 
 
 def conv_1x1(x: Tensor, weight: Tensor) -> Tensor:
-    """F.conv2d(x, weight) for weights [out, in, 1, 1]; channels-last as a product of matrices, whose gradients of
-    gradients copy nothing."""
+    """F.conv2d(x, weight) for weights [out, in, 1, 1]; channels-last as a product of matrices, whose
+    gradients of gradients copy nothing."""
     if not x.is_contiguous(memory_format=torch.channels_last):
         return F.conv2d(x, weight)
     return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0]).permute(0, 3, 1, 2)

@@ -19,7 +19,7 @@ from .build import has_kernel, load
 
 @torch.compiler.assume_constant_result
 def compiled_for(device: str) -> bool:
-    """Whether the operators are compiled for devices of this type; loads or compiles them on the first call."""
+    """Whether the operators are compiled for devices of this type; the first call loads or compiles them."""
     return _loaded() and has_kernel(device)
 
 
@@ -34,9 +34,9 @@ def _loaded() -> bool:
 def mixed_sum(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
     """Σ_m weights[m] * terms[m] -> a tensor like the terms.
 
-    weights: [M], of the terms' dtype or a wider one; terms: M tensors of one shape, dtype (float32, float64, bfloat16,
-    float16), device and memory format (contiguous or channels-last). Accumulates in float32 or wider; the same bits on
-    every call. Differentiable any number of times. Raises ValueError that names the term and the property.
+    weights: [M], of the terms' dtype or a wider one; terms: M tensors of one shape, dtype (float32, float64,
+    bfloat16, float16), device and memory format (contiguous or channels-last). Sums in float32 or wider;
+    the same bits on every call. Differentiable any number of times. A ValueError names term and property.
     """
     if terms and compiled_for(terms[0].device.type):
         return torch.ops.ldarts.mixed_sum(weights, terms)
@@ -53,21 +53,22 @@ def mixed_sum_ref(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
 def check_terms(weights: Tensor, terms: Sequence[Tensor]) -> None:
     """The checks of csrc/mixed_sum.cpp, for the reference and for tracing."""
     if len(terms) == 0 or weights.shape != (len(terms),):
-        raise ValueError(f"mixed_sum: weights have shape {list(weights.shape)}, expected [{len(terms)}], one for each "
-                         "term, and at least one term")
+        raise ValueError(f"mixed_sum: weights have shape {list(weights.shape)}, expected [{len(terms)}], one "
+                         "for each term, and at least one term")
     if weights.dtype.itemsize < terms[0].dtype.itemsize:
         raise ValueError(f"mixed_sum: weights have dtype {weights.dtype}, expected {terms[0].dtype} or wider")
     formats = [torch.contiguous_format, torch.channels_last]
     for m, term in enumerate(terms):
         for name in ("shape", "dtype", "device"):
             if getattr(term, name) != getattr(terms[0], name):
-                raise ValueError(
-                    f"mixed_sum: term {m} has {name} {getattr(term, name)}, expected {getattr(terms[0], name)}")
+                raise ValueError(f"mixed_sum: term {m} has {name} {getattr(term, name)}, "
+                                 f"expected {getattr(terms[0], name)}")
         formats = [f for f in formats if (f is torch.contiguous_format or term.dim() == 4)
                    and term.is_contiguous(memory_format=f)]
         if not formats:
-            raise ValueError(f"mixed_sum: term {m} has memory format of strides {term.stride()}, expected "
-                             f"{'contiguous or channels-last' if m == 0 else f'that of term 0, {terms[0].stride()}'}")
+            expected = "contiguous or channels-last" if m == 0 else f"that of term 0, {terms[0].stride()}"
+            raise ValueError(f"mixed_sum: term {m} has memory format of strides {term.stride()}, "
+                             f"expected {expected}")
 
 
 def _register() -> None:
@@ -81,7 +82,8 @@ def _register() -> None:
 
     @torch.library.register_fake("ldarts::mixed_scale")
     def _(grad, weights):
-        return [torch.empty_like(grad.contiguous(memory_format=_dense(grad))) for _ in range(weights.shape[0])]
+        return [torch.empty_like(grad.contiguous(memory_format=_dense(grad)))
+                for _ in range(weights.shape[0])]
 
     @torch.library.register_fake("ldarts::mixed_dot")
     def _(grad, terms):
@@ -117,5 +119,6 @@ def _register() -> None:
 
 
 def _dense(grad: Tensor) -> torch.memory_format:
-    last = grad.dim() == 4 and not grad.is_contiguous() and grad.is_contiguous(memory_format=torch.channels_last)
+    last = (grad.dim() == 4 and not grad.is_contiguous()
+            and grad.is_contiguous(memory_format=torch.channels_last))
     return torch.channels_last if last else torch.contiguous_format

@@ -1,16 +1,16 @@
 """A node of a cell as one sum of normalised terms.
 
-    y = Σ_m p_m ẑ_m,   ẑ_m = (z_m − μ_m) / σ_m          z_m, y [N, C, H, W]; p_m a number; μ_m, σ_m per channel
+    y = Σ_m p_m ẑ_m,   ẑ_m = (z_m − μ_m) / σ_m        z_m, y [N, C, H, W]; p_m a number; μ_m, σ_m per channel
 
-over all terms m of all edges into the node, in one pass over the z: y = Σ_m scale_m z_m + shift with scale_m = p_m / σ_m
-and shift = −Σ_m scale_m μ_m. A z without a norm behind it has scale_m = p_m and no shift. With G = ∂L/∂y and means over
-the pixels of a channel,
+over all terms m of all edges into the node, in one pass over the z: y = Σ_m scale_m z_m + shift, where
+scale_m = p_m / σ_m and shift = −Σ_m scale_m μ_m. A z without a norm behind it has scale_m = p_m and no
+shift. With G = ∂L/∂y and means over the pixels of a channel,
 
     ∂L/∂p_m = Σ G ẑ_m          ∂L/∂z_m = scale_m (G − mean(G) − ẑ_m mean(G ẑ_m))
 
-whose sums ΣG and ΣG z_m, per channel, are all that is needed beside G and z. Autograd sees two functions: NormalisedTerms,
-which makes the terms of the edges that leave a state, and NodeSum, which adds up those of the edges into a node. Between
-them goes one `link` an edge: a tensor of the shape of a z that nobody reads and whose gradient is G.
+whose sums ΣG and ΣG z_m, per channel, are all that is needed beside G and z. Autograd sees two functions:
+NormalisedTerms makes the terms of the edges that leave a state, NodeSum adds up those of the edges into a
+node. Between them goes one `link` an edge: a tensor like a z that nobody reads and whose gradient is G.
 """
 from typing import NamedTuple, Sequence
 
@@ -28,12 +28,12 @@ class Terms(NamedTuple):
     shift: Tensor  # [K, C], −p μ / σ
 
 
-def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2d]], edges: Sequence[Sequence[int]],
-                     p: Tensor) -> list[Terms]:
+def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2d]],
+                     edges: Sequence[Sequence[int]], p: Tensor) -> list[Terms]:
     """-> for each edge the terms p ẑ_k, k from `edges`; p [sum of their lengths].
 
-    norms: the batch norms that z_k stands before, all with the same result; none: the term is p z_k. Moves their running
-    statistics, as BatchNorm2d does in training.
+    norms: the batch norms that z_k stands before, all with the same result; none: the term is p z_k. Moves
+    their running statistics, as BatchNorm2d does in training.
     """
     has_norm = [bool(of_z) for of_z in norms]
     eps = next((of_z[0].eps for of_z in norms if of_z), 0.0)
@@ -44,7 +44,8 @@ def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2
     return terms_of_edges(links, [[z[k] for k in edge] for edge in edges], scale_shift)
 
 
-def terms_of_edges(links: Sequence[Tensor], z: Sequence[Sequence[Tensor]], scale_shift: Tensor) -> list[Terms]:
+def terms_of_edges(links: Sequence[Tensor], z: Sequence[Sequence[Tensor]],
+                   scale_shift: Tensor) -> list[Terms]:
     """z: of each edge; scale_shift [2, terms of all edges, C]"""
     scales, shifts = (of_terms.split([len(edge) for edge in z]) for of_terms in scale_shift)
     return [Terms(*edge) for edge in zip(links, z, scales, shifts)]
@@ -64,7 +65,7 @@ def normalise(z: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
 @torch.no_grad()
 def move_statistics(norms: Sequence[nn.BatchNorm2d], mean_var: Tensor, count: int) -> None:
-    """Running statistics after a batch of `count` pixels with these means and (biased) variances, [norms, 2, C]."""
+    """Running statistics after a batch: `count` pixels, their means and (biased) variances [norms, 2, C]."""
     if not norms[0].track_running_stats:
         return
     mean, variance = mean_var.to(norms[0].running_mean.dtype).unbind(1)
@@ -80,7 +81,7 @@ def pixels(z: Tensor) -> int:
 
 
 class NodeSum(torch.autograd.Function):
-    """forward: y = Σ_m scale_m z_m + shift. backward: G = ∂L/∂y to every link. Differentiable again through SameGradient."""
+    """forward: y = Σ_m scale_m z_m + shift. backward: G = ∂L/∂y to every link, differentiable again."""
 
     @staticmethod
     def forward(ctx, scale, shift, zs, *links):
@@ -109,9 +110,9 @@ class SameGradient(torch.autograd.Function):
 
 
 class TermNorms:
-    """The arithmetic per channel of the norms behind some z, for any terms that read them (csrc/norms.cpp, in float64).
+    """Arithmetic of the norms behind some z, for any terms of these, per channel in float64 (csrc/norms.cpp).
 
-    z_of_edge: for each edge the z of its terms; has_norm: which z have one. In the methods grads are the G of the edges.
+    z_of_edge: for each edge the z of its terms; has_norm: which z have one; grads, below: each edge's G.
     """
 
     def __init__(self, z_of_edge: Sequence[Sequence[int]], has_norm: Sequence[bool]):
@@ -120,7 +121,7 @@ class TermNorms:
         self.has_norm, self.edges = [int(one) for one in has_norm], len(z_of_edge)
 
     def statistics(self, moments, p, count, eps):
-        """moments: Σz and Σz² [z, 2, C] -> 1/σ and μ, mean and variance [z, 2, C]; scale and shift [2, terms, C]."""
+        """moments Σz, Σz² [z, 2, C] -> 1/σ and μ, mean and variance [z, 2, C]; scale, shift [2, terms, C]."""
         return torch.ops.ldarts.norm_statistics(moments, self.has_norm, p, self.z_of_term, count, eps)
 
     def grad_sums(self, grads, zs):
@@ -138,8 +139,8 @@ class TermNorms:
 
         The gradient by a z is Σ scale G over its terms + grad_moments[0] + 2 grad_moments[1] z.
         """
-        return torch.ops.ldarts.norm_gradients(rstd_mean, p, grad_rstd_mean, grad_sums, self.z_of_term, self.has_norm,
-                                               pixels(zs[0]))
+        return torch.ops.ldarts.norm_gradients(rstd_mean, p, grad_rstd_mean, grad_sums, self.z_of_term,
+                                               self.has_norm, pixels(zs[0]))
 
     def gradients_by_z(self, rstd_mean, p, grad_rstd_mean, grad_sums, zs, grads):
         """-> the gradients by p and by each z, where nothing but the norms stands behind a z."""
@@ -149,20 +150,21 @@ class TermNorms:
     def derivatives(self, numbers, zs, grads, w, may_overwrite, w_sums, grad_w_sums, v_p):
         """Backward of `gradients`, whose first four arguments are `numbers`, and of the gradients by each z.
 
-        w: the gradients by those by each z (none: 0), with w_sums [z, 2, C], Σw and Σw z, and grad_w_sums [terms, C], ΣG w;
-        v_p: that by the gradient by p; may_overwrite: which w nobody reads again. -> gradients by rstd_mean, p and
-        grad_rstd_mean, each z and each G.
+        w: the gradients by those by each z (none: 0), with w_sums [z, 2, C], Σw and Σw z, and grad_w_sums
+        [terms, C], ΣG w; v_p: that by the gradient by p; may_overwrite: which w nobody reads again. ->
+        gradients by rstd_mean, p and grad_rstd_mean, each z and each G.
         """
         by_rstd_mean, by_p, by_grad, by_z, by_grads = torch.ops.ldarts.term_gradients_backward(
-            *numbers, self.z_of_term, self.edge_of_term, self.has_norm, zs, grads, w, may_overwrite, w_sums, grad_w_sums, v_p)
+            *numbers, self.z_of_term, self.edge_of_term, self.has_norm, zs, grads, w, may_overwrite, w_sums,
+            grad_w_sums, v_p)
         by_grad = None if numbers[2] is None else by_grad
         return by_rstd_mean, by_p, by_grad, [d if d.numel() else None for d in by_z], by_grads
 
 
 class NormalisedTerms(torch.autograd.Function):
-    """forward: z -> 1/σ and μ of their norms, their mean and variance, scale and shift of the terms, a link for each edge.
-    backward: G of each edge (and the gradient by 1/σ and μ) -> gradients by p and each z. Differentiable again through
-    NormalisedTermsGrad."""
+    """forward: z -> 1/σ and μ of their norms, their mean and variance, scale and shift of the terms, a link
+    for each edge. backward: G of each edge (and the gradient by 1/σ and μ) -> gradients by p and each z.
+    Differentiable again through NormalisedTermsGrad."""
 
     @staticmethod
     def forward(ctx, edges, has_norm, eps, p, *zs):
@@ -188,7 +190,7 @@ class NormalisedTerms(torch.autograd.Function):
 
 
 class NormalisedTermsGrad(torch.autograd.Function):
-    """forward: backward of NormalisedTerms. backward: its derivatives by p, 1/σ and μ, each z and each G, once."""
+    """forward: backward of NormalisedTerms. backward: derivatives by p, 1/σ, μ, each z and each G, once."""
 
     @staticmethod
     def compute(norms, p, rstd_mean, grad_rstd_mean, *tensors):
@@ -212,10 +214,12 @@ class NormalisedTermsGrad(torch.autograd.Function):
         count = len(w)
         zs, grads = tensors[:count], tensors[count:]
         w = [one.contiguous(memory_format=torch.channels_last) for one in w]
-        sums = torch.ops.ldarts.channel_sums([*w, *norms.of_terms(grads)], [*zs, *(w[k] for k in norms.z_of_term)])
+        sums = torch.ops.ldarts.channel_sums([*w, *norms.of_terms(grads)],
+                                             [*zs, *(w[k] for k in norms.z_of_term)])
         w_sums, grad_w_sums = sums.split([count, len(p)])
         by_rstd_mean, by_p, by_grad_rstd_mean, by_z, by_grads = norms.derivatives(
-            (rstd_mean, p, grad_rstd_mean, grad_sums), zs, grads, w, [False] * count, w_sums, grad_w_sums[:, 1], v_p)
+            (rstd_mean, p, grad_rstd_mean, grad_sums), zs, grads, w, [False] * count, w_sums,
+            grad_w_sums[:, 1], v_p)
         return None, by_p, by_rstd_mean, by_grad_rstd_mean, *by_z, *by_grads
 
 

@@ -4,15 +4,15 @@ A pair is a depthwise and a pointwise convolution and the norm behind them. Of e
 
     z_u = P_u D_u a_u,   a_u = relu(s_u x_u + b_u)          x_u [N, C, H, W]; s_u, b_u per channel
 
-and the sums of z_u and z_u² that its norm needs are computed; s and b are those of the norm in front of it (none: s = 1,
-b = 0). csrc/separable.cpp goes through them an image at a time and keeps nothing but z: what a norm or a ReLU would put
-out never is in memory, the backward pass computes it again. With Z = ∂L/∂z, which is made of the G of the nodes that z
-is a term of (see normalised_sum) and of what reads z otherwise,
+and the sums of z_u and z_u² that its norm needs are computed; s and b are those of the norm in front of it
+(none: s = 1, b = 0). csrc/separable.cpp goes through them an image at a time and keeps nothing but z: what a
+norm or a ReLU would put out never is in memory, the backward pass computes it again. With Z = ∂L/∂z, which is
+made of the G of the nodes that z is a term of (see normalised_sum) and of what reads z otherwise,
 
     ∂L/∂P = Z (D a)ᵀ     ∂L/∂D = (Pᵀ Z) ⋆ a     ∂L/∂x = s · 1[s x + b > 0] · Dᵀ Pᵀ Z
 
-z is linear in each of a, D and P, so a derivative of these is the same computation with one of them replaced by its
-tangent. The operations of operations.py are the plain form that tests hold all this to, gradients of gradients included.
+z is linear in each of a, D and P, so a derivative of these is the same computation with one of them replaced
+by its tangent. Tests hold all this, gradients of gradients included, to its plain form in operations.py.
 """
 import copy
 import itertools
@@ -39,8 +39,8 @@ def separable_convolutions(x: Sequence[Tensor], before: Tensor | None, pairs: Se
                            widths: Sequence[int]) -> Separable:
     """x: one input [N, C, H, W] for all pairs, or one each; before: None, or rstd_mean of the norms in front.
 
-    p: the weights of the pairs that are terms, the last of them; widths: how many of these each edge has, at least 1.
-    Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
+    p: the weights of the pairs that are terms, the last of them; widths: how many of these each edge has, at
+    least 1. Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
     """
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
     weights = [pair[k].weight for k in (0, 1) for pair in pairs]
@@ -52,9 +52,9 @@ def separable_convolutions(x: Sequence[Tensor], before: Tensor | None, pairs: Se
 
 
 class SeparableConvolutions(torch.autograd.Function):
-    """forward: x, depthwise and pointwise weights -> 1/σ and μ, mean and variance, scale and shift of the terms, z of each
-    pair, a link for each edge. backward: the gradients by those -> by before, p, x and the weights that are asked for.
-    Differentiable again through SeparableConvolutionsGrad."""
+    """forward: x, depthwise and pointwise weights -> 1/σ and μ, mean and variance, scale and shift of the
+    terms, z of each pair, a link for each edge. backward: the gradients by those -> by before, p, x and the
+    weights that are asked for. Differentiable again through SeparableConvolutionsGrad."""
 
     @staticmethod
     def forward(ctx, geometry, eps, widths, before, p, *tensors):
@@ -79,10 +79,11 @@ class SeparableConvolutions(torch.autograd.Function):
         del in_front[0 if before is None else 1]  # p, whose gradient costs nothing
         by_inputs = any(asked_for(node) for node in in_front)
         grad_z, grad_links = grads[:count], zeros_for_none(grads[count:], [saved[-1]] * len(grads[count:]))
-        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), before, p, rstd_mean, grad_rstd_mean, *saved,
-                     *grad_z, *grad_links)
+        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), before, p, rstd_mean, grad_rstd_mean,
+                     *saved, *grad_z, *grad_links)
         again = torch.is_grad_enabled()  # without a derivative to come, the plain call, which saves nothing
-        found = SeparableConvolutionsGrad.apply(*arguments) if again else SeparableConvolutionsGrad.compute(*arguments)[0]
+        found = (SeparableConvolutionsGrad.apply(*arguments) if again
+                 else SeparableConvolutionsGrad.compute(*arguments)[0])
         return None, None, None, *found
 
 
@@ -97,8 +98,8 @@ def asked_for(node: torch.autograd.graph.Node | None) -> bool:
 
 
 class SeparableConvolutionsGrad(torch.autograd.Function):
-    """forward: backward of SeparableConvolutions, that is the gradients by before, p, each x and each depthwise and
-    pointwise weight, from those by 1/σ and μ, by each z (or None) and the G of each edge. backward: its derivatives, once."""
+    """forward: backward of SeparableConvolutions: gradients by before, p, each x and each weight of both
+    kinds, from those by 1/σ and μ, each z (or None) and each edge's G. backward: its derivatives, once."""
 
     @staticmethod
     def compute(geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors):
@@ -106,9 +107,11 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
         grad_sums = norms.grad_sums(grads, zs)
         scale, grad_moments, by_p = norms.gradients(rstd_mean, p, grad_rstd_mean, grad_sums, zs)
-        by_x, by_affine, by_depthwise, by_pointwise, _, _ = Convolutions(geometry, before, x, depthwise, pointwise).backward(
+        convolutions = Convolutions(geometry, before, x, depthwise, pointwise)
+        by_x, by_affine, by_depthwise, by_pointwise, _, _ = convolutions.backward(
             zs, grad_z, norms.of_terms(grads), scale, grad_moments, *asked, False)
-        by_before = by_rstd_mean(before, by_affine).to(rstd_mean.dtype) if before is not None and asked[0] else None
+        by_before = (by_rstd_mean(before, by_affine).to(rstd_mean.dtype)
+                     if before is not None and asked[0] else None)
         nothing = [None] * len(zs)
         results = (by_before, by_p.to(p.dtype), *(by_x or [None] * len(x)), *(by_depthwise or nothing),
                    *(by_pointwise or nothing))
@@ -117,11 +120,12 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
     @staticmethod
     def parts(geometry, norms, tensors):
         count = len(geometry[1])
-        return split(tensors, [len(tensors) - 4 * count - norms.edges, count, count, count, count, norms.edges])
+        return split(tensors, [len(tensors) - 4 * count - norms.edges, *[count] * 4, norms.edges])
 
     @staticmethod
     def forward(ctx, geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors):
-        results, sums = SeparableConvolutionsGrad.compute(geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors)
+        results, sums = SeparableConvolutionsGrad.compute(
+            geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors)
         ctx.geometry, ctx.norms = geometry, norms
         ctx.save_for_backward(before, p, rstd_mean, grad_rstd_mean, *sums, *tensors)
         ctx.set_materialize_grads(False)
@@ -131,13 +135,15 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, v_before, v_p, *v):
         before, p, rstd_mean, grad_rstd_mean, grad_sums, by_affine, *tensors = ctx.saved_tensors
-        x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(ctx.geometry, ctx.norms, tensors)
-        inputs, norms = Convolutions(ctx.geometry, before, x, depthwise, pointwise), ctx.norms
+        geometry, norms = ctx.geometry, ctx.norms
+        x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
+        inputs = Convolutions(geometry, before, x, depthwise, pointwise)
         numbers = rstd_mean, p, grad_rstd_mean, grad_sums
         scale, grad_moments, _ = norms.gradients(*numbers, zs)
         v_x, v_depthwise, v_pointwise = split(v, [len(x), len(zs), len(zs)])
         by_before, affine = None, inputs.affine
-        if v_before is not None:  # through by_rstd_mean, to before and to by_affine, whose gradients are the tangents of s, b
+        if v_before is not None:
+            # Through by_rstd_mean, to before and to by_affine, whose gradients are the tangents of s and b.
             (rstd, mean), (v_rstd, v_mean), by_shift = before.unbind(1), v_before.unbind(1), by_affine[:, 0]
             affine = torch.cat([affine, torch.stack([v_rstd, -mean * v_rstd - rstd * v_mean])])
             by_before = torch.stack([-by_shift * v_mean, -by_shift * v_rstd], 1)
@@ -153,7 +159,8 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         for other in replaced:
             of_a = bool(other.tangent)
             found_x, found_affine, found_depthwise, found_pointwise, found_w, found_sums = other.backward(
-                zs, grad_z, norms.of_terms(grads), scale, grad_moments, not of_a or before is not None, True, True)
+                zs, grad_z, norms.of_terms(grads), scale, grad_moments,
+                not of_a or before is not None, True, True)
             w, w_sums, by_x = add_lists(w, found_w), add(w_sums, found_sums), add_lists(by_x, found_x or None)
             if before is not None:
                 if of_a:
@@ -168,15 +175,16 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         nothing = [None] * len(zs)
         by_grad_z = [None if g is None or w is None else w[k] for k, g in enumerate(grad_z)]
         by_before = None if by_before is None else by_before.to(before.dtype)
-        return (None, None, None, by_before, by_p, by_statistics, by_grad_rstd_mean, *(by_x or [None] * len(x)),
-                *(by_depthwise or nothing), *(by_pointwise or nothing), *by_z, *by_grad_z, *by_grads)
+        return (None, None, None, by_before, by_p, by_statistics, by_grad_rstd_mean,
+                *(by_x or [None] * len(x)), *(by_depthwise or nothing), *(by_pointwise or nothing),
+                *by_z, *by_grad_z, *by_grads)
 
 
 class Convolutions:
     """The arguments of the two operators of csrc/separable.cpp."""
 
     def __init__(self, geometry, before, x, depthwise, pointwise):
-        """geometry: stride, and the dilation of each pair; before: 1/σ and μ of the norms in front, or None"""
+        """geometry: stride, dilation of each pair; before: 1/σ and μ of the norms in front, or None"""
         self.geometry, self.x, self.depthwise, self.pointwise = geometry, x, depthwise, pointwise
         self.tangent = []  # of x, in the place of a
         self.affine = None if before is None else affine_of(before)
@@ -187,11 +195,12 @@ class Convolutions:
         return other
 
     def forward(self):
-        return torch.ops.ldarts.separable_forward(self.x, self.affine, self.depthwise, self.pointwise, *self.geometry)
+        return torch.ops.ldarts.separable_forward(self.x, self.affine, self.depthwise, self.pointwise,
+                                                  *self.geometry)
 
     def backward(self, *arguments):
-        return torch.ops.ldarts.separable_backward(self.x, self.tangent, self.affine, self.depthwise, self.pointwise,
-                                                   *self.geometry, *arguments)
+        return torch.ops.ldarts.separable_backward(self.x, self.tangent, self.affine, self.depthwise,
+                                                   self.pointwise, *self.geometry, *arguments)
 
 
 def affine_of(rstd_mean: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The evidence, repeatable: does the gradient of Λ raise Λ, does Λ prevent collapse, and is what a search finds worth more?"""
+"""The evidence, repeatable: does ∇Λ raise Λ, does Λ prevent collapse, is what a search finds worth more?"""

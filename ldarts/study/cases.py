@@ -18,14 +18,15 @@ from . import collapse, collapse_report, gradient
 
 Case = tuple[str, ...]  # a space, a variant (of `collapse`) and a seed
 STUDIES = {"gradient": (gradient.case, gradient.report), "collapse": (collapse.case, collapse_report.report)}
-NOT_SETTINGS = ("spaces", "seeds", "variants", "data", "out", "show", "device", "jobs")  # a result does not depend on these
+NOT_SETTINGS = ("spaces", "seeds", "variants", "data", "out", "show", "device", "jobs")  # change no result
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description="The evidence, repeatable.")
     commands = parser.add_subparsers(dest="command", required=True)
-    of_gradient = commands.add_parser("gradient", help="how far each way to ∇Λ raises Λ, at moments of a search")
-    of_collapse = commands.add_parser("collapse", help="searches with and without Λ, and what their cells are worth")
+    add = commands.add_parser
+    of_gradient = add("gradient", help="how far each way to ∇Λ raises Λ, at moments of a search")
+    of_collapse = add("collapse", help="searches with and without Λ, and what their cells are worth")
     # S4 draws noise, and another one in each precision: its gradients can't be compared.
     comparable = [space for space in spaces.SPACES if space not in ("s4", "nasbench201")]
     for command, chosen, choices in ((of_gradient, ["darts", "s2"], comparable),
@@ -50,13 +51,16 @@ def parse_args() -> argparse.Namespace:
     add("--steps", nargs="+", type=int, default=[0, 100, 500], help="when to look, beside the end")
     add("--batches", type=int, default=2, help="training batches of a snapshot")
     add("--held_out", type=int, default=2, help="batches of the α half, on which ΔΛ is measured too")
-    add("--length", type=float, default=0.2, help="of the weight step of which ΔΛ is the effect; shorter for a small net")
+    add("--length", type=float, default=0.2,
+        help="of the weight step of which ΔΛ is the effect; shorter for a small net")
     add("--epsilons", nargs="+", type=float, default=[1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    add("--dtypes", nargs="+", choices=("float32", "float64", "bfloat16"), default=["float32", "float64", "bfloat16"],
+    add("--dtypes", nargs="+", choices=("float32", "float64", "bfloat16"),
+        default=["float32", "float64", "bfloat16"],
         help="of the gradients; bfloat16: float32 weights under autocast")
     add = of_collapse.add_argument
-    add("--variants", nargs="+", choices=collapse.VARIANTS, default=["DARTS", "central", "exact", "sign", "random"])
+    add("--variants", nargs="+", choices=collapse.VARIANTS,
+        default=["DARTS", "central", "exact", "sign", "random"])
     add("--every", type=int, default=1, help="epochs between two measurements of Λ, eigenvalue and accuracy")
     add("--fresh_batches", type=int, default=4, help="of each half, over which Λ is averaged")
     return parser.parse_args()
@@ -77,11 +81,12 @@ def finished(args: argparse.Namespace, case: Case) -> dict[str, Any] | None:
 
 
 def complete(args: argparse.Namespace, case: Case) -> dict[str, Any]:
-    """The result of a case, computed where it isn't there. Raises InputError for one computed with other settings."""
+    """The result of a case, computed where it isn't there. Raises InputError for one of other settings."""
     if result := finished(args, case):
-        if differing := [name for name, value in settings(args).items() if result["settings"].get(name) != value]:
+        there = result["settings"]
+        if differing := [name for name, value in settings(args).items() if there.get(name) != value]:
             raise InputError(f"{args.out}: {'-'.join(case)} was computed with another --{differing[0]}, "
-                             f"{result['settings'].get(differing[0])}; give another --out, or --show what is there")
+                             f"{there.get(differing[0])}; give another --out, or --show what is there")
         return result
     if args.jobs > 1:
         torch.set_num_threads(1)
@@ -111,7 +116,8 @@ def provenance(results: dict[Case, dict[str, Any]]) -> str:
     """Machine, minutes and settings of the cases."""
     groups: dict[str, list[Case]] = {}
     for case, result in results.items():
-        flags = ", ".join(f"{name} {value}" for name, value in result["settings"].items() if name != "command")
+        flags = ", ".join(f"{name} {value}" for name, value in result["settings"].items()
+                          if name != "command")
         groups.setdefault(f"on {result['device']}; {flags}", []).append(case)
     text = ""
     for how, cases in groups.items():

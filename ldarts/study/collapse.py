@@ -1,4 +1,4 @@
-"""Does Λ prevent collapse? Searches with and without it, judged by the true accuracy of their cells (NAS-Bench-201)."""
+"""Does Λ prevent collapse? Searches with and without, judged by true accuracies of cells (NAS-Bench-201)."""
 import argparse
 from typing import Any, Iterator, NamedTuple, Sequence
 
@@ -17,7 +17,7 @@ from ..runs import evaluate, seed_everything
 class Variant(NamedTuple):
     """What is done with the gradient of Λ; the rest of a search is the same in all."""
 
-    method: str | None  # of Architect.weight_grads; `random` and `relative`: the architects below; None: plain DARTS
+    method: str | None  # of Architect.weight_grads; `random`, `relative`: architects below; None: plain DARTS
     kind: str = "cosine"
     times: float = 1.0  # λ of the last epoch is this times --lambda_reg
 
@@ -36,7 +36,7 @@ VARIANTS = {
 
 
 class RandomDirection(Architect):
-    """The control: in the place of ∇Λ a direction drawn anew in every step, as long as the central estimate of ∇Λ.
+    """The control: for ∇Λ a direction drawn anew in every step, as long as the central estimate of ∇Λ.
 
     That length is measured in every tenth step, on its batch, and changes nothing else.
     """
@@ -80,7 +80,8 @@ class RelativeStrength(Architect):
 
 
 def make_architect(args: argparse.Namespace, variant: Variant, net: SearchNetwork, seed: int) -> Architect:
-    settings = dict(net=net, criterion=F.cross_entropy, lr=args.arch_learning_rate, w_momentum=0.9, w_weight_decay=3e-4)
+    settings = dict(net=net, criterion=F.cross_entropy, lr=args.arch_learning_rate,
+                    w_momentum=0.9, w_weight_decay=3e-4)
     if variant.method == "random":
         return RandomDirection(**settings, seed=seed)
     if variant.method == "relative":
@@ -88,7 +89,8 @@ def make_architect(args: argparse.Namespace, variant: Variant, net: SearchNetwor
     return Architect(**settings)
 
 
-def case(args: argparse.Namespace, space: str, variant_name: str, seed: int, device: torch.device) -> list[dict[str, Any]]:
+def case(args: argparse.Namespace, space: str, variant_name: str, seed: int,
+         device: torch.device) -> list[dict[str, Any]]:
     """The lines of one search, one an epoch."""
     train_set, _ = load(args.dataset, args.data, device, seed, size=args.image_size)
     return list(search(args, space, VARIANTS[variant_name], seed, train_set, device))
@@ -98,8 +100,8 @@ def search(args: argparse.Namespace, space: str, variant: Variant, seed: int, tr
            device: torch.device) -> Iterator[dict[str, Any]]:
     """A search of first order with the published settings but for the sizes in args; yields a line an epoch.
 
-    Every line has the cell and what α says; the lines of every args.every-th epoch and of the last have what costs time:
-    Λ, the eigenvalue, the supernet's accuracy and the length of the term of Λ beside that of ∇L.
+    Every line has the cell and what α says; the lines of every args.every-th epoch and of the last have what
+    costs time: Λ, the eigenvalue, the supernet's accuracy and the length of the term of Λ beside that of ∇L.
     """
     from train_search import search_step
     layout = torch.channels_last
@@ -108,7 +110,8 @@ def search(args: argparse.Namespace, space: str, variant: Variant, seed: int, tr
         Batches(train_set, half, args.batch_size, seed, tag=tag, augment=True, memory_format=layout)
         for half, tag in zip(halves, ("train", "valid")))
     seed_everything(seed)
-    net = SearchNetwork(args.init_channels, train_set.num_classes, args.layers, space).to(device, memory_format=layout)
+    net = SearchNetwork(args.init_channels, train_set.num_classes, args.layers, space).to(
+        device, memory_format=layout)
     optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, 0.001)
     arch = make_architect(args, variant, net, seed)
@@ -118,16 +121,19 @@ def search(args: argparse.Namespace, space: str, variant: Variant, seed: int, tr
         net.train()
         loss, correct = 0.0, 0
         for train, valid in zip(train_batches.epoch(epoch), valid_batches.epoch(epoch)):
-            grads = search_step(arch, optimizer, train, valid, unrolled=False, alpha_first=space != "nasbench201",
-                                lambda_t=lambda_t, kind=variant.kind, epsilon=1e-4, method=method, grad_clip=5.0)
+            grads = search_step(arch, optimizer, train, valid, unrolled=False,
+                                alpha_first=space != "nasbench201", lambda_t=lambda_t, kind=variant.kind,
+                                epsilon=1e-4, method=method, grad_clip=5.0)
             loss += float(grads.loss)
             correct += int((grads.logits.argmax(1) == train[1]).sum())
         scheduler.step()
         steps = len(train_batches)
-        line = {"epoch": epoch, "loss": loss / steps, "train_accuracy": 100 * correct / (steps * args.batch_size)}
+        line = {"epoch": epoch, "loss": loss / steps,
+                "train_accuracy": 100 * correct / (steps * args.batch_size)}
         line |= describe_cell(net)
         if epoch % args.every == 0 or epoch == args.epochs - 1:
-            fresh = [take(batches, args.epochs + epoch, args.fresh_batches) for batches in (train_batches, valid_batches)]
+            fresh = [take(batches, args.epochs + epoch, args.fresh_batches)
+                     for batches in (train_batches, valid_batches)]
             line |= measure(arch, variant, method, lambda_t, *fresh)
             net.eval()
             batches = eval_batches(train_set, valid_batches.indices, 250, memory_format=layout)
@@ -142,14 +148,14 @@ def take(batches: Batches, epoch: int, count: int) -> list[Batch]:
 
 @torch.no_grad()
 def describe_cell(net: SearchNetwork) -> dict[str, Any]:
-    """The derived cell, and of p: its entropy, and the mean over the edges of the shares of skip connections (in s4: noise)
-    and of `none`."""
+    """The derived cell; of p the entropy, and mean shares over the edges of skips (s4: noise) and `none`."""
     genotype = net.genotype()
     cell = genotype if isinstance(genotype, str) else genotype.normal
     p = net.arch_parameters()[0].softmax(-1)
 
     def share(*operations: str) -> float:
-        chosen = [float(q) for row, names in zip(p, net.primitives.normal) for q, name in zip(row, names) if name in operations]
+        chosen = [float(q) for row, names in zip(p, net.primitives.normal)
+                  for q, name in zip(row, names) if name in operations]
         return sum(chosen) / len(p)
 
     return {"cell": cell if isinstance(cell, str) else [list(edge) for edge in cell],
@@ -159,7 +165,7 @@ def describe_cell(net: SearchNetwork) -> dict[str, Any]:
 
 def measure(arch: Architect, variant: Variant, method: str | None, lambda_t: float, train: Sequence[Batch],
             valid: Sequence[Batch]) -> dict[str, Any]:
-    """Λ on fresh batches of both halves (one batch is too noisy), the eigenvalue, and ‖λ∇Λ‖ / ‖∇L‖; the net in training mode."""
+    """In training mode: Λ on fresh batches of both halves (one is too noisy), eigenvalue, ‖λ∇Λ‖ / ‖∇L‖."""
     line: dict[str, Any] = {}
     for name, batches in (("train", train), ("valid", valid)):
         values = [float(arch.batch_alignment(batch, "cosine")) for batch in batches]

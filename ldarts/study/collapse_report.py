@@ -29,12 +29,13 @@ NUMBERS: dict[str, Callable[[Line], float]] = {  # of the lines that were measur
     "‖λ∇Λ‖ / ‖∇L‖": lambda line: line["ratio"],
 }
 DIGITS = {TRUE: 2, "skips": 1, "supernet, validation, %": 1, "supernet, training, %": 1, "‖λ∇Λ‖ / ‖∇L‖": 1}
-NOISY = ("Λ, training", "Λ, validation", "eigenvalue", "‖λ∇Λ‖ / ‖∇L‖")  # at the end: means over the last quarter
+NOISY = ("Λ, training", "Λ, validation", "eigenvalue", "‖λ∇Λ‖ / ‖∇L‖")  # at the end: mean of the last quarter
 
 
 def numbers_of(space: str) -> dict[str, Callable[[Line], float]]:
     """What can be said of a space: only the cells of nasbench201 have a known worth."""
-    return NUMBERS if space == "nasbench201" else {name: of for name, of in NUMBERS.items() if name not in (TRUE, "p of none")}
+    return NUMBERS if space == "nasbench201" else {
+        name: of for name, of in NUMBERS.items() if name not in (TRUE, "p of none")}
 
 
 def measured(lines: list[Line]) -> list[Line]:
@@ -50,7 +51,7 @@ def at_end(lines: list[Line], name: str, of: Callable[[Line], float]) -> float:
 
 
 def report(args: argparse.Namespace, results: dict[tuple[str, ...], list[Line]]) -> str:
-    """For each space: the numbers at the end, every seed's cell, and what tells a good cell; one picture of all numbers."""
+    """For each space: numbers at the end, each seed's cell, what tells a good cell; a picture of them all."""
     text = ""
     for space in dict.fromkeys(case[0] for case in results):
         runs: Runs = {}
@@ -60,10 +61,12 @@ def report(args: argparse.Namespace, results: dict[tuple[str, ...], list[Line]])
         runs = {variant: runs[variant] for variant in VARIANTS if variant in runs}
         text += f"\n{space}, at the end, mean ± deviation over the seeds:\n\n" + end_table(space, runs)
         if space == "nasbench201":
-            text += "\nThe cell of every seed (accuracy after full training on CIFAR-10, rank of 15,625):\n\n" + cells_table(runs)
+            text += "\nThe cell of every seed (accuracy after full training on CIFAR-10, rank of 15,625):\n\n"
+            text += cells_table(runs)
             text += "\nHow true accuracy goes with what a search can see (Spearman's rank correlation):\n\n"
             text += correlation_table(runs)
-            text += "\nTrue accuracy of the cell where a search would have stopped:\n\n" + stopping_table(runs)
+            text += "\nTrue accuracy of the cell where a search would have stopped:\n\n"
+            text += stopping_table(runs)
         text += f"\n{space}, over the epochs:\n\n" + epochs_table(space, runs)
         if find_spec("matplotlib"):
             draw_numbers(space, runs, Path(args.out, f"{space}.png"))
@@ -74,11 +77,13 @@ def report(args: argparse.Namespace, results: dict[tuple[str, ...], list[Line]])
 
 def end_table(space: str, runs: Runs) -> str:
     numbers = numbers_of(space)
-    rows = [[variant, len(seeds), *(spread([at_end(lines, name, of) for lines in seeds.values()], DIGITS.get(name, 3))
-                                    for name, of in numbers.items())] for variant, seeds in runs.items()]
+    rows = [[variant, len(seeds),
+             *(spread([at_end(lines, name, of) for lines in seeds.values()], DIGITS.get(name, 3))
+               for name, of in numbers.items())] for variant, seeds in runs.items()]
     if space == "nasbench201":
         every = nasbench201.accuracies()[:, 0]
-        rows.append(["a random cell", "all", f"{every.mean():.2f} ± {every.std():.2f}", "1.2", *[""] * (len(numbers) - 2)])
+        rows.append(["a random cell", "all", f"{every.mean():.2f} ± {every.std():.2f}", "1.2",
+                     *[""] * (len(numbers) - 2)])
     return table(["variant", "seeds", *numbers], rows)
 
 
@@ -94,8 +99,8 @@ def cells_table(runs: Runs) -> str:
     return table(["variant", *(f"seed {seed}" for seed in seeds), "random cells as good, probability"], rows)
 
 
-INDICATORS = {name: NUMBERS[name] for name in ("Λ, training", "Λ, validation", "eigenvalue", "supernet, validation, %", "p of skip",
-                                               "entropy of p")}
+INDICATORS = {name: NUMBERS[name] for name in ("Λ, training", "Λ, validation", "eigenvalue",
+                                               "supernet, validation, %", "p of skip", "entropy of p")}
 
 
 def spearman(x: list[float], y: list[float]) -> float:
@@ -111,7 +116,7 @@ def spearman(x: list[float], y: list[float]) -> float:
 
 
 def correlation_table(runs: Runs) -> str:
-    """Over all measured epochs and runs; over the ends of all runs; and within a run over its epochs, mean over the runs."""
+    """Over all measured epochs and runs, over the ends of runs, over a run's epochs (mean of the runs)."""
     every = [lines for seeds in runs.values() for lines in seeds.values()]
     all_lines = [line for lines in every for line in measured(lines)]
     ends = [measured(lines)[-1] for lines in every]
@@ -123,35 +128,40 @@ def correlation_table(runs: Runs) -> str:
         within = [correlation(measured(lines)) for lines in every]
         of_darts = [correlation(measured(lines)) for lines in runs.get("DARTS", {}).values()]
         rows.append([name, f"{correlation(all_lines):+.2f}", f"{correlation(ends):+.2f}",
-                     *(spread([value for value in values if value == value]) for values in (within, of_darts))])
-    return table(["indicator", f"all {len(all_lines)} measured epochs", f"the ends of {len(ends)} runs", "within a run",
-                  "within a run of DARTS"], rows)
+                     *(spread([value for value in values if value == value])
+                       for values in (within, of_darts))])
+    return table(["indicator", f"all {len(all_lines)} measured epochs", f"the ends of {len(ends)} runs",
+                  "within a run", "within a run of DARTS"], rows)
 
 
 def stopping_table(runs: Runs) -> str:
-    """At the end; where the supernet or Λ was best; where the eigenvalue had grown (Zela et al., 2020); the best there was."""
+    """The end; the best supernet or Λ; before the eigenvalue grew (Zela et al., 2020); the best there was."""
     def best_by(name: str) -> Callable[[list[Line]], Line]:
         return lambda lines: max(lines, key=NUMBERS[name])
 
     def before_the_eigenvalue_grew(lines: list[Line]) -> Line:
-        """The measurement before the first with an eigenvalue more than 1/0.75 times the mean of the three before it."""
+        """The last measurement before an eigenvalue over 1/0.75 times the mean of the three before it."""
         for k in range(3, len(lines)):
-            if lines[k]["eigenvalue"] * 0.75 > statistics.fmean(line["eigenvalue"] for line in lines[k - 3 : k]):
+            mean = statistics.fmean(line["eigenvalue"] for line in lines[k - 3 : k])
+            if lines[k]["eigenvalue"] * 0.75 > mean:
                 return lines[k - 1]
         return lines[-1]
 
-    rules = {"at the end": lambda lines: lines[-1], "largest validation accuracy": best_by("supernet, validation, %"),
-             "largest Λ, training": best_by("Λ, training"), "before the eigenvalue grows": before_the_eigenvalue_grew,
+    rules = {"at the end": lambda lines: lines[-1],
+             "largest validation accuracy": best_by("supernet, validation, %"),
+             "largest Λ, training": best_by("Λ, training"),
+             "before the eigenvalue grows": before_the_eigenvalue_grew,
              "the best of the run (nobody can know it)": best_by(TRUE)}
-    rows = [[rule, *(spread([true_accuracy(stop(measured(lines))) for lines in seeds.values()]) for seeds in runs.values())]
-            for rule, stop in rules.items()]
+    rows = [[rule, *(spread([true_accuracy(stop(measured(lines))) for lines in seeds.values()])
+                     for seeds in runs.values())] for rule, stop in rules.items()]
     return table(["a search that stops", *runs], rows)
 
 
 def epochs_table(space: str, runs: Runs) -> str:
     first = measured(next(iter(next(iter(runs.values())).values())))
     shown = sorted({round(k * (len(first) - 1) / 4) for k in range(5)})
-    rows = [[name, variant, *(spread([of(measured(lines)[k]) for lines in seeds.values()], DIGITS.get(name, 3)) for k in shown)]
+    rows = [[name, variant, *(spread([of(measured(lines)[k]) for lines in seeds.values()],
+                                     DIGITS.get(name, 3)) for k in shown)]
             for name, of in numbers_of(space).items() for variant, seeds in runs.items()]
     return table(["", "variant", *(f"epoch {first[k]['epoch']}" for k in shown)], rows)
 
@@ -165,7 +175,8 @@ def draw_numbers(space: str, runs: Runs, path: Path) -> None:
     numbers = numbers_of(space)
     columns = 4
     height = -(-len(numbers) // columns)
-    figure, axes = pyplot().subplots(height, columns, squeeze=False, layout="constrained", figsize=(3.4 * columns, 2.5 * height + 0.4))
+    figure, axes = pyplot().subplots(height, columns, squeeze=False, layout="constrained",
+                                     figsize=(3.4 * columns, 2.5 * height + 0.4))
     for ax in axes.flat[len(numbers) :]:
         ax.set_axis_off()
     for ax, (name, of) in zip(axes.flat, numbers.items()):
@@ -184,16 +195,19 @@ def draw_numbers(space: str, runs: Runs, path: Path) -> None:
     save(figure, path)
 
 
-def draw_truth(runs: Runs, path: Path, shown: tuple[str, ...] = ("DARTS", "central", "exact", "random")) -> None:
-    """Along a search the true accuracy of the cell of that moment, and Λ: mean and deviation over the seeds."""
+def draw_truth(runs: Runs, path: Path,
+               shown: tuple[str, ...] = ("DARTS", "central", "exact", "random")) -> None:
+    """Along a search the true accuracy of its present cell, and Λ: mean and deviation over the seeds."""
     every = nasbench201.accuracies()[:, 0]
-    figure, (truth, alignment) = pyplot().subplots(2, 1, sharex=True, layout="constrained", figsize=(7.5, 6.4))
+    figure, (truth, alignment) = pyplot().subplots(2, 1, sharex=True, layout="constrained",
+                                                   figsize=(7.5, 6.4))
     for variant in [variant for variant in shown if variant in runs]:
         seeds = list(runs[variant].values())
         label = f"{variant} (n = {len(seeds)})"
         smooth = [rolling_mean([true_accuracy(line) for line in lines], 5) for lines in seeds]
         band(truth, range(len(smooth[0])), smooth, label, color=colour(variant))
-        rows = [[(line["lambda_train"] + line["lambda_valid"]) / 2 for line in measured(lines)] for lines in seeds]
+        rows = [[(line["lambda_train"] + line["lambda_valid"]) / 2 for line in measured(lines)]
+                for lines in seeds]
         band(alignment, [line["epoch"] for line in measured(seeds[0])], rows, label, color=colour(variant))
     truth.axhline(np.median(every), color="0.4", ls="--", lw=1, label="a random cell: median")
     truth.axhline(every.mean(), color="0.4", ls=":", lw=1, label="a random cell: mean")

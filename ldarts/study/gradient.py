@@ -19,21 +19,23 @@ def case(args, space: str, seed: int, device: torch.device) -> list[dict[str, An
     """The rows of measure() at each moment of one search."""
     train_set, _ = load(args.dataset, args.data, device, seed, size=args.image_size)
     halves = torch.arange(len(train_set.labels)).tensor_split(2)
-    streams = [Batches(train_set, half, args.batch_size, seed, tag=tag, augment=True, memory_format=torch.channels_last)
-               for half, tag in zip(halves, ("train", "valid"))]
-    # Batches of an epoch that the search never reaches: new crops of the images of w, and of those that w never saw.
+    streams = [Batches(train_set, half, args.batch_size, seed, tag=tag, augment=True,
+                       memory_format=torch.channels_last) for half, tag in zip(halves, ("train", "valid"))]
+    # Of an epoch that the search never reaches: new crops of the images of w, and of those that w never saw.
     same, held_out = ([batch for batch, _ in zip(stream.epoch(args.epochs), range(count))]
                       for stream, count in zip(streams, (args.batches, args.held_out)))
-    return [{"step": step, **row} for step, net in search(args, space, seed, train_set.num_classes, streams, device)
+    return [{"step": step, **row}
+            for step, net in search(args, space, seed, train_set.num_classes, streams, device)
             for row in measure(args, net, same, held_out)]
 
 
 def search(args, space: str, seed: int, num_classes: int, streams: list[Batches],
            device: torch.device) -> Iterator[tuple[int, SearchNetwork]]:
-    """(steps taken, supernet) at each of args.steps and at the end of a search of first order as published."""
+    """(steps taken, supernet) at each of args.steps and at the end of a first-order search as published."""
     from train_search import search_step
     seed_everything(seed)
-    net = SearchNetwork(args.init_channels, num_classes, args.layers, space).to(device, memory_format=torch.channels_last)
+    net = SearchNetwork(args.init_channels, num_classes, args.layers, space).to(
+        device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, 0.001)
     arch, step = Architect(net, F.cross_entropy, args.arch_learning_rate), 0
@@ -41,8 +43,9 @@ def search(args, space: str, seed: int, num_classes: int, streams: list[Batches]
         for train, valid in zip(*(stream.epoch(epoch) for stream in streams)):
             if step in args.steps:
                 yield step, net
-            search_step(arch, optimizer, train, valid, unrolled=False, alpha_first=True, kind="cosine", epsilon=1e-4,
-                        lambda_t=args.lambda_reg * epoch / max(1, args.epochs - 1), method="central", grad_clip=5.0)
+            search_step(arch, optimizer, train, valid, unrolled=False, alpha_first=True, kind="cosine",
+                        epsilon=1e-4, lambda_t=args.lambda_reg * epoch / max(1, args.epochs - 1),
+                        method="central", grad_clip=5.0)
             step += 1
         scheduler.step()
     yield step, net
@@ -52,11 +55,13 @@ def flat(tensors) -> Tensor:
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
-def measure(args, net: SearchNetwork, batches: list[Batch], held_out: list[Batch]) -> Iterator[dict[str, Any]]:
+def measure(args, net: SearchNetwork, batches: list[Batch],
+            held_out: list[Batch]) -> Iterator[dict[str, Any]]:
     """One row for each batch, kind of Λ, precision and direction in which the weights could go.
 
-    norm, loss_norm: of the direction before it is scaled, and of ∇L; cosine: with the double backward in float64; same,
-    held_out: ΔΛ in float32 after a step of args.length along the direction, on the batch and on each held-out one.
+    norm, loss_norm: of the direction before it is scaled, and of ∇L; cosine: with the double backward in
+    float64; same, held_out: ΔΛ in float32 after a step of args.length along the direction, on the batch and
+    on each held-out one.
     """
     def at(dtype: str) -> Architect:
         precision = torch.float64 if dtype == "float64" else torch.float32
@@ -73,7 +78,7 @@ def measure(args, net: SearchNetwork, batches: list[Batch], held_out: list[Batch
         return flat(dw), flat(d_lambda)
 
     def alignments(kind: str, batch: Batch, direction: Tensor | None = None) -> list[float]:
-        """Λ on the batch and on each held-out one, at the origin or a step along the direction away from it."""
+        """Λ on the batch and on each held-out one, at the origin or a step along the direction from it."""
         step = 0 if direction is None else args.length / direction.norm().clamp_min(1e-30) * direction
         for p, part in zip(there.net.weight_parameters(), (origin + step).split(sizes)):
             p.data.copy_(part.view_as(p))
@@ -85,7 +90,8 @@ def measure(args, net: SearchNetwork, batches: list[Batch], held_out: list[Batch
             _, reference = grads("float64", batch, kind, 1.0, "exact")
             for dtype in args.dtypes:
                 dw, exact = grads(dtype, batch, kind, 1.0, "exact")
-                drawn = torch.randn(len(dw), dtype=torch.float64, generator=torch.Generator().manual_seed(b)).to(device)
+                generator = torch.Generator().manual_seed(b)
+                drawn = torch.randn(len(dw), dtype=torch.float64, generator=generator).to(device)
                 directions = [("exact", None, exact)]
                 if dtype == args.dtypes[0]:
                     directions += [("−∇L", None, -dw), ("random", None, drawn)]
@@ -105,7 +111,7 @@ NUMBERS = {  # of a direction, from a row of measure()
     "ΔΛ, same batch": lambda row: [row["same"]],
     "ΔΛ, held-out batches": lambda row: row["held_out"],
 }
-Directions = dict[tuple[str, float | None], list[dict[str, Any]]]  # (estimator, ε₀) -> rows of all seeds and batches
+Directions = dict[tuple[str, float | None], list[dict[str, Any]]]  # (estimator, ε₀) -> rows of seeds, batches
 
 
 def report(args, results: dict[tuple[str, ...], list[dict[str, Any]]]) -> str:
@@ -130,10 +136,11 @@ def report(args, results: dict[tuple[str, ...], list[dict[str, Any]]]) -> str:
 
 
 def draw(moments: dict[tuple[str, int], Directions], path: Path) -> None:
-    """A column a moment, a row a number; colours: the directions, line styles: the precisions, of which the first has bands."""
+    """A column a moment, a row a number; colour: direction, line style: precision, the first with bands."""
     numbers, steps = list(NUMBERS.items())[1:], sorted({step for _, step in moments})
     figure, axes = pyplot().subplots(len(numbers), len(steps), squeeze=False, sharex=True, sharey="row",
-                                     figsize=(1.2 + 2.9 * len(steps), 2.4 * len(numbers)), layout="constrained")
+                                     figsize=(1.2 + 2.9 * len(steps), 2.4 * len(numbers)),
+                                     layout="constrained")
     colours = {"central": "C0", "forward": "C1", "exact": "C2", "−∇L": "C4", "random": "0.5"}
     styles, first = {"float32": "-", "float64": "--", "bfloat16": ":"}, next(iter(moments))[0]
     for (dtype, step), directions in moments.items():
@@ -141,10 +148,11 @@ def draw(moments: dict[tuple[str, int], Directions], path: Path) -> None:
         for row, (number, of) in zip(axes, numbers):
             ax = row[steps.index(step)]
             for name, colour in colours.items():
-                by_epsilon = ([v for r in directions.get((name, e), directions.get((name, None), ())) for v in of(r)]
-                              for e in epsilons)
+                by_epsilon = ([v for r in directions.get((name, e), directions.get((name, None), ()))
+                               for v in of(r)] for e in epsilons)
                 if rows := list(zip(*by_epsilon)):
-                    band(ax, epsilons, rows, f"{name}, {dtype}", dtype == first, color=colour, ls=styles[dtype])
+                    band(ax, epsilons, rows, f"{name}, {dtype}", dtype == first,
+                         color=colour, ls=styles[dtype])
             ax.set(xscale="log", ylabel=number if step == steps[0] else None)
             ax.grid(alpha=0.3)
     for column, step in zip(axes.T, steps):
