@@ -82,7 +82,7 @@ def test_a_captured_search_is_the_search(unrolled, monkeypatch):
 
 
 def test_passes_in_bf16_point_where_float64_does():
-    """Gradients by α and both by w of a supernet after some steps; passes of a difference stay in float32."""
+    """Gradients by α and both by w of an untrained supernet; passes of a difference stay in float32."""
     torch.manual_seed(0)
     net = ldarts.SearchNetwork(8, 10, 8, "s2").to(memory_format=torch.channels_last)
     x, y = torch.randn(32, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(32) % 10

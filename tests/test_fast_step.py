@@ -174,9 +174,9 @@ def test_a_cell_by_the_engine_is_the_cell(space, layout, training):
     net = ldarts.SearchNetwork(4, 10, 1 if space == "nasbench201" else 4, space).double().train(training)
     for cell, weights in zip(net.searched_cells()[:2], net.cell_weights()):
         twin = copy.deepcopy(cell)
-        inputs = [torch.randn(2, block.op[1].in_channels, 6, 6).double() for block in cell.preprocess]
-        inputs = inputs or [torch.randn(2, 4, 6, 6).double()]
-        inputs = [x.contiguous(memory_format=layout) for x in inputs]
+        channels = [block.op[1].in_channels for block in cell.preprocess]
+        channels = channels or [cell.edges["1<-0"][3].op[1].in_channels]
+        inputs = [torch.randn(2, C, 6, 6).double().contiguous(memory_format=layout) for C in channels]
         compare([fused.run_cell(cell, *inputs, weights)], [twin(*inputs, weights)], 1e-10)
         for (name, buffer), other in zip(cell.named_buffers(), twin.buffers()):
             torch.testing.assert_close(buffer, other, msg=name)

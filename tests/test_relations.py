@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import ldarts
-from ldarts import fused, spaces
+from ldarts import spaces
 from ldarts.architect import METHODS
 from ldarts.fused import compiled_for
 from train_search import search_step
@@ -32,7 +32,7 @@ def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=Tr
     images, labels = torch.randn(12, 3, 8, 8, dtype=torch.float64), torch.arange(12) % 10
     with pytest.MonkeyPatch.context() as patch:
         if not engine:
-            patch.setattr(fused, "takes", lambda x: False)
+            patch.setattr("ldarts.fused.takes", lambda x: False)
         for step in range(STEPS.get(space, 8)):
             order = torch.randperm(12)
             pick = [order[:4], order[4:8]]
