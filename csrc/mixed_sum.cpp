@@ -1,4 +1,10 @@
-// The fused mixed-operation sum: schema, argument checks and CPU kernels (gradients: ldarts/mixed_sum.py).
+// The fused mixed-operation sum: schema, argument checks and CPU kernels. M terms t, weights w [M]:
+//
+//     mixed_sum(w, t)   = Σ_m w_m t_m         [N, C, H, W], or whatever shape the terms have
+//     mixed_scale(g, w) = (w_m g)_m           its gradient by the terms, where g is that by the sum
+//     mixed_dot(g, t)   = (<g, t_m>)_m  [M]   its gradient by the weights
+//
+// Each is the others' derivative, to any order (ldarts/mixed_sum.py).
 #include "mixed_sum.h"
 #include "vectors.h"
 
@@ -19,12 +25,14 @@
 #define LDARTS_TEXT_(x) #x
 #define LDARTS_TEXT(x) LDARTS_TEXT_(x)
 // Read back from the file by ldarts/mixed_sum.py, which tells a stale build by it.
-extern "C" __attribute__((used, visibility("default"))) const char ldarts_build[] = "ldarts-build:" LDARTS_TEXT(LDARTS_BUILD) ";";
+extern "C" __attribute__((used, visibility("default"))) const char ldarts_build[] =
+    "ldarts-build:" LDARTS_TEXT(LDARTS_BUILD) ";";
 
 namespace ldarts {
 
 template <typename Value>
-static void check_equal(bool equal, const char* who, int64_t m, const char* what, const Value& want, const Value& got) {
+static void check_equal(bool equal, const char* who, int64_t m, const char* what, const Value& want,
+                        const Value& got) {
   TORCH_CHECK_VALUE(equal, who, m, " has ", what, " ", got, ", expected ", want);
 }
 
@@ -40,8 +48,9 @@ static std::string layout(const at::Tensor& t) {
 
 static void check_dtype(const char* who, const at::Tensor& t) {
   const auto dtype = t.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, who,
-                    " has dtype ", name(dtype), ", expected float32, float64, bfloat16 or float16");
+  const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
+  TORCH_CHECK_VALUE(half || dtype == at::kFloat || dtype == at::kDouble, who, " has dtype ", name(dtype),
+                    ", expected float32, float64, bfloat16 or float16");
 }
 
 at::MemoryFormat check_terms(at::TensorList terms) {
@@ -53,12 +62,13 @@ at::MemoryFormat check_terms(at::TensorList terms) {
     const at::Tensor& t = terms[m];
     const char* who = "mixed_sum: term ";
     check_equal(t.sizes() == first.sizes(), who, m, "shape", first.sizes(), t.sizes());
-    check_equal(t.scalar_type() == first.scalar_type(), who, m, "dtype", name(first.scalar_type()), name(t.scalar_type()));
+    check_equal(t.scalar_type() == first.scalar_type(), who, m, "dtype", name(first.scalar_type()),
+                name(t.scalar_type()));
     check_equal(t.device() == first.device(), who, m, "device", first.device(), t.device());
     const bool is_contiguous = contiguous && t.is_contiguous();
     const bool is_channels_last = channels_last && t.is_contiguous(at::MemoryFormat::ChannelsLast);
-    TORCH_CHECK_VALUE(is_contiguous || is_channels_last, who, m, " has memory format ", layout(t), ", expected ",
-                      m == 0 ? "contiguous or channels-last" : layout(first));
+    TORCH_CHECK_VALUE(is_contiguous || is_channels_last, who, m, " has memory format ", layout(t),
+                      ", expected ", m == 0 ? "contiguous or channels-last" : layout(first));
     contiguous = is_contiguous;
     channels_last = is_channels_last;
   }
@@ -67,8 +77,8 @@ at::MemoryFormat check_terms(at::TensorList terms) {
 
 at::Tensor check_weights(const at::Tensor& weights, int64_t count, const at::Tensor& like) {
   check_dtype("mixed_sum: weights", weights);
-  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == count, "mixed_sum: weights have shape ", weights.sizes(),
-                    ", expected [", count, "], one for each term");
+  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == count, "mixed_sum: weights have shape ",
+                    weights.sizes(), ", expected [", count, "], one for each term");
   TORCH_CHECK_VALUE(weights.device() == like.device(), "mixed_sum: weights have device ", weights.device(),
                     ", expected ", like.device());
   TORCH_CHECK_VALUE(weights.element_size() >= like.element_size(), "mixed_sum: weights have dtype ",
@@ -77,23 +87,24 @@ at::Tensor check_weights(const at::Tensor& weights, int64_t count, const at::Ten
 }
 
 at::Tensor check_grad(const at::Tensor& grad, const at::Tensor& like, at::MemoryFormat format) {
-  TORCH_CHECK_VALUE(grad.sizes() == like.sizes(), "mixed_sum: grad has shape ", grad.sizes(), ", expected ", like.sizes());
-  TORCH_CHECK_VALUE(grad.scalar_type() == like.scalar_type(), "mixed_sum: grad has dtype ", name(grad.scalar_type()),
-                    ", expected ", name(like.scalar_type()));
-  TORCH_CHECK_VALUE(grad.device() == like.device(), "mixed_sum: grad has device ", grad.device(), ", expected ",
-                    like.device());
+  TORCH_CHECK_VALUE(grad.sizes() == like.sizes(), "mixed_sum: grad has shape ", grad.sizes(), ", expected ",
+                    like.sizes());
+  TORCH_CHECK_VALUE(grad.scalar_type() == like.scalar_type(), "mixed_sum: grad has dtype ",
+                    name(grad.scalar_type()), ", expected ", name(like.scalar_type()));
+  TORCH_CHECK_VALUE(grad.device() == like.device(), "mixed_sum: grad has device ", grad.device(),
+                    ", expected ", like.device());
   return grad.contiguous(format);
 }
 
 at::MemoryFormat dense_format(const at::Tensor& grad) {
-  const auto channels_last = at::MemoryFormat::ChannelsLast;
-  return !grad.is_contiguous() && grad.is_contiguous(channels_last) ? channels_last : at::MemoryFormat::Contiguous;
+  const bool channels_last = !grad.is_contiguous() && grad.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 namespace {
 
-// Fixed, so that the partial sums of mixed_dot do not depend on the number of threads; a block of the accumulator
-// stays in the L1 cache while the terms stream past it.
+// Fixed, so that the partial sums of mixed_dot do not depend on the number of threads; a block of the
+// accumulator stays in the L1 cache while the terms stream past it.
 constexpr int64_t kBlock = 2048;
 // Terms read side by side: enough to hide the accumulator's traffic, few enough for the hardware prefetchers.
 constexpr int64_t kGroup = 8;
@@ -109,8 +120,10 @@ struct Lanes {
   template <typename Count>
   static Vec load(const T* from, Count count) {
     using Raw = at::vec::VectorizedN<T, 1>;
-    if constexpr (std::is_same_v<Count, Full>) return at::vec::convert<Acc, kRegisters, T, 1>(Raw::loadu(from));
-    else return at::vec::convert<Acc, kRegisters, T, 1>(Raw::loadu(from, count));
+    if constexpr (std::is_same_v<Count, Full>)
+      return at::vec::convert<Acc, kRegisters, T, 1>(Raw::loadu(from));
+    else
+      return at::vec::convert<Acc, kRegisters, T, 1>(Raw::loadu(from, count));
   }
   template <typename Count>
   static void store(T* to, const Vec& vec, Count count) {
@@ -127,7 +140,8 @@ struct Lanes {
   }
 };
 
-// visit(begin, size, number) for each block of B of `numel` elements, each of which costs `work` reads or writes.
+// visit(begin, size, number) for each block of B of `numel` elements, each of which costs `work` reads or
+// writes.
 template <typename Visit>
 void each_block(int64_t B, int64_t numel, int64_t work, const Visit& visit) {
   const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / (B * work));
@@ -143,46 +157,54 @@ std::vector<const T*> pointers(at::TensorList tensors) {
   return result;
 }
 
-// The weights of each sum repeat along its terms, which are channels-last; C = 1: along any. A block goes through all sums, which
-// may read the same terms.
+// The scale and shift of the channels repeat along the terms, which are channels-last; C = 1: whose layout is
+// any. A block goes through all sums, which may read the same terms.
 template <typename T>
-void sum_kernel(const std::vector<Sum>& sums, int64_t C, at::TensorList outs) {
+void sum_kernel(const std::vector<ScaledSum>& sums, int64_t C, at::TensorList outs) {
   using L = Lanes<T>;
   using Acc = typename L::Acc;
   struct Job {
     std::vector<const T*> term;
-    Buffer<Acc> pattern, first;  // [M, repeat] and [repeat]
-    T* result;
+    Buffer<Acc> scale, shift;  // along `repeat` elements, [terms, repeat] and [repeat]
+    T* out;
   };
   const int64_t repeat = std::lcm(C, L::kSize), block = std::max<int64_t>(1, kBlock / repeat) * repeat;
   std::vector<Job> jobs;
   int64_t work = 0;
   for (size_t s = 0; s < sums.size(); ++s) {
-    const int64_t M = sums[s].terms.size();
-    jobs.push_back({pointers<T>(sums[s].terms), Buffer<Acc>(M * repeat), Buffer<Acc>(repeat, Acc(0)), outs[s].mutable_data_ptr<T>()});
-    for (int64_t i = 0; i < M * repeat; ++i) jobs[s].pattern[i] = sums[s].weights[i / repeat * C + i % repeat % C];
-    for (int64_t i = 0; i < repeat && !sums[s].shift.empty(); ++i) jobs[s].first[i] = sums[s].shift[i % C];
+    const ScaledSum& sum = sums[s];
+    const int64_t M = sum.terms.size();
+    Job& job = jobs.emplace_back();
+    job.term = pointers<T>(sum.terms);
+    job.scale.resize(M * repeat);
+    job.shift.resize(repeat, Acc(0));
+    job.out = outs[s].mutable_data_ptr<T>();
+    for (int64_t i = 0; i < M * repeat; ++i) job.scale[i] = sum.scale[i / repeat * C + i % repeat % C];
+    for (int64_t i = 0; i < repeat && !sum.shift.empty(); ++i) job.shift[i] = sum.shift[i % C];
     work += M;
   }
   each_block(block, outs[0].numel(), work, [&](int64_t begin, int64_t size, int64_t) {
     Buffer<Acc> acc(block);
     for (const Job& job : jobs)
-      each_group<kGroup>(job.term.size(), [&](int64_t m, auto group) {
+      unrolled<kGroup>(job.term.size(), [&](int64_t m, auto group) {
         const bool last = m + group == static_cast<int64_t>(job.term.size());
-        int64_t at = 0;
+        int64_t place = 0;
         L::each(size, [&](int64_t i, auto count) {
-          auto sum = L::Vec::loadu(m == 0 ? job.first.data() + at : acc.data() + i);
-          const Acc* w = job.pattern.data() + m * repeat + at;
-          for (int64_t k = 0; k < group; ++k)
-            sum = at::vec::fmadd(L::Vec::loadu(w + k * repeat), L::load(job.term[m + k] + begin + i, count), sum);
-          if (last) L::store(job.result + begin + i, sum, count);
+          auto sum = L::Vec::loadu(m == 0 ? job.shift.data() + place : acc.data() + i);
+          const Acc* scale = job.scale.data() + m * repeat + place;
+          for (int64_t k = 0; k < group; ++k) {
+            const auto term = L::load(job.term[m + k] + begin + i, count);
+            sum = at::vec::fmadd(L::Vec::loadu(scale + k * repeat), term, sum);
+          }
+          if (last) L::store(job.out + begin + i, sum, count);
           else sum.store(acc.data() + i);
-          at = at + L::kSize == repeat ? 0 : at + L::kSize;
+          place = place + L::kSize == repeat ? 0 : place + L::kSize;
         });
       });
   });
 }
 
+// outs[m] = weights[m] grad: the gradient of mixed_sum by its terms.
 template <typename T>
 void scale_kernel(const at::Tensor& grad, const at::Tensor& weights, at::TensorList outs) {
   using L = Lanes<T>;
@@ -201,6 +223,7 @@ void scale_kernel(const at::Tensor& grad, const at::Tensor& weights, at::TensorL
   });
 }
 
+// out[m] = <grad, terms[m]>: the gradient of mixed_sum by its weights.
 template <typename T>
 void dot_kernel(const at::Tensor& grad, at::TensorList terms, const at::Tensor& out) {
   using L = Lanes<T>;
@@ -210,7 +233,7 @@ void dot_kernel(const at::Tensor& grad, at::TensorList terms, const at::Tensor& 
   const T* g = grad.const_data_ptr<T>();
   std::vector<double> partial((numel + kBlock - 1) / kBlock * M);
   each_block(kBlock, numel, M, [&](int64_t begin, int64_t size, int64_t b) {
-    each_group<kGroup>(M, [&](int64_t m, auto group) {
+    unrolled<kGroup>(M, [&](int64_t m, auto group) {
       typename L::Vec sums[group];
       for (auto& sum : sums) sum = typename L::Vec(0);
       L::each(size, [&](int64_t i, auto count) {
@@ -230,10 +253,12 @@ void dot_kernel(const at::Tensor& grad, at::TensorList terms, const at::Tensor& 
   std::copy(total.begin(), total.end(), out.mutable_data_ptr<Acc>());
 }
 
-#define DISPATCH(dtype, kernel, ...) \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, #kernel, [&] { kernel<scalar_t>(__VA_ARGS__); })
+#define DISPATCH(dtype, kernel, ...)                                              \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, #kernel, [&] { \
+    kernel<scalar_t>(__VA_ARGS__);                                                \
+  })
 
-std::vector<double> numbers(const at::Tensor& t) {
+std::vector<double> doubles(const at::Tensor& t) {
   const auto wide = t.to(at::kDouble).contiguous();
   return {wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel()};
 }
@@ -242,15 +267,17 @@ at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
   const auto format = check_terms(terms);
   const auto w = check_weights(weights, terms.size(), terms[0]);
   auto out = at::empty_like(terms[0], terms[0].options().memory_format(format));
-  DISPATCH(out.scalar_type(), sum_kernel, {{numbers(w), {}, terms.vec()}}, 1, out);
+  DISPATCH(out.scalar_type(), sum_kernel, {{doubles(w), {}, terms.vec()}}, 1, out);
   return out;
 }
 
-// The sum with weights [M, C] for each channel, + shift [C]; channels-last, without derivatives: for ldarts/separable.py.
-at::Tensor node_sum(const at::Tensor& weights, const std::optional<at::Tensor>& shift, at::TensorList terms) {
-  TORCH_CHECK_VALUE(weights.sizes() == at::IntArrayRef({static_cast<int64_t>(terms.size()), terms[0].size(1)}),
-                    "node_sum: weights have shape ", weights.sizes(), ", expected [", terms.size(), ", ", terms[0].size(1), "]");
-  return node_sums({{numbers(weights), shift ? numbers(*shift) : std::vector<double>(), terms.vec()}})[0];
+// Σ_m scale[m, c] terms[m] + shift[c] of each channel c, scale [M, C] and shift [C] or none; channels-last,
+// without derivatives: for ldarts/separable.py.
+at::Tensor scaled_sum(const at::Tensor& scale, const std::optional<at::Tensor>& shift, at::TensorList terms) {
+  const int64_t M = terms.size(), C = terms[0].size(1);
+  TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef({M, C}), "scaled_sum: scale has shape ", scale.sizes(),
+                    ", expected [", M, ", ", C, "]");
+  return scaled_sums({{doubles(scale), shift ? doubles(*shift) : std::vector<double>(), terms.vec()}})[0];
 }
 
 std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& weights) {
@@ -273,20 +300,21 @@ at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
 
 }  // namespace
 
-std::vector<at::Tensor> node_sums(std::vector<Sum> sums) {
+std::vector<at::Tensor> scaled_sums(std::vector<ScaledSum> sums) {
+  constexpr auto format = at::MemoryFormat::ChannelsLast;
   std::vector<at::Tensor> result, outs;
-  std::vector<Sum> some;
-  for (Sum& sum : sums) {
+  std::vector<ScaledSum> with_terms;
+  for (ScaledSum& sum : sums) {
     result.push_back(at::empty({0}));
     if (sum.terms.empty()) continue;
-    for (at::Tensor& t : sum.terms) t = t.contiguous(at::MemoryFormat::ChannelsLast);
+    for (at::Tensor& t : sum.terms) t = t.contiguous(format);
     check_terms(sum.terms);
-    result.back() = sum.out.defined() ? sum.out
-                                      : at::empty_like(sum.terms[0], sum.terms[0].options().memory_format(at::MemoryFormat::ChannelsLast));
+    const auto options = sum.terms[0].options().memory_format(format);
+    result.back() = sum.out.defined() ? sum.out : at::empty_like(sum.terms[0], options);
     outs.push_back(result.back());
-    some.push_back(std::move(sum));
+    with_terms.push_back(std::move(sum));
   }
-  if (!some.empty()) DISPATCH(outs[0].scalar_type(), sum_kernel, some, outs[0].size(1), outs);
+  if (!with_terms.empty()) DISPATCH(outs[0].scalar_type(), sum_kernel, with_terms, outs[0].size(1), outs);
   return result;
 }
 
@@ -294,14 +322,14 @@ TORCH_LIBRARY(ldarts, m) {
   m.def("mixed_sum(Tensor weights, Tensor[] terms) -> Tensor");
   m.def("mixed_scale(Tensor grad, Tensor weights) -> Tensor[]");
   m.def("mixed_dot(Tensor grad, Tensor[] terms) -> Tensor");
-  m.def("node_sum(Tensor weights, Tensor? shift, Tensor[] terms) -> Tensor");
+  m.def("scaled_sum(Tensor scale, Tensor? shift, Tensor[] terms) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
   m.impl("mixed_sum", mixed_sum);
   m.impl("mixed_scale", mixed_scale);
   m.impl("mixed_dot", mixed_dot);
-  m.impl("node_sum", node_sum);
+  m.impl("scaled_sum", scaled_sum);
 }
 
 }  // namespace ldarts

@@ -1,4 +1,4 @@
-// The CUDA kernels of ldarts::mixed_sum, mixed_scale and mixed_dot: tensors to pointers, pointers to launches.
+// The CUDA kernels of ldarts::mixed_sum, mixed_scale and mixed_dot: tensors to pointers to launches.
 #include "mixed_sum.h"
 #include "mixed_sum_kernels.cuh"
 
@@ -65,11 +65,12 @@ at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
   const auto w = check_weights(weights, count, terms[0]);
   const auto out = at::empty_like(terms[0], terms[0].options().memory_format(format));
   // Half types keep float32 between the launches.
-  const auto carry = count > kMaxTerms && w.scalar_type() != out.scalar_type() ? at::empty_like(out, w.options()) : out;
+  const bool carries = count > kMaxTerms && w.scalar_type() != out.scalar_type();
+  const auto carry = carries ? at::empty_like(out, w.options()) : out;
   DISPATCH(out.scalar_type(), "mixed_sum", {
     launch_sum<T>(static_cast<const Acc<T>*>(w.const_data_ptr()), read_pointers<T>(terms).data(), count,
-                  static_cast<Acc<T>*>(carry.mutable_data_ptr()), static_cast<T*>(out.mutable_data_ptr()), out.numel(),
-                  max_blocks(), Launch{});
+                  static_cast<Acc<T>*>(carry.mutable_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
+                  out.numel(), max_blocks(), Launch{});
   });
   return out;
 }
@@ -99,8 +100,8 @@ at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
   const auto out = at::empty({count}, options);
   DISPATCH(g.scalar_type(), "mixed_dot", {
     launch_dot<T>(static_cast<const T*>(g.const_data_ptr()), read_pointers<T>(terms).data(), count,
-                  static_cast<Acc<T>*>(partial.mutable_data_ptr()), static_cast<Acc<T>*>(out.mutable_data_ptr()),
-                  g.numel(), kDotBlocks, Launch{});
+                  static_cast<Acc<T>*>(partial.mutable_data_ptr()),
+                  static_cast<Acc<T>*>(out.mutable_data_ptr()), g.numel(), kDotBlocks, Launch{});
   });
   return out;
 }

@@ -1,6 +1,7 @@
-// Device code of the fused mixed-operation sum, and the plans that launch it. Plain pointers and sizes: nothing here
-// knows PyTorch, so that tests/cuda_emulation.h can run all of it on a CPU. Every tensor is a dense array of n elements,
-// all in one order; a thread works on packs of L elements, 16 bytes where every array is aligned to 16, else one element.
+// Device code of the fused mixed-operation sum, and the plans that launch it. Plain pointers and sizes:
+// nothing here knows PyTorch, so that tests/cuda_emulation.h can run all of it on a CPU. Every tensor is a
+// dense array of n elements, all in one order; a thread works on packs of L elements, 16 bytes where every
+// array is aligned to 16, else one element.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -19,11 +20,11 @@ extern __shared__ double shared_memory[];
 namespace ldarts {
 
 constexpr int kMaxTerms = 64;  // pointers that travel by value with one launch
-constexpr int kThreads = 128;  // small, so that the 8x8 maps at the end of a network still spread over all processors
+constexpr int kThreads = 128;  // small: the 8x8 maps at the end of a network still spread over all processors
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kFlight = 8;      // packs a thread loads before it uses the first: 16 KiB a block hide memory's latency
-constexpr int kDotBlocks = 1024;  // a constant, so that mixed_dot has the same bits whatever the number of processors
+constexpr int kFlight = 8;  // packs a thread loads before it uses the first: 16 KiB a block hide latency
+constexpr int kDotBlocks = 1024;  // a constant: mixed_dot has the same bits whatever the number of processors
 
 template <typename T> struct Accumulator { using type = float; };
 template <> struct Accumulator<double> { using type = double; };
@@ -40,10 +41,10 @@ __device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat1
 __device__ inline void narrow(float x, __half& to) { to = __float2half_rn(x); }
 
 template <typename T> constexpr int kLanes = 16 / sizeof(T);
-template <typename T> constexpr int kDotPacks = sizeof(T) == 2 ? 1 : 2;  // of grad, that a thread keeps in registers
+template <typename T> constexpr int kDotPacks = sizeof(T) == 2 ? 1 : 2;  // of grad, in registers of a thread
 
-// L elements that travel in one access. Half types lie in 32-bit words, because the compiler keeps a 16-bit member in a
-// register of its own.
+// L elements that travel in one access. Half types lie in 32-bit words, because the compiler keeps a 16-bit
+// member in a register of its own.
 template <typename T, int L>
 struct alignas(L * sizeof(T) < 16 ? L * sizeof(T) : 16) Pack {
   using Word = std::conditional_t<sizeof(T) != 2, T, std::conditional_t<L == 1, uint16_t, uint32_t>>;
@@ -78,17 +79,20 @@ __device__ inline void store(T* to, const Acc<T> (&values)[L]) {
   }
 }
 
-__device__ inline int64_t thread_number() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
+__device__ inline int64_t thread_number() {
+  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
 __device__ inline int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * kThreads; }
 
 template <typename A>
 __device__ inline A warp_sum(A value) {  // the same in every lane
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
   return value;
 }
 
-// out = before + sum of weight[m] * term[m]; to carry instead of out where more terms follow in another launch.
+// out = before + sum of weight[m] * term[m]; to carry instead of out where another launch follows.
 template <typename T>
 struct SumArgs {
   const T* term[kMaxTerms];
@@ -175,8 +179,8 @@ struct DotArgs {
   int count;
 };
 
-// Adds the products of the elements from `first` on, V packs a thread, to the warp's sums [count]. Lane m % kWarp alone
-// touches sums[m], so that no barrier is needed here.
+// Adds the products of the elements from `first` on, V packs a thread, to the warp's sums [count]. Lane
+// m % kWarp alone touches sums[m], so that no barrier is needed here.
 template <typename T, int L, int V>
 __device__ inline void dot_tile(const DotArgs<T>& a, int64_t first, int64_t end, Acc<T>* sums) {
   constexpr int kGroup = kFlight / V;
@@ -249,12 +253,13 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
   a.out[blockIdx.x] = sum;
 }
 
-// The plans. `launch(kernel, blocks, bytes of shared memory, arguments)` starts blocks of kThreads threads; nothing is
-// launched for n == 0. Pointers are device pointers, the arrays of pointers [count] lie on the host.
+// The plans. `launch(kernel, blocks, bytes of shared memory, arguments)` starts blocks of kThreads threads;
+// nothing is launched for n == 0. Pointers are device pointers, arrays of pointers [count] lie on the host.
 
 template <typename Pointer>
 bool aligned(const Pointer* pointers, int64_t count) {
-  return std::all_of(pointers, pointers + count, [](Pointer p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+  auto is_aligned = [](Pointer p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return std::all_of(pointers, pointers + count, is_aligned);
 }
 
 inline int64_t blocks_for(int64_t n, int64_t elements_per_block, int64_t max_blocks) {
@@ -276,15 +281,16 @@ void launch_sum(const Acc<T>* weight, const T* const* terms, int64_t count, Acc<
   const bool wide = aligned(terms, count) && aligned(&out, 1);
   const int64_t blocks = blocks_for(n, kThreads * (wide ? kLanes<T> : 1), max_blocks);
   each_chunk(count, [&](int64_t first, int number) {
-    SumArgs<T> a{{}, weight + first, first ? carry : nullptr, first + number < count ? carry : nullptr, out, n, number};
+    const bool more = first + number < count;
+    SumArgs<T> a{{}, weight + first, first ? carry : nullptr, more ? carry : nullptr, out, n, number};
     std::copy_n(terms + first, number, a.term);
     launch(wide ? sum_kernel<T, kLanes<T>> : sum_kernel<T, 1>, blocks, size_t{0}, a);
   });
 }
 
 template <typename T, typename Launch>
-void launch_scale(const T* grad, const Acc<T>* weight, T* const* outs, int64_t count, int64_t n, int64_t max_blocks,
-                  const Launch& launch) {
+void launch_scale(const T* grad, const Acc<T>* weight, T* const* outs, int64_t count, int64_t n,
+                  int64_t max_blocks, const Launch& launch) {
   if (n == 0) return;
   const bool wide = aligned(outs, count) && aligned(&grad, 1);
   const int64_t blocks = blocks_for(n, kThreads * (wide ? kLanes<T> : 1), max_blocks);
@@ -295,7 +301,7 @@ void launch_scale(const T* grad, const Acc<T>* weight, T* const* outs, int64_t c
   });
 }
 
-// partial [count, max_blocks] is scratch. The order of the additions follows from n, alignment and max_blocks alone.
+// partial [count, max_blocks] is scratch. The order of additions follows from n, alignment and max_blocks.
 template <typename T, typename Launch>
 void launch_dot(const T* grad, const T* const* terms, int64_t count, Acc<T>* partial, Acc<T>* out, int64_t n,
                 int64_t max_blocks, const Launch& launch) {

@@ -1,8 +1,17 @@
-// What follows from sums per channel, for the batch norms behind the z of ldarts/separable.py: their statistics, the gradients
-// through them, and the derivatives of these gradients. All in float64, in which the differences below are safe.
+// What follows from sums per channel, for the batch norms behind the z of ldarts/separable.py: their
+// statistics, the gradients through them, and the derivatives of these gradients. All in float64, in which
+// the differences below are safe.
 //
-// A term m is p_m (z - mu) / sigma of one z, k = of[m]. [K, 2, C]: a table holds 1/sigma and mu of each z, moments its sums of
-// z and z z over `count` pixels; [M, 2, C]: sums are those of G and G z for each term, G the gradient by it.
+// A term m of a node is p_m (z - μ) r of one of K tensors z [N, C, H, W], k = z_of_term[m], with r = 1/σ and
+// μ those of its batch norm, or 1 and 0 where it has none (has_norm[k] = 0). All formulas are per channel; n
+// counts the pixels.
+//
+//     z_sums [K, 2, C]           S1 = Σ z,  S2 = Σ z²;  mean_var [K, 2, C]: μ = S1/n,  v = S2/n - μ²
+//     rstd_mean [K, 2, C]        r = 1 / sqrt(v + eps),  μ
+//     scale_shift [2, M, C]      the term is scale z + shift:  scale = p r,  shift = -p r μ
+//     grad_sums [M, 2, C]        A = Σ G,  B = Σ G z, with G [N, C, H, W] the gradient by the term
+//
+// grad_rstd_mean [K, 2, C] is the gradient by rstd_mean of whatever else reads it (the pair behind a norm).
 #include "mixed_sum.h"
 
 #include <torch/library.h>
@@ -19,205 +28,268 @@ at::Tensor wide(const at::Tensor& t) { return t.to(at::kDouble).contiguous(); }
 const double* read(const at::Tensor& t) { return t.const_data_ptr<double>(); }
 double* write(const at::Tensor& t) { return t.mutable_data_ptr<double>(); }
 
-// -> table [K, 2, C]; mean and (biased) variance [K, 2, C] in float64; scale p / sigma and shift -p mu / sigma [2, M, C].
-// moments: of the z that are `normed`; the others stand as they are, with a table of 1 and 0.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_tables(const at::Tensor& moments, at::IntArrayRef normed,
-                                                           const at::Tensor& p, at::IntArrayRef of, int64_t count, double eps) {
-  const int64_t K = normed.size(), M = of.size(), C = moments.size(2);
-  const auto table = at::empty({K, 2, C}, moments.options()), statistics = at::zeros_like(table);
-  const auto numbers = at::empty({2, M, C}, moments.options()), weights = wide(p);
-  const double *sums = read(moments), *given = read(weights);
-  double *to_table = write(table), *to_statistics = write(statistics), *to_numbers = write(numbers);
+// -> rstd_mean; mean_var in float64; scale_shift. z_sums: of those z that have a norm alone.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
+    const at::Tensor& z_sums, at::IntArrayRef has_norm, const at::Tensor& p, at::IntArrayRef z_of_term,
+    int64_t count, double eps) {
+  const int64_t K = has_norm.size(), M = z_of_term.size(), C = z_sums.size(2);
+  const auto rstd_mean = at::empty({K, 2, C}, z_sums.options()), mean_var = at::empty_like(rstd_mean);
+  const auto scale_shift = at::empty({2, M, C}, z_sums.options()), weights = wide(p);
+  const double *sums = read(z_sums), *weight = read(weights);
+  double *to_rstd_mean = write(rstd_mean), *to_mean_var = write(mean_var);
+  double *to_scale_shift = write(scale_shift);
   for (int64_t k = 0; k < K; ++k) {
-    double *t = to_table + 2 * k * C, *s = to_statistics + 2 * k * C;
     for (int64_t c = 0; c < C; ++c) {
-      if (normed[k]) {
-        s[c] = sums[c] / count;
-        s[C + c] = std::max(0.0, sums[C + c] / count - s[c] * s[c]);
+      double mean = 0, var = 0, rstd = 1;
+      if (has_norm[k]) {
+        mean = sums[c] / count;
+        var = std::max(0.0, sums[C + c] / count - mean * mean);
+        rstd = 1 / std::sqrt(var + eps);
       }
-      t[c] = normed[k] ? 1 / std::sqrt(s[C + c] + eps) : 1;
-      t[C + c] = s[c];
+      to_rstd_mean[2 * k * C + c] = rstd;
+      to_rstd_mean[(2 * k + 1) * C + c] = mean;
+      to_mean_var[2 * k * C + c] = mean;
+      to_mean_var[(2 * k + 1) * C + c] = var;
     }
-    if (normed[k]) sums += 2 * C;
+    if (has_norm[k]) sums += 2 * C;
   }
-  for (int64_t m = 0; m < M; ++m)
+  for (int64_t m = 0; m < M; ++m) {
+    const double *rstd = to_rstd_mean + 2 * z_of_term[m] * C, *mean = rstd + C;
     for (int64_t c = 0; c < C; ++c) {
-      const double *t = to_table + 2 * of[m] * C, scale = given[m] * t[c];
-      to_numbers[m * C + c] = scale;
-      to_numbers[(M + m) * C + c] = -scale * t[C + c];
+      const double scale = weight[m] * rstd[c];
+      to_scale_shift[m * C + c] = scale;
+      to_scale_shift[(M + m) * C + c] = -scale * mean[c];
     }
-  return {table.to(p.scalar_type()), statistics, numbers.to(p.scalar_type())};
+  }
+  return {rstd_mean.to(p.scalar_type()), mean_var, scale_shift.to(p.scalar_type())};
 }
 
-// What the two functions below begin with, the gradients by 1/sigma and mu of each z, and the loops of both.
-struct Gradients {
+// What the two functions below begin with, the gradients by r and μ of each z, and the loops of both:
+//
+//     by r: grad_r + Σ_m p (B - μ A),   by μ: grad_μ - Σ_m p r A    over the terms m of the z
+struct NormGradients {
   int64_t K, M, C;
-  double count;
-  at::IntArrayRef of, normed;
-  at::Tensor table, p, sums;
-  const double *norms, *weights, *totals;  // where these three are
-  std::vector<double> by_inverse, by_mean;  // [K, C]
+  at::IntArrayRef z_of_term, has_norm;
+  at::Tensor rstd_mean, p;
+  const double *norms, *weights, *sums;  // where rstd_mean, p and grad_sums are
+  std::vector<double> by_rstd, by_mean;  // [K, C]
 
-  Gradients(const at::Tensor& table_, const at::Tensor& p_, const std::optional<at::Tensor>& d_table_, const at::Tensor& sums,
-            at::IntArrayRef of, at::IntArrayRef normed, int64_t count)
-      : K(table_.size(0)), M(of.size()), C(table_.size(2)), count(count), of(of), normed(normed), table(wide(table_)), p(wide(p_)),
-        sums(sums), norms(read(table)), weights(read(p)), totals(read(sums)) {
-    const auto given = d_table_ ? wide(*d_table_) : at::zeros_like(table);
+  NormGradients(const at::Tensor& given_rstd_mean, const at::Tensor& given_p,
+                const std::optional<at::Tensor>& grad_rstd_mean, const at::Tensor& grad_sums,
+                at::IntArrayRef z_of_term, at::IntArrayRef has_norm)
+      : K(given_rstd_mean.size(0)), M(z_of_term.size()), C(given_rstd_mean.size(2)), z_of_term(z_of_term),
+        has_norm(has_norm), rstd_mean(wide(given_rstd_mean)), p(wide(given_p)), norms(read(rstd_mean)),
+        weights(read(p)), sums(read(grad_sums)) {
+    const auto given = grad_rstd_mean ? wide(*grad_rstd_mean) : at::zeros_like(rstd_mean);
     for (int64_t k = 0; k < K; ++k) {
-      const double* d = read(given) + 2 * k * C;
-      by_inverse.insert(by_inverse.end(), d, d + C);
-      by_mean.insert(by_mean.end(), d + C, d + 2 * C);
+      const double* grad = read(given) + 2 * k * C;
+      by_rstd.insert(by_rstd.end(), grad, grad + C);
+      by_mean.insert(by_mean.end(), grad + C, grad + 2 * C);
     }
-    each_term([&](int64_t m, int64_t k, int64_t c, double inverse, double mean) {
-      by_inverse[k] += weights[m] * centred(m, c, mean);
-      by_mean[k] -= weights[m] * inverse * total(m, c);
+    each_term([&](int64_t m, int64_t k, int64_t c, double rstd, double mean) {
+      by_rstd[k] += weights[m] * centred(m, c, mean);
+      by_mean[k] -= weights[m] * rstd * sum(m, c);
     });
   }
 
-  double total(int64_t m, int64_t c) const { return totals[2 * m * C + c]; }
-  double centred(int64_t m, int64_t c, double mean) const { return totals[(2 * m + 1) * C + c] - mean * total(m, c); }
-
-  // visit(term, place of its z and channel in [K, C], channel, 1/sigma, mu)
-  template <typename Visit>
-  void each_term(const Visit& visit) const {
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t c = 0; c < C; ++c)
-        visit(m, of[m] * C + c, c, norms[2 * of[m] * C + c], norms[(2 * of[m] + 1) * C + c]);
+  double sum(int64_t m, int64_t c) const { return sums[2 * m * C + c]; }  // A
+  double centred(int64_t m, int64_t c, double mean) const {               // B - μ A = Σ G (z - μ)
+    return sums[(2 * m + 1) * C + c] - mean * sum(m, c);
   }
 
-  // visit(place in [K, 2, C] of a z that is normed and a channel, place in [K, C], 1/sigma, mu)
+  // visit(term, place of its z and channel in [K, C], channel, r, μ)
   template <typename Visit>
-  void each_normed(const Visit& visit) const {
+  void each_term(const Visit& visit) const {
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t k = z_of_term[m];
+      for (int64_t c = 0; c < C; ++c)
+        visit(m, k * C + c, c, norms[2 * k * C + c], norms[(2 * k + 1) * C + c]);
+    }
+  }
+
+  // visit(place in [K, 2, C] of a z that has a norm and a channel, place in [K, C], r, μ)
+  template <typename Visit>
+  void each_norm(const Visit& visit) const {
     for (int64_t k = 0; k < K; ++k)
-      for (int64_t c = 0; c < C && normed[k]; ++c)
+      for (int64_t c = 0; c < C && has_norm[k]; ++c)
         visit(2 * k * C + c, k * C + c, norms[2 * k * C + c], norms[(2 * k + 1) * C + c]);
   }
 };
 
-// -> scale [M, C], d_moments [K, 2, C], d_p [M]: the gradient by a z is the sum of scale G over its terms, + d_moments[0]
-// + 2 d_moments[1] z.
+// -> scale [M, C], grad_z_sums [K, 2, C], grad_p [M]. With by_v = -r³/2 by_r, the gradient by the variance:
+//
+//     by S1: (by_μ - 2 μ by_v) / n,   by S2: by_v / n    (0 without a norm)
+//     by p:  Σ_c r (B - μ A)
+//     by z:  Σ_m p r G + by_S1 + 2 by_S2 z               [N, C, H, W], which the caller computes
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
-    const at::Tensor& table, const at::Tensor& p, const std::optional<at::Tensor>& d_table, const at::Tensor& sums,
-    at::IntArrayRef of, at::IntArrayRef normed, int64_t count) {
-  const Gradients g(table, p, d_table, sums, of, normed, count);
-  const auto scale = at::empty({g.M, g.C}, g.table.options()), d_moments = at::zeros_like(g.table), d_p = at::zeros_like(g.p);
-  double *to_scale = write(scale), *to_moments = write(d_moments), *to_p = write(d_p);
-  g.each_term([&](int64_t m, int64_t, int64_t c, double inverse, double mean) {
-    to_scale[m * g.C + c] = g.weights[m] * inverse;
-    to_p[m] += inverse * g.centred(m, c, mean);
+    const at::Tensor& rstd_mean, const at::Tensor& p, const std::optional<at::Tensor>& grad_rstd_mean,
+    const at::Tensor& grad_sums, at::IntArrayRef z_of_term, at::IntArrayRef has_norm, int64_t count) {
+  const NormGradients g(rstd_mean, p, grad_rstd_mean, grad_sums, z_of_term, has_norm);
+  const auto scale = at::empty({g.M, g.C}, g.rstd_mean.options()), grad_z_sums = at::zeros_like(g.rstd_mean);
+  const auto grad_p = at::zeros_like(g.p);
+  const double n = count;
+  double *to_scale = write(scale), *to_z_sums = write(grad_z_sums), *to_p = write(grad_p);
+  g.each_term([&](int64_t m, int64_t, int64_t c, double rstd, double mean) {
+    to_scale[m * g.C + c] = g.weights[m] * rstd;
+    to_p[m] += rstd * g.centred(m, c, mean);
   });
-  g.each_normed([&](int64_t at, int64_t k, double inverse, double mean) {
-    const double by_variance = -0.5 * inverse * inverse * inverse * g.by_inverse[k];
-    to_moments[at] = (g.by_mean[k] - 2 * mean * by_variance) / count;
-    to_moments[at + g.C] = by_variance / count;
+  g.each_norm([&](int64_t place, int64_t k, double rstd, double mean) {
+    const double by_var = -0.5 * rstd * rstd * rstd * g.by_rstd[k];
+    to_z_sums[place] = (g.by_mean[k] - 2 * mean * by_var) / n;
+    to_z_sums[place + g.C] = by_var / n;
   });
-  return {scale, d_moments, d_p};
+  return {scale, grad_z_sums, grad_p};
 }
 
-// The gradients by table, p, d_table and sums, from those by scale, d_moments and d_p, which may be missing.
+// The derivative of norm_gradients: from the gradients by its results (each may be missing) those by
+// rstd_mean, p, grad_rstd_mean and grad_sums. The gradient by scale is s'; those by the gradients by S1, S2
+// and p are tangents of these, S1', S2' and p':
+//
+//     μ' = S1' / n,  v' = S2' / n - 2 μ μ',  r' = -r³/2 v'    of each z; 0 without a norm
+//     by grad_r: r',  by grad_μ: μ'
+//     by B: p r' + p' r =: B',  by A: -p r μ' - μ B'          of each term
+//     by p: Σ_c (B - μ A) r' + r (s' - A μ')
+//     by r: -3/2 r² by_r v' + Σ_m p' (B - μ A) + p (s' - A μ')
+//     by μ: r³ by_r μ' - Σ_m A B'
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_gradients_backward(
-    const at::Tensor& table, const at::Tensor& p, const std::optional<at::Tensor>& d_table, const at::Tensor& sums,
-    at::IntArrayRef of, at::IntArrayRef normed, int64_t count, const std::optional<at::Tensor>& v_scale,
-    const std::optional<at::Tensor>& v_moments, const std::optional<at::Tensor>& v_p) {
-  const Gradients g(table, p, d_table, sums, of, normed, count);
+    const at::Tensor& rstd_mean, const at::Tensor& p, const std::optional<at::Tensor>& grad_rstd_mean,
+    const at::Tensor& grad_sums, at::IntArrayRef z_of_term, at::IntArrayRef has_norm, int64_t count,
+    const std::optional<at::Tensor>& tangent_scale, const std::optional<at::Tensor>& tangent_z_sums,
+    const std::optional<at::Tensor>& tangent_p) {
+  const NormGradients g(rstd_mean, p, grad_rstd_mean, grad_sums, z_of_term, has_norm);
   const int64_t C = g.C;
-  const auto by_table = at::zeros_like(g.table), by_d_table = at::zeros_like(g.table), by_sums = at::zeros_like(sums);
-  const auto by_p = at::zeros_like(g.p), vs = v_scale ? wide(*v_scale) : at::zeros({g.M, C}, g.table.options());
-  const auto vm = v_moments ? wide(*v_moments) : at::zeros_like(g.table), vp = v_p ? wide(*v_p) : at::zeros_like(g.p);
-  const double *by_scale = read(vs), *by_moments = read(vm), *by_d_p = read(vp);
-  double *to_table = write(by_table), *to_d_table = write(by_d_table), *to_sums = write(by_sums), *to_p = write(by_p);
-  g.each_normed([&](int64_t at, int64_t k, double inverse, double mean) {
-    const double cube = -0.5 * inverse * inverse * inverse, by_inverse = g.by_inverse[k];
-    const double v_mean = by_moments[at] / count, v_variance = by_moments[at + C] / count - 2 * mean * v_mean;
-    to_d_table[at] = cube * v_variance;
-    to_d_table[at + C] = v_mean;
-    to_table[at] = -1.5 * inverse * inverse * by_inverse * v_variance;
-    to_table[at + C] = -2 * cube * by_inverse * v_mean;
+  const double n = count;
+  const auto by_rstd_mean = at::zeros_like(g.rstd_mean), by_grad_rstd_mean = at::zeros_like(g.rstd_mean);
+  const auto by_sums = at::zeros_like(grad_sums), by_p = at::zeros_like(g.p);
+  const auto scale_given = tangent_scale ? wide(*tangent_scale) : at::zeros({g.M, C}, g.rstd_mean.options());
+  const auto sums_given = tangent_z_sums ? wide(*tangent_z_sums) : at::zeros_like(g.rstd_mean);
+  const auto p_given = tangent_p ? wide(*tangent_p) : at::zeros_like(g.p);
+  const double *of_scale = read(scale_given), *of_sums = read(sums_given), *of_p = read(p_given);
+  double *to_rstd_mean = write(by_rstd_mean), *to_grad = write(by_grad_rstd_mean);
+  double *to_sums = write(by_sums), *to_p = write(by_p);
+  g.each_norm([&](int64_t place, int64_t k, double rstd, double mean) {
+    const double cube = -0.5 * rstd * rstd * rstd, by_rstd = g.by_rstd[k];
+    const double tangent_mean = of_sums[place] / n;
+    const double tangent_var = of_sums[place + C] / n - 2 * mean * tangent_mean;
+    to_grad[place] = cube * tangent_var;
+    to_grad[place + C] = tangent_mean;
+    to_rstd_mean[place] = -1.5 * rstd * rstd * by_rstd * tangent_var;
+    to_rstd_mean[place + C] = -2 * cube * by_rstd * tangent_mean;
   });
-  g.each_term([&](int64_t m, int64_t, int64_t c, double inverse, double mean) {
-    const int64_t at = 2 * of[m] * C + c;
-    const double v_inverse = to_d_table[at], v_mean = to_d_table[at + C], total = g.total(m, c), weight = g.weights[m];
-    const double v_scale = by_scale[m * C + c] - total * v_mean, centred = g.centred(m, c, mean);
-    const double v_centred = weight * v_inverse + by_d_p[m] * inverse;
-    to_p[m] += centred * v_inverse + inverse * v_scale;
-    to_table[at] += by_d_p[m] * centred + weight * v_scale;
-    to_table[at + C] -= total * v_centred;
-    to_sums[2 * m * C + c] = -weight * inverse * v_mean - mean * v_centred;
-    to_sums[(2 * m + 1) * C + c] = v_centred;
+  g.each_term([&](int64_t m, int64_t, int64_t c, double rstd, double mean) {
+    const int64_t place = 2 * z_of_term[m] * C + c;
+    const double tangent_rstd = to_grad[place], tangent_mean = to_grad[place + C];
+    const double sum = g.sum(m, c), centred = g.centred(m, c, mean), weight = g.weights[m];
+    const double by_scale = of_scale[m * C + c] - sum * tangent_mean;
+    const double by_centred = weight * tangent_rstd + of_p[m] * rstd;
+    to_p[m] += centred * tangent_rstd + rstd * by_scale;
+    to_rstd_mean[place] += of_p[m] * centred + weight * by_scale;
+    to_rstd_mean[place + C] -= sum * by_centred;
+    to_sums[2 * m * C + c] = -weight * rstd * tangent_mean - mean * by_centred;
+    to_sums[(2 * m + 1) * C + c] = by_centred;
   });
   const auto dtype = p.scalar_type();
-  return {by_table.to(dtype), by_p.to(dtype), by_d_table.to(dtype), by_sums};
+  return {by_rstd_mean.to(dtype), by_p.to(dtype), by_grad_rstd_mean.to(dtype), by_sums};
 }
 
 int64_t pixels(const at::Tensor& z) { return z.numel() / z.size(1); }
 
-// The gradients by p and by each z. g: the gradient by the terms of each edge; term m is on edge[m].
+// The gradients by p [M] and by each z [N, C, H, W], where nothing but the norms stands behind a z:
+//
+//     by z: Σ_m p r G + by_S1 + 2 by_S2 z,  by_S1 and by_S2 those of norm_gradients
+//
+// grad_edges: G, one for all terms of an edge; term m is on edge_of_term[m].
 std::tuple<at::Tensor, std::vector<at::Tensor>> term_gradients(
-    const at::Tensor& table, const at::Tensor& p, const std::optional<at::Tensor>& d_table, const at::Tensor& sums,
-    at::IntArrayRef of, at::IntArrayRef edge, at::IntArrayRef normed, at::TensorList z, at::TensorList g) {
-  const auto [scale, d_moments, d_p] = norm_gradients(table, p, d_table, sums, of, normed, pixels(z[0]));
-  const int64_t C = table.size(2);
-  std::vector<Sum> by_z(z.size());
+    const at::Tensor& rstd_mean, const at::Tensor& p, const std::optional<at::Tensor>& grad_rstd_mean,
+    const at::Tensor& grad_sums, at::IntArrayRef z_of_term, at::IntArrayRef edge_of_term,
+    at::IntArrayRef has_norm, at::TensorList z, at::TensorList grad_edges) {
+  const auto [scale, grad_z_sums, grad_p] =
+      norm_gradients(rstd_mean, p, grad_rstd_mean, grad_sums, z_of_term, has_norm, pixels(z[0]));
+  const int64_t C = rstd_mean.size(2);
+  std::vector<ScaledSum> by_z(z.size());
   for (size_t k = 0; k < z.size(); ++k) {
-    const double* d = read(d_moments) + 2 * k * C;
-    by_z[k].shift.assign(d, d + C);
-    for (int64_t c = 0; c < C && normed[k]; ++c) by_z[k].weights.push_back(2 * d[C + c]);
-    if (normed[k]) by_z[k].terms.push_back(z[k]);
+    const double *by_sum = read(grad_z_sums) + 2 * k * C, *by_square = by_sum + C;
+    by_z[k].shift.assign(by_sum, by_sum + C);
+    for (int64_t c = 0; c < C && has_norm[k]; ++c) by_z[k].scale.push_back(2 * by_square[c]);
+    if (has_norm[k]) by_z[k].terms.push_back(z[k]);
   }
-  for (size_t m = 0; m < of.size(); ++m) by_z[of[m]].add(read(scale) + m * C, C, g[edge[m]]);
-  return {d_p.to(p.scalar_type()), node_sums(std::move(by_z))};
+  for (size_t m = 0; m < z_of_term.size(); ++m)
+    by_z[z_of_term[m]].add(read(scale) + m * C, C, grad_edges[edge_of_term[m]]);
+  return {grad_p.to(p.scalar_type()), scaled_sums(std::move(by_z))};
 }
 
-// Of term_gradients, or of what a bank computes from norm_gradients: -> gradients by table, p, d_table, each z and each g, from
-// those by the gradients of each z, w (none: 0), and of p. w_sums [K, 2, C]: sums of w and w z; g_w [M, C]: of G w for each term.
-// Those w that are `spare` are overwritten: by the gradient by their z.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> term_gradients_backward(
-    const at::Tensor& table, const at::Tensor& p, const std::optional<at::Tensor>& d_table, const at::Tensor& sums,
-    at::IntArrayRef of, at::IntArrayRef edge, at::IntArrayRef normed, at::TensorList z, at::TensorList g, at::TensorList w,
-    at::IntArrayRef spare, const std::optional<at::Tensor>& w_sums, const std::optional<at::Tensor>& g_w, const std::optional<at::Tensor>& v_p) {
-  const int64_t C = table.size(2), count = pixels(z[0]);
-  const auto [scale, d_moments, d_p] = norm_gradients(table, p, d_table, sums, of, normed, count);
-  auto v_moments = w_sums;
-  if (w_sums) v_moments = *w_sums * at::tensor({1.0, 2.0}).unsqueeze(1);
-  const auto [by_table, by_p, by_d_table, by_sums] =
-      norm_gradients_backward(table, p, d_table, sums, of, normed, count, g_w, v_moments, v_p);
-  const size_t E = g.size();
-  std::vector<Sum> by(E + z.size());  // those by each g first, which read what the others overwrite
-  for (size_t k = 0; k < w.size(); ++k) {
-    for (int64_t c = 0; c < C; ++c) by[E + k].weights.push_back(2 * read(d_moments)[(2 * k + 1) * C + c]);
-    by[E + k].terms.push_back(w[k]);
-    if (spare[k]) by[E + k].out = w[k];
+// The derivative of term_gradients, or of what separable_backward computes from norm_gradients. The gradients
+// by the gradients by z and by p are tangents of these, z' [N, C, H, W] and p' [M] (all z' or none, which is
+// 0). tangent_sums [K, 2, C] are Σ z' and Σ z' z, grad_tangent_sums [M, C] are Σ G z' of each term, so that
+//
+//     S1' = Σ z',  S2' = 2 Σ z' z,  s' = Σ G z'
+//
+// -> by rstd_mean, by p, by grad_rstd_mean as in norm_gradients_backward; with its by_A and by_B, and by_S2
+// of norm_gradients,
+//
+//     by z: 2 by_S2 z' + Σ_m by_B G       [N, C, H, W], over the terms m of the z; of size 0 where none is
+//     by G: Σ_m by_B z + by_A + p r z'    [N, C, H, W], over the terms m of the edge
+//
+// A tangent_z that may_overwrite names is overwritten by the gradient by its z.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>
+term_gradients_backward(
+    const at::Tensor& rstd_mean, const at::Tensor& p, const std::optional<at::Tensor>& grad_rstd_mean,
+    const at::Tensor& grad_sums, at::IntArrayRef z_of_term, at::IntArrayRef edge_of_term,
+    at::IntArrayRef has_norm, at::TensorList z, at::TensorList grad_edges, at::TensorList tangent_z,
+    at::IntArrayRef may_overwrite, const std::optional<at::Tensor>& tangent_sums,
+    const std::optional<at::Tensor>& grad_tangent_sums, const std::optional<at::Tensor>& tangent_p) {
+  const int64_t C = rstd_mean.size(2), count = pixels(z[0]);
+  const auto [scale, grad_z_sums, grad_p] =
+      norm_gradients(rstd_mean, p, grad_rstd_mean, grad_sums, z_of_term, has_norm, count);
+  auto tangent_z_sums = tangent_sums;
+  if (tangent_sums) tangent_z_sums = *tangent_sums * at::tensor({1.0, 2.0}).unsqueeze(1);
+  const auto [by_rstd_mean, by_p, by_grad_rstd_mean, by_sums] =
+      norm_gradients_backward(rstd_mean, p, grad_rstd_mean, grad_sums, z_of_term, has_norm, count,
+                              grad_tangent_sums, tangent_z_sums, tangent_p);
+  const size_t E = grad_edges.size();
+  std::vector<ScaledSum> by(E + z.size());  // those by each G first, which read what the others overwrite
+  for (size_t k = 0; k < tangent_z.size(); ++k) {
+    ScaledSum& by_z = by[E + k];
+    const double* by_square = read(grad_z_sums) + (2 * k + 1) * C;
+    for (int64_t c = 0; c < C; ++c) by_z.scale.push_back(2 * by_square[c]);
+    by_z.terms.push_back(tangent_z[k]);
+    if (may_overwrite[k]) by_z.out = tangent_z[k];
   }
-  for (size_t m = 0; m < of.size(); ++m) {
-    const double *total = read(by_sums) + 2 * m * C, *product = total + C;
-    Sum& by_g = by[edge[m]];
-    by[E + of[m]].add(product, C, g[edge[m]]);
-    by_g.add(product, C, z[of[m]]);
-    if (!w.empty()) by_g.add(read(scale) + m * C, C, w[of[m]]);
-    by_g.shift.resize(C);
-    for (int64_t c = 0; c < C; ++c) by_g.shift[c] += total[c];
+  for (size_t m = 0; m < z_of_term.size(); ++m) {
+    const int64_t k = z_of_term[m], e = edge_of_term[m];
+    const double *by_sum = read(by_sums) + 2 * m * C, *by_product = by_sum + C;
+    by[E + k].add(by_product, C, grad_edges[e]);
+    ScaledSum& by_grad = by[e];
+    by_grad.add(by_product, C, z[k]);
+    if (!tangent_z.empty()) by_grad.add(read(scale) + m * C, C, tangent_z[k]);
+    by_grad.shift.resize(C);
+    for (int64_t c = 0; c < C; ++c) by_grad.shift[c] += by_sum[c];
   }
-  auto found = node_sums(std::move(by));
+  auto found = scaled_sums(std::move(by));
   std::vector<at::Tensor> by_z(found.begin() + E, found.end());
   found.resize(E);
-  return {by_table, by_p, by_d_table, by_z, found};
+  return {by_rstd_mean, by_p, by_grad_rstd_mean, by_z, found};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ldarts, m) {
-  m.def("norm_tables(Tensor moments, int[] normed, Tensor p, int[] of, int count, float eps) -> (Tensor, Tensor, Tensor)");
-  m.def("norm_gradients(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] normed, int count) -> "
-        "(Tensor, Tensor, Tensor)");
-  m.def("term_gradients(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] edge, int[] normed, Tensor[] z, "
-        "Tensor[] g) -> (Tensor, Tensor[])");
-  m.def("term_gradients_backward(Tensor table, Tensor p, Tensor? d_table, Tensor sums, int[] of, int[] edge, int[] normed, "
-        "Tensor[] z, Tensor[] g, Tensor(a!)[] w, int[] spare, Tensor? w_sums, Tensor? g_w, Tensor? v_p) -> "
-        "(Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+  m.def("norm_statistics(Tensor z_sums, int[] has_norm, Tensor p, int[] z_of_term, int count, float eps) -> "
+        "(Tensor rstd_mean, Tensor mean_var, Tensor scale_shift)");
+  m.def("norm_gradients(Tensor rstd_mean, Tensor p, Tensor? grad_rstd_mean, Tensor grad_sums, "
+        "int[] z_of_term, int[] has_norm, int count) -> (Tensor scale, Tensor grad_z_sums, Tensor grad_p)");
+  m.def("term_gradients(Tensor rstd_mean, Tensor p, Tensor? grad_rstd_mean, Tensor grad_sums, "
+        "int[] z_of_term, int[] edge_of_term, int[] has_norm, Tensor[] z, Tensor[] grad_edges) -> "
+        "(Tensor grad_p, Tensor[] grad_z)");
+  m.def("term_gradients_backward(Tensor rstd_mean, Tensor p, Tensor? grad_rstd_mean, Tensor grad_sums, "
+        "int[] z_of_term, int[] edge_of_term, int[] has_norm, Tensor[] z, Tensor[] grad_edges, "
+        "Tensor(a!)[] tangent_z, int[] may_overwrite, Tensor? tangent_sums, Tensor? grad_tangent_sums, "
+        "Tensor? tangent_p) -> (Tensor by_rstd_mean, Tensor by_p, Tensor by_grad_rstd_mean, Tensor[] by_z, "
+        "Tensor[] by_grad_edges)");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
-  m.impl("norm_tables", norm_tables);
+  m.impl("norm_statistics", norm_statistics);
   m.impl("norm_gradients", norm_gradients);
   m.impl("term_gradients", term_gradients);
   m.impl("term_gradients_backward", term_gradients_backward);

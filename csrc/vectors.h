@@ -1,5 +1,6 @@
 #pragma once
-// What the CPU kernels share: vectors, groups of a constant size, and the pattern that the channels make along a row.
+// What the CPU kernels share: vectors, loops of a constant number of steps, and the pattern that the channels
+// make along a row. Of PyTorch nothing but its vector type.
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
@@ -17,17 +18,15 @@ template <int64_t N> using Constant = std::integral_constant<int64_t, N>;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Along a channels-last row the channels repeat every C elements, and vectors of them every `period`.
 template <typename T>
-int64_t pattern_period(int64_t C) { return std::lcm(C, kV<T>) / kV<T>; }
+Vec<T> load(const T* from, int64_t count) {
+  return count < kV<T> ? Vec<T>::loadu(from, count) : Vec<T>::loadu(from);
+}
 
 template <typename T>
-Vec<T> load(const T* from, int64_t count) { return count < kV<T> ? Vec<T>::loadu(from, count) : Vec<T>::loadu(from); }
-
-template <typename T>
-void store(T* to, const Vec<T>& value, int64_t count) {
-  if (count < kV<T>) value.store(to, static_cast<int>(count));
-  else value.store(to);
+void store(T* to, const Vec<T>& values, int64_t count) {
+  if (count < kV<T>) values.store(to, static_cast<int>(count));
+  else values.store(to);
 }
 
 // Vectors of a cache line's size must not straddle two.
@@ -41,15 +40,41 @@ struct Aligned {
 };
 template <typename T> using Buffer = std::vector<T, Aligned<T>>;
 
-// run(first, constant number) for groups of G of `count` things; the first group takes what does not divide.
+// run(first, constant number) over `count` things, G at a time; the first call takes what does not divide.
 template <int64_t G, typename Run>
-void each_group(int64_t count, const Run& run) {
+void unrolled(int64_t count, const Run& run) {
   const int64_t head = (count - 1) % G + 1;
   auto run_head = [&]<int64_t... I>(std::integer_sequence<int64_t, I...>) {
     ((head == I + 1 ? run(int64_t{0}, Constant<I + 1>{}) : void()), ...);
   };
   run_head(std::make_integer_sequence<int64_t, G>{});
   for (int64_t m = head; m < count; m += G) run(m, Constant<G>{});
+}
+
+// Along a channels-last row the channels repeat every C elements, and vectors of them every `period`. A
+// pattern holds a value of each channel for each element of these vectors, [period * kV].
+template <typename T>
+int64_t pattern_period(int64_t C) { return std::lcm(C, kV<T>) / kV<T>; }
+
+// pattern[i] = from[channel of i * step]
+template <typename T>
+void fill_pattern(T* pattern, int64_t size, const T* from, int64_t step, int64_t C) {
+  for (int64_t i = 0, c = 0; i < size; ++i, c = c + 1 < C ? c + 1 : 0) pattern[i] = from[c * step];
+}
+
+// sums[c] += the elements of channel c in the pattern.
+template <typename T>
+void add_pattern(double* sums, const T* pattern, int64_t size, int64_t C) {
+  for (int64_t i = 0; i < size; ++i) sums[i % C] += pattern[i];
+}
+
+// visit(element, place in the pattern, count) for the vectors of `size` elements, those of one place after
+// the other.
+template <typename T, typename Visit>
+void each_vector(int64_t size, int64_t period, const Visit& visit) {
+  constexpr int64_t V = kV<T>;
+  for (int64_t place = 0; place < period * V; place += V)
+    for (int64_t i = place; i < size; i += period * V) visit(i, place, std::min(V, size - i));
 }
 
 }  // namespace ldarts

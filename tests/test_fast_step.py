@@ -147,7 +147,7 @@ def test_weights_per_channel():
     for shift in (torch.rand(5, dtype=torch.float64), None):
         found = torch.ops.ldarts.scaled_sum(weights, shift, z)
         compare([found], [expected if shift is None else expected + shift[:, None, None]], 1e-12)
-    with pytest.raises(ValueError, match="weights have shape"):
+    with pytest.raises(ValueError, match="scale has shape"):
         torch.ops.ldarts.scaled_sum(weights[:, :4], None, z)
 
 
