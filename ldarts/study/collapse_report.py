@@ -197,15 +197,19 @@ def draw_numbers(space: str, runs: Runs, path: Path) -> None:
 
 def draw_truth(runs: Runs, path: Path,
                shown: tuple[str, ...] = ("DARTS", "central", "exact", "random")) -> None:
-    """Along a search the true accuracy of its present cell, and Λ: mean and deviation over the seeds."""
+    """Along a search the true accuracy of its cell (mean, worst and best seed), and Λ (mean, deviation)."""
     every = nasbench201.accuracies()[:, 0]
     figure, (truth, alignment) = pyplot().subplots(2, 1, sharex=True, layout="constrained",
                                                    figsize=(7.5, 6.4))
     for variant in [variant for variant in shown if variant in runs]:
         seeds = list(runs[variant].values())
         label = f"{variant} (n = {len(seeds)})"
-        smooth = [rolling_mean([true_accuracy(line) for line in lines], 5) for lines in seeds]
-        band(truth, range(len(smooth[0])), smooth, label, color=colour(variant))
+        of_seeds = [[true_accuracy(line) for line in lines] for lines in seeds]
+        by_epoch = list(zip(*of_seeds))
+        # From the worst seed to the best: one collapse makes a deviation that reaches above 100 %.
+        truth.fill_between(range(len(by_epoch)), [min(values) for values in by_epoch],
+                           [max(values) for values in by_epoch], color=colour(variant), alpha=0.12, lw=0)
+        truth.plot([statistics.fmean(values) for values in by_epoch], color=colour(variant), label=label)
         rows = [[(line["lambda_train"] + line["lambda_valid"]) / 2 for line in measured(lines)]
                 for lines in seeds]
         band(alignment, [line["epoch"] for line in measured(seeds[0])], rows, label, color=colour(variant))
@@ -217,8 +221,3 @@ def draw_truth(runs: Runs, path: Path,
         ax.grid(alpha=0.3)
     figure.legend(*truth.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save(figure, path)
-
-
-def rolling_mean(values: list[float], width: int) -> list[float]:
-    """The mean of the last `width` values up to each."""
-    return [statistics.fmean(values[max(0, k - width + 1) : k + 1]) for k in range(len(values))]
