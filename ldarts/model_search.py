@@ -5,8 +5,7 @@ to it is in `SearchNetwork.forward`.
 """
 import itertools
 from contextlib import contextmanager
-from functools import partial
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +48,7 @@ class SearchedCell(nn.Module):
         names = iter(primitives)
         while sum(map(len, self.nodes)) < len(primitives):
             self.nodes.append([edge(j, next(names)) for j in range(inputs + len(self.nodes))])
-        operations = itertools.chain(*primitives)
-        kept = [k for k, name in enumerate(operations) if name != "none"]  # which adds nothing, costs nothing
+        kept = [k for k, name in enumerate(itertools.chain(*primitives)) if name != "none"]
         self.register_buffer("_kept", torch.tensor(kept), persistent=False)
 
     def add_nodes(self, states: list[Tensor], weights: Tensor) -> list[Tensor]:
@@ -105,7 +103,7 @@ class SearchNetwork(nn.Module):
     """The supernet of a search space, with α initialised to 1e-3 · N(0, 1).
 
     C: channels of the first cell (a DARTS cell puts out four times as many); layers: cells, in nasbench201
-    cells a stage. Cells of one type share α: alphas_normal, alphas_reduce [14, ops], or arch_parameters [6, 5].
+    cells a stage. Cells of one type share α: alphas_normal, alphas_reduce [14, ops]; arch_parameters [6, 5].
     state_dict keys are the original's, plus α. Raises InputError for an unknown space.
     """
 
@@ -163,19 +161,15 @@ class SearchNetwork(nn.Module):
     def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
         """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights()."""
         weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
-        before = x = self.stem(x)
-        for cell in self.cells:
-            if isinstance(cell, ResNetBasicblock):
-                x = cell(x)
-            else:
-                run = partial(fused.run_cell, cell) if fused.takes(x) else cell  # the door to the engine
-                before, x = x, run(*[before, x][-cell.inputs :], next(weights))
+        x = self.stem(x)
+        run = fused.run_cells if fused.takes(x) else run_cells  # the door to the engine
+        x = run(self.cells, x, weights)
         return self.classifier(self.lastact(x).mean((2, 3)))
 
     @torch.no_grad()
     def genotype(self) -> "Genotype | str":
-        """The strongest operation, never `none`, of the two strongest edges into each node; in nasbench201 that
-        of every edge, as the benchmark's arch string."""
+        """The strongest operation but `none` of the two strongest edges into each node; in nasbench201 the
+        strongest of every edge, as the benchmark's arch string."""
         p = [F.softmax(alpha, dim=-1).tolist() for alpha in self.arch_parameters()]
         if self.space == "nasbench201":
             rows = iter(zip(p[0], self.primitives.normal))
@@ -187,6 +181,17 @@ class SearchNetwork(nn.Module):
         for name, alpha in zip(self._alpha_names, self.arch_parameters()):
             state_dict.setdefault(prefix + name, alpha.detach())  # the original keeps α elsewhere
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def run_cells(cells: Iterable[nn.Module], x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    """x through all cells, with the next of the weights for each that is searched."""
+    before = x
+    for cell in cells:
+        if isinstance(cell, ResNetBasicblock):
+            x = cell(x)
+        else:
+            before, x = x, cell(*[before, x][-cell.inputs :], next(weights))
+    return x
 
 
 def strongest(p: Sequence[float], names: Sequence[str], excluded: str = "") -> tuple[float, str]:

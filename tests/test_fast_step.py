@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import ldarts
 from ldarts import bench, fused
 from ldarts.fused import compiled_for
+from ldarts.fused.cell import State, run_cell
 from ldarts.fused.normalised_sum import node_sum, normalised_terms
 from ldarts.fused.separable import separable_convolutions
 from ldarts.operations import DilConv, SepConv
@@ -177,7 +178,8 @@ def test_a_cell_by_the_engine_is_the_cell(space, layout, training):
         channels = [block.op[1].in_channels for block in cell.preprocess]
         channels = channels or [cell.edges["1<-0"][3].op[1].in_channels]
         inputs = [torch.randn(2, C, 6, 6).double().contiguous(memory_format=layout) for C in channels]
-        compare([fused.run_cell(cell, *inputs, weights)], [twin(*inputs, weights)], 1e-10)
+        found = run_cell(cell, [State(x) for x in inputs], weights)
+        compare([found], [twin(*inputs, weights)], 1e-10)
         for (name, buffer), other in zip(cell.named_buffers(), twin.buffers()):
             torch.testing.assert_close(buffer, other, msg=name)
 

@@ -1,4 +1,4 @@
-"""The engine: what `model_search` defines, computed faster. Its door is `takes` and `run_cell`.
+"""The engine: what `model_search` defines, computed faster. Its door is `takes` and `run_cells`.
 
     build            compiles and loads csrc/
     mixed_sum        the weighted sum, on which the plain form is built too
@@ -10,10 +10,10 @@ LDARTS_FUSED=off in the environment shuts the door: the plain form runs.
 """
 from torch import Tensor
 
-from .cell import run_cell
+from .cell import run_cells
 from .mixed_sum import compiled_for, mixed_sum
 
-__all__ = ["compiled_for", "mixed_sum", "run_cell", "takes"]
+__all__ = ["compiled_for", "mixed_sum", "run_cells", "takes"]
 
 
 def takes(x: Tensor) -> bool:

@@ -5,13 +5,13 @@ convolutions that leave a state are one call; elsewhere the operations are those
 the pools and the pixels of reductions of a state are computed once for all edges that leave it.
 """
 from functools import cached_property
-from typing import Iterator, NamedTuple, Sequence
+from typing import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv, Zero
+from ..operations import DilConv, FactorizedReduce, ReLUConvBN, ResNetBasicblock, SepConv, Zero
 from .mixed_sum import mixed_sum
 from .normalised_sum import Terms, node_sum, normalise, normalised_terms
 from .separable import separable_convolutions
@@ -19,20 +19,31 @@ from .separable import separable_convolutions
 Product = tuple[Tensor, nn.BatchNorm2d | None]  # what an operation computes, and the norm that it ends in
 
 
-def run_cell(cell: nn.Module, *inputs_and_weights: Tensor) -> Tensor:
-    """cell(*inputs_and_weights); cell: a SearchedCell of model_search."""
-    *inputs, weights = inputs_and_weights
-    x = inputs[0]
+def run_cells(cells: Iterable[nn.Module], x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    """The same as model_search.run_cells."""
+    before = state = State(x)
+    for cell in cells:
+        if isinstance(cell, ResNetBasicblock):
+            state = State(cell(state.x))
+        else:
+            inputs = [before, state][-cell.inputs :]
+            before, state = state, State(run_cell(cell, inputs, next(weights)))
+    return state.x
+
+
+def run_cell(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -> Tensor:
+    """cell(*inputs, weights); cell: a SearchedCell of model_search."""
+    x = inputs[0].x
     normalises = (cell.training and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
                   and x.is_contiguous(memory_format=torch.channels_last))
     states = (normalised_states if normalises else shared_states)(cell, inputs, weights)
     return states[-1] if cell.outputs == 1 else concat(*states[-cell.outputs :])
 
 
-def normalised_states(cell, inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+def normalised_states(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -> list[Tensor]:
     """All states of a cell, each node as one sum of normalised terms."""
-    states = ([normalise(*State(x).product(block)) for block, x in zip(cell.preprocess, inputs)]
-              or list(inputs))
+    states = [normalise(*state.product(block)) for block, state in zip(cell.preprocess, inputs)]
+    states = states or [state.x for state in inputs]
     plans = [Outgoing(cell.nodes, j, weights.shape[1]) for j in range(len(states) + len(cell.nodes) - 1)]
     columns = [k for plan in plans for k in plan.columns]
     p = weights.flatten()[columns].split([len(plan.columns) for plan in plans])
@@ -44,10 +55,9 @@ def normalised_states(cell, inputs: Sequence[Tensor], weights: Tensor) -> list[T
     return states
 
 
-def shared_states(cell, inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+def shared_states(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -> list[Tensor]:
     """All states of a cell, by its own operations."""
-    states = ([State(State(x).term(block)) for block, x in zip(cell.preprocess, inputs)]
-              or [State(x) for x in inputs])
+    states = [State(state.term(block)) for block, state in zip(cell.preprocess, inputs)] or list(inputs)
     p, used = weights.flatten()[cell._kept], 0
     for edges in cell.nodes:
         terms = [state.term(op) for state, edge in zip(states, edges)
@@ -146,11 +156,11 @@ def outgoing_terms(state: Tensor, plan: Outgoing, p: Tensor) -> list[list[Terms]
             of_edge.append(one)
 
     if separable or dilated:
-        first = separable_convolutions([state], None, [tuple(op.op[1:4]) for op in separable + dilated],
+        first = separable_convolutions([state], None, [tuple(list(op.op)[1:4]) for op in separable + dilated],
                                        p_dilated, widths_of(plan.dilated))
         share_out(first.terms, plan.dilated)
     if separable:
-        count, pairs = len(separable), [tuple(op.op[5:8]) for op in separable]
+        count, pairs = len(separable), [tuple(list(op.op)[5:8]) for op in separable]
         second = separable_convolutions(first.z[:count], first.rstd_mean[:count], pairs, p_separable,
                                         widths_of(plan.separable))
         share_out(second.terms, plan.separable)
