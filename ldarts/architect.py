@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .alignment import layer_alignment
 from .errors import InputError
-from .model_search import SearchNetwork, frozen_statistics, tracking_norms
+from .model_search import SearchNetwork, frozen_statistics
 from .operations import NoiseOp
 
 Batch = tuple[Tensor, Tensor]  # x [N, 3, H, W], y [N]
@@ -45,7 +45,7 @@ class Architect:
                                           weight_decay=weight_decay, capturable=capturable)
         # Lists, because a walk through the thousands of modules of a supernet takes milliseconds.
         self.weights = net.weight_parameters()
-        self._norms = tracking_norms(net)
+        self._norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
         self._noisy = any(isinstance(m, NoiseOp) for m in net.modules())
 
     def step(self, grads: Sequence[Tensor]) -> None:

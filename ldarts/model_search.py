@@ -1,9 +1,8 @@
 """`SearchNetwork`, the supernet: every candidate operation on every edge, weighted by softmax(α).
 
-This is what is computed (Liu et al., 2019, section 2). The package `fused` computes the same faster; the door
-to it is in `SearchNetwork.forward`.
+What is computed, in plain terms (Liu et al., 2019, section 2). `SearchNetwork.forward` has the door to `fused`,
+which computes the same faster.
 """
-import itertools
 from contextlib import contextmanager
 from typing import Callable, Iterable, Iterator, Sequence
 
@@ -48,8 +47,8 @@ class SearchedCell(nn.Module):
         names = iter(primitives)
         while sum(map(len, self.nodes)) < len(primitives):
             self.nodes.append([edge(j, next(names)) for j in range(inputs + len(self.nodes))])
-        kept = [k for k, name in enumerate(itertools.chain(*primitives)) if name != "none"]
-        self.register_buffer("_kept", torch.tensor(kept), persistent=False)
+        connects = torch.tensor([name != "none" for edge in primitives for name in edge])
+        self.register_buffer("_kept", connects.nonzero().flatten(), persistent=False)
 
     def add_nodes(self, states: list[Tensor], weights: Tensor) -> list[Tensor]:
         """Node = Σ_j Σ_k p_jk op_k(state j) over its edges j, their operations k. weights: p [edges, ops]"""
@@ -110,11 +109,9 @@ class SearchNetwork(nn.Module):
     def __init__(self, C: int, num_classes: int, layers: int, space: str = "darts"):
         super().__init__()
         self.space, self.primitives = space, get(space)
-        if layers < 1 or C < 1:
-            raise InputError(f"{layers} cells of {C} channels: both must be positive")
-        if space != "nasbench201" and C % 2:
-            raise InputError(f"{C} channels: must be even, the reduction cells split them in two")
         in_201 = space == "nasbench201"
+        if layers < 1 or C < 1 or (C % 2 and not in_201):
+            raise InputError(f"{layers} cells of {C} channels: use one or more, in DARTS's cells an even C")
         self._alpha_names = ["arch_parameters"] if in_201 else ["alphas_normal", "alphas_reduce"]
         (self._build_nasbench201 if in_201 else self._build_darts)(C, num_classes, layers)
         for name, edges in zip(self._alpha_names, self.primitives):
@@ -166,11 +163,10 @@ class SearchNetwork(nn.Module):
         x = run(self.cells, x, weights)
         return self.classifier(self.lastact(x).mean((2, 3)))
 
-    @torch.no_grad()
     def genotype(self) -> "Genotype | str":
         """The strongest operation but `none` of the two strongest edges into each node; in nasbench201 the
         strongest of every edge, as the benchmark's arch string."""
-        p = [F.softmax(alpha, dim=-1).tolist() for alpha in self.arch_parameters()]
+        p = [F.softmax(alpha.detach(), dim=-1).tolist() for alpha in self.arch_parameters()]
         if self.space == "nasbench201":
             rows = iter(zip(p[0], self.primitives.normal))
             return format_arch([[(strongest(*next(rows))[1], j) for j in range(i)] for i in range(1, 4)])
@@ -201,28 +197,24 @@ def strongest(p: Sequence[float], names: Sequence[str], excluded: str = "") -> t
 
 def derive(p: Sequence[Sequence[float]], primitives: Sequence[Sequence[str]]) -> tuple[tuple[str, int], ...]:
     """Two (operation, input state) for each node of a cell, the stronger edge first. p: [edges, ops]"""
-    chosen, first, states = [], 0, 2
-    while first < len(p):
-        into = slice(first, first + states)  # the edges into this node
-        best = [strongest(*edge, excluded="none") for edge in zip(p[into], primitives[into])]
+    edges, chosen = list(zip(p, primitives)), []
+    while edges:
+        states = 2 + len(chosen) // 2  # those before this node, each with an edge into it
+        best = [strongest(*edge, excluded="none") for edge in edges[:states]]
         order = sorted(range(states), key=lambda j: -best[j][0])[:2]
         chosen += [(best[j][1], j) for j in order]
-        first, states = first + states, states + 1
+        edges = edges[states:]
     return tuple(chosen)
 
 
-def tracking_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
-    return [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
-
-
 @contextmanager
-def frozen_statistics(norms: Sequence[nn.BatchNorm2d]) -> Iterator[None]:
-    """Within, these batch norms in training mode leave their running statistics alone."""
-    before = [norm.track_running_stats for norm in norms]
+def frozen_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, the batch norms among these modules leave their running statistics alone in training mode."""
+    norms = [module for module in modules if getattr(module, "track_running_stats", False)]
     for norm in norms:
         object.__setattr__(norm, "track_running_stats", False)  # Module's own looks for parameters first
     try:
         yield
     finally:
-        for norm, tracked in zip(norms, before):
-            object.__setattr__(norm, "track_running_stats", tracked)
+        for norm in norms:
+            object.__setattr__(norm, "track_running_stats", True)
