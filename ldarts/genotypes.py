@@ -1,10 +1,9 @@
-"""Genotypes: the derived cells, by their published names, and as JSON files in and out."""
+"""Genotypes: the derived cells, by their published names, and as files in and out."""
 import json
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import published
+from . import genotype_text, published
 from .errors import InputError
 from .operations import OPS
 
@@ -47,25 +46,19 @@ def to_json(genotype: "Genotype | str") -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def from_json(text: str, where: str) -> "Genotype | str":
-    """The inverse of to_json. Raises InputError, beginning with `where`, for anything else."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}); expected the genotype.json of a search") from error
-    fields = set(content) if isinstance(content, dict) else set()
-    if fields == {"arch"} and isinstance(content["arch"], str):
+def from_fields(content: dict[str, Any], where: str) -> "Genotype | str":
+    """The inverse of to_json, of its fields. Raises InputError, beginning with `where`, for anything else."""
+    if set(content) == {"arch"} and isinstance(content["arch"], str):
         parse_arch(content["arch"])
         return content["arch"]
-    if fields != set(Genotype._fields):
-        raise InputError(f"{where}: not a genotype; "
-                         f"expected an object with {', '.join(Genotype._fields)}, or arch")
+    if not {"normal", "reduce"} <= set(content) <= set(Genotype._fields):
+        raise InputError(f"{where}: not a genotype; expected {', '.join(Genotype._fields)}, or arch")
     return Genotype(*_cell(content, "normal", where), *_cell(content, "reduce", where))
 
 
 def _cell(content: dict[str, Any], part: str, where: str) -> tuple[tuple, tuple]:
-    """The edges and the concatenated states of one type of cell."""
-    edges, concat = content[part], content[part + "_concat"]
+    """The edges and the concatenated states, by default all of its nodes, of one type of cell."""
+    edges = content[part]
     if not isinstance(edges, list) or not edges or len(edges) % 2:
         raise InputError(f"{where}: {part!r} must list two [operation, state] pairs a node")
     for position, edge in enumerate(edges):
@@ -74,6 +67,7 @@ def _cell(content: dict[str, Any], part: str, where: str) -> tuple[tuple, tuple]
             raise InputError(f"{where}: {part}[{position}] is {json.dumps(edge)[:80]}; expected "
                              f"[operation, state] with a state below {states} and one of {', '.join(OPS)}")
     nodes = range(2, 2 + len(edges) // 2)
+    concat = content.get(part + "_concat", list(nodes))
     if not isinstance(concat, list) or not concat or not all(type(s) is int and s in nodes for s in concat):
         raise InputError(f"{where}: {part}_concat must list states from 2 to {nodes[-1]}")
     return tuple(map(tuple, edges)), tuple(concat)
@@ -87,20 +81,14 @@ def _is_edge(edge: Any, states: int) -> bool:
 
 
 def load(name: str) -> "Genotype | str":
-    """A published cell by its name, or the genotype of a run folder, a genotype.json or an arch string.
+    """A published cell by its name, or the genotype that a text, a run folder or a file holds.
 
     Returns a Genotype, or an arch string for NAS-Bench-201. Raises InputError that lists the known names.
     """
     if name in PUBLISHED:
         return PUBLISHED[name]
-    if name.startswith("|"):
-        parse_arch(name)
-        return name
-    path = Path(name)
-    path = path / "genotype.json" if path.is_dir() else path
     try:
-        text = path.read_bytes().decode()
-    except (OSError, ValueError) as error:
-        raise InputError(f"unknown architecture {name!r}: neither a readable genotype file "
+        return from_fields(*genotype_text.read(name))
+    except OSError as error:
+        raise InputError(f"unknown architecture {name[:100]!r}: neither a readable genotype ({error.strerror}) "
                          f"nor one of {', '.join(PUBLISHED)}") from error
-    return from_json(text, str(path))
