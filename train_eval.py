@@ -2,7 +2,7 @@
 
     python train_eval.py --arch LAMBDA_DARTS                      # the published cell, the published settings
     python train_eval.py --arch runs/<search> --dataset synthetic --init_channels 8 --layers 5 --epochs 3
-    python train_eval.py --arch LAMBDA_DARTS --evaluate runs/<name>/checkpoint.pt               # test only
+    python train_eval.py --evaluate runs/<name>/checkpoint.pt      # test only
     python train_eval.py --resume runs/<name>                      # go on with a stopped or killed run
     torchrun --nproc_per_node=2 train_eval.py --arch LAMBDA_DARTS  # two processes share every batch
     python train_eval.py --arch LAMBDA_DARTS --dataset imagenet --data IMAGENET   # folders train/ and val/
@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldarts import InputError, Network, NetworkImageNet, NetworkNAS201
+from ldarts import Network, NetworkImageNet, NetworkNAS201
 from ldarts.data import Batches, FolderBatches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.genotypes import to_json
 from ldarts.model import count_multiply_adds, count_parameters
-from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, evaluate, load_checkpoint, parse_eval_args,
-                         pick_device, script, seed_everything, set_deterministic)
+from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, evaluate, load_weights, parse_eval_args, pick_device,
+                         require_passage, script, seed_everything, set_deterministic)
 
 
 def main():
-    args, genotype = parse_eval_args()
+    args, genotype, remarks = parse_eval_args()
     if args.deterministic:
         set_deterministic()
     device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
@@ -38,17 +38,19 @@ def main():
             FolderBatches(Path(args.data, part), args.batch_size, args.seed, train=part == "train",
                           device=device, workers=args.workers, **options) for part in ("train", "val"))
         images, num_classes = len(train_batches.images.files), len(train_batches.images.classes)
+        image = 3, 224, 224
     else:
         train_set, test_set = load(args.dataset, args.data, device, args.seed)
         train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True,
                                 cutout_length=args.cutout_length if args.cutout else 0, **options)
-        images, num_classes = len(train_set.labels), train_set.num_classes
+        images, num_classes, image = len(train_set.labels), train_set.num_classes, train_set.images.shape[1:]
     seed_everything(args.seed)
     if isinstance(genotype, str):
         net = NetworkNAS201(args.init_channels, num_classes, args.layers, genotype)
     else:
         build = NetworkImageNet if imagenet else Network
         net = build(args.init_channels, num_classes, args.layers, args.auxiliary, genotype)
+    require_passage(net, args.batch_size // processes.world, image)
     net.to(device, memory_format=layout)
     run_net = torch.compile(net) if args.compile else net
 
@@ -69,13 +71,9 @@ def main():
         return evaluate(lambda x: forward(x)[0].float(), criterion, batches, processes)
 
     if args.evaluate:
-        try:
-            net.load_state_dict(load_checkpoint(args.evaluate)["model"])
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise InputError(f"{args.evaluate}: weights of another network than --arch {args.arch} with "
-                             f"{args.layers} cells of {args.init_channels} channels") from error
+        load_weights(net, args)
         loss, accuracy = test()
-        print(f"{args.evaluate}: test loss {loss:.4f}, accuracy {accuracy:.2f} %")
+        print(f"{args.evaluate} on {args.dataset}: test loss {loss:.4f}, accuracy {accuracy:.2f} %")
         return
 
     optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
@@ -86,10 +84,13 @@ def main():
             optimizer, lambda epoch: (1 - epoch / args.epochs) * min(1, (epoch + 1) / warmup))
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    parameters, multiply_adds = count_parameters(net), count_multiply_adds(net, 224 if imagenet else 32)
+    parameters, multiply_adds = count_parameters(net), count_multiply_adds(net, image)
     run = Run("eval", args, processes, {"model": net, "optimizer": optimizer, "scheduler": scheduler},
-              len(train_batches), {"parameters": parameters, "multiply_adds": multiply_adds})
+              len(train_batches), {"parameters": parameters, "multiply_adds": multiply_adds},
+              carried={"genotype": to_json(genotype)})
     run.write("genotype.json", to_json(genotype))
+    for remark in remarks:
+        run.log(remark)
     run.log(f"{run.path}: {args.arch} on {args.dataset}, {images} images, {parameters:,} parameters, "
             f"{multiply_adds / 1e6:.1f} M multiply-adds, on {device}")
     for epoch in range(run.epoch, args.epochs):
@@ -126,4 +127,4 @@ def main():
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, "a smaller --batch_size or --init_channels, another --memory_format")

@@ -18,8 +18,8 @@ from ldarts.data import Batches, eval_batches, load
 from ldarts.distributed import Processes
 from ldarts.fused import compiled_for
 from ldarts.genotypes import to_json
-from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, evaluate, parse_search_args, pick_device, script,
-                         seed_everything, set_deterministic)
+from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, evaluate, parse_search_args, pick_device,
+                         require_passage, script, seed_everything, set_deterministic)
 
 
 def search_step(arch, optimizer, train, valid, *, unrolled, alpha_first, hessian="central", **of_weights):
@@ -73,6 +73,7 @@ def main():
 
     seed_everything(args.seed)
     net = SearchNetwork(args.init_channels, train_set.num_classes, args.layers, args.search_space)
+    require_passage(net, args.batch_size // processes.world, train_set.images.shape[1:])
     net.to(device, memory_format=layout)
     normal_cells = sum(not cell.reduction for cell in net.searched_cells())
     if args.lambda_reg and normal_cells < 2:
@@ -187,4 +188,4 @@ def report(run, genotype, args):
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, "a smaller --batch_size or --init_channels, --lambda_grad central, another --memory_format")

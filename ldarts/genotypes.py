@@ -90,5 +90,5 @@ def load(name: str) -> "Genotype | str":
     try:
         return from_fields(*genotype_text.read(name))
     except OSError as error:
-        raise InputError(f"unknown architecture {name[:100]!r}: neither a readable genotype ({error.strerror}) "
+        raise InputError(f"unknown architecture {name[:100]!r}: neither a genotype ({error.strerror}) "
                          f"nor one of {', '.join(PUBLISHED)}") from error

@@ -1,5 +1,6 @@
 """The derived networks: `Network` for 32x32 images, `NetworkImageNet`, `NetworkNAS201` for an arch string."""
 import copy
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -163,9 +164,9 @@ def count_parameters(net: nn.Module) -> int:
     return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("auxiliary"))
 
 
-def count_multiply_adds(net: nn.Module, size: int = 32) -> int:
-    """Multiply-adds of convolutions and classifier for one image [3, size, size], as the papers count."""
+def count_multiply_adds(net: nn.Module, image: Sequence[int] = (3, 32, 32)) -> int:
+    """Multiply-adds of convolutions and classifier for an image of a shape, as the papers count."""
     counter = FlopCounterMode(display=False)
     with counter:
-        copy.deepcopy(net).to("meta").eval()(torch.empty(1, 3, size, size, device="meta"))
+        copy.deepcopy(net).to("meta").eval()(torch.empty(1, *image, device="meta"))
     return counter.get_total_flops() // 2

@@ -3,9 +3,17 @@ import json
 import sys
 
 import pytest
+import torch
+from test_data import write_cifar10
+from test_evidence import refused, run_main, write_run
 
-from ldarts import InputError, genotypes
+import train_eval
+import train_search
+from ldarts import InputError, genotypes, runs
+from ldarts.data import ImageSet
 from ldarts.genotypes import PUBLISHED, to_json
+from ldarts.model import NetworkNAS201, count_multiply_adds
+from ldarts.runs import load_checkpoint
 
 CELL = PUBLISHED["DARTS_V2"]
 ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|avg_pool_3x3~1|nor_conv_1x1~2|"
@@ -21,11 +29,12 @@ def original(cell, concat="range(2, 6)"):
 TEXT = original(CELL)
 OTHER = original(PUBLISHED["DARTS_V1"])
 NO_CONCAT = json.dumps({"normal": CELL.normal, "reduce": CELL.reduce})
-MODULE = f"Genotype = namedtuple('Genotype', '')\nPRIMITIVES = ['none']\nV1 = {OTHER}\nV2 = {TEXT}\nBEST = V2\n"
+MODULE = f"Genotype = namedtuple('Genotype', '')\nOPS = ['none']\nV1 = {OTHER}\nV2 = {TEXT}\nBEST = V2\n"
 FILES = {
     "log.txt": f"12:00 genotype = {OTHER}\n12:01 genotype = {TEXT} epoch (1\n12:02 genotype = {OTHER[:99]}",
-    "genotypes.py": MODULE, "one.py": f"import os\nX = {TEXT}\n", "201.log": f"Structure(4 nodes with {ARCH})",
-    "marked.json": "\ufeff" + to_json(CELL), "bare.json": NO_CONCAT,
+    "genotypes.py": MODULE, "one.py": f"import os\nX = {TEXT}\n",
+    "201.log": f"Structure(4 nodes with {ARCH})", "marked.json": "\ufeff" + to_json(CELL),
+    "bare.json": NO_CONCAT,
 }
 
 
@@ -46,12 +55,13 @@ def test_a_genotype_is_read_as_it_stands(name, cell, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, said", [
-    ("genotypes.py", "V1, V2, BEST"), ("genotypes.py:V3", "V1, V2, BEST"), ("genotypes.py:PRIMITIVES", "V1"),
+    ("genotypes.py", "V1, V2, BEST"), ("genotypes.py:V3", "V1, V2, BEST"), ("genotypes.py:OPS", "V1"),
     (TEXT.replace("range(2, 6)", "__import__('os').mkdir('made')"), "neither a literal nor a range"),
     (TEXT.replace("range(2, 6)", "range(10**12)"), "not a genotype"),
     (TEXT.replace("range(2, 6)", "range(0, 1000000000000)"), "normal_concat"),
     (TEXT.replace("sep_conv_3x3", "sep_conv_9x9"), "normal[0]"), (TEXT[:99], "no genotype"),
-    ("Genotype(normal=[])", "normal_concat"), *((f"Genotype({bad})", "not a genotype") for bad in ("**{}", "{1}")),
+    ("Genotype(normal=[])", "normal_concat"), ("Genotype(**{})", "not a genotype"),
+    ("Genotype({1})", "not a genotype"),
     ("{" * 99999, "not a genotype"), (f"Genotype({'(' * 9999}{')' * 9999})", "not a genotype"),
     ("|none~0|", "arch string"), (".", "end of its first epoch"), ("x" * 300, "File name too long")],
     ids=lambda value: value[:30])
@@ -63,3 +73,198 @@ def test_what_is_no_genotype_is_one_line(name, said, tmp_path, monkeypatch):
     message = str(refused.value)
     assert said in message and "\n" not in message and len(message) < 1000
     assert [path.name for path in tmp_path.iterdir()] == ["genotypes.py"]
+
+
+# ---- which network
+
+@pytest.mark.parametrize("arch", ["runs/s", "runs/s/genotype.json", "cell.json", "svhn_s2_lambdadarts_corr"])
+@pytest.mark.parametrize("dataset, size", [("svhn", (16, 8)), ("cifar10", (36, 20)), ("imagenet", (48, 14))])
+def test_a_cell_means_one_network_however_it_is_given(arch, dataset, size, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/s", 0, 20.0, search_space="s2")
+    (tmp_path / "cell.json").write_text(to_json(PUBLISHED["c10_s2_lambdadarts_corr"]))
+    monkeypatch.setattr(sys, "argv", ["train_eval.py", "--arch", arch, "--dataset", dataset])
+    args, _, remarks = runs.parse_eval_args()
+    assert (args.init_channels, args.layers) == size
+    assert remarks[0].startswith(f"--init_channels {size[0]} --layers {size[1]}: as published on ")
+
+
+def test_a_cell_of_another_space_is_trained_large_on_svhn_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/s", 0, 20.0, search_space="darts")
+    monkeypatch.setattr(sys, "argv", ["x", "--arch", "runs/s", "--dataset", "svhn", "--layers", "3"])
+    args, _, remarks = runs.parse_eval_args()
+    assert (args.init_channels, args.layers) == (36, 3) and remarks[0].startswith("--init_channels 36: ")
+
+
+def test_the_cell_of_an_unfinished_search_is_said_to_be_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/s", 0, 20.0, epochs=50)
+    for arch in ("runs/s", "runs/s/genotype.json"):
+        monkeypatch.setattr(sys, "argv", ["x", "--arch", arch])
+        assert "runs/s is an unfinished search, 1 of 50 epochs" in runs.parse_eval_args()[2][0]
+
+
+def test_unfinished_runs_are_named_and_stay_out_of_means(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed, accuracy in enumerate((20.0, 23.0, 80.0)):
+        write_run(tmp_path / f"runs/s{seed}", seed, accuracy, epochs=2)
+        line = (tmp_path / f"runs/s{seed}/metrics.jsonl").read_text()
+        (tmp_path / f"runs/s{seed}/metrics.jsonl").write_text(line * (2 - seed // 2))
+    write_run(tmp_path / "runs/begun", 3, 0.0, epochs=2)
+    (tmp_path / "runs/begun/metrics.jsonl").unlink()
+    write_run(tmp_path / "runs/e", 0, 50.0, kind="eval", arch="runs/s2/genotype.json")
+    names = ["runs/s0", "runs/s1", "runs/s2", "runs/begun"]
+    run_main(monkeypatch, runs, *names)
+    printed = capsys.readouterr().out
+    assert "| search | 2 (2 unfinished left out) | 21.50 ± 2.12 |" in printed
+    assert printed.endswith("unfinished: runs/s2, 1 of 2 epochs\nunfinished: runs/begun, 0 of 2 epochs\n")
+    run_main(monkeypatch, runs, *names, "--unfinished")
+    assert "| search | 3 (2 unfinished in) | 41.00 ± 33.81 |" in capsys.readouterr().out
+    run_main(monkeypatch, runs, "runs/e")  # its search's time and Λ are not those of a whole search
+    assert "| eval | 1 | 50.00 | – | – | – | – |\nunfinished: runs/s2" in capsys.readouterr().out
+
+
+# ---- weights
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with images, a run on them, and the line that its test is to print."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_cifar10(folder / "cifar-10-batches-py", 8)
+    (folder / "cell.json").write_text(to_json(CELL))
+    crossed = CELL._replace(normal=(*CELL.normal[:1], *CELL.normal[:1], *CELL.normal[2:]))  # the same shapes
+    (folder / "crossed.json").write_text(to_json(crossed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_main(patch, train_eval, "--arch", "DARTS", "--data", folder, "--init_channels", 2, "--layers", 3,
+                 "--batch_size", 8, "--epochs", 1, "--seed", 5, "--save", "one")
+    metrics = runs.read_metrics(folder / "runs/one")[-1]
+    return folder, f"test loss {metrics['test_loss']:.4f}, accuracy {metrics['test_accuracy']:.2f} %"
+
+
+def wrapped(state, prefix="", tower=True):
+    return {prefix + key: t for key, t in state.items() if tower or not key.startswith("auxiliary")}
+
+
+WRAPPED = {
+    "plain": lambda state: state,
+    "without the tower": lambda state: wrapped(state, tower=False),
+    "DataParallel": lambda state: {"state_dict": wrapped(state, "module."), "epoch": 3},
+    "compiled": lambda state: {"net": wrapped(state, "_orig_mod.")},
+    "both": lambda state: {"model_state_dict": wrapped(state, "module._orig_mod.", tower=False)},
+    "of 2018": lambda state: {key: t for key, t in state.items() if "num_batches" not in key},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_weights_are_tested_however_they_are_wrapped(wrap, trained, tmp_path, monkeypatch, capsys):
+    folder, line = trained
+    monkeypatch.chdir(tmp_path)
+    torch.save(wrap(load_checkpoint(str(folder / "runs/one/checkpoint.pt"))["model"]), "weights.pt")
+    run_main(monkeypatch, train_eval, "--evaluate", "weights.pt", "--arch", "DARTS", "--data", folder,
+             "--batch_size", 8)
+    assert line in capsys.readouterr().out
+    assert "give it by --arch" in refused(monkeypatch, capsys, train_eval, "--evaluate", "weights.pt")
+
+
+def test_a_checkpoint_knows_its_network_and_its_data(trained, tmp_path, monkeypatch, capsys):
+    folder, line = trained
+    monkeypatch.chdir(tmp_path)
+    one, moved, old = folder / "runs/one/checkpoint.pt", tmp_path / "moved.pt", tmp_path / "old/checkpoint.pt"
+    moved.write_bytes(one.read_bytes())
+    old.parent.mkdir()
+    state = load_checkpoint(str(one))
+    assert genotypes.from_fields(json.loads(state.pop("genotype")), "") == CELL
+    torch.save(state, old)
+    (old.parent / "genotype.json").write_text(to_json(CELL))
+    given = "--data", folder, "--batch_size", 8
+    for path, *flags in ((one,), (one.parent,), (moved, *given), (old, *given), (one, "--no-auxiliary"),
+                         (one, "--arch", folder / "cell.json")):
+        run_main(monkeypatch, train_eval, "--evaluate", path, *flags)
+        assert line in capsys.readouterr().out
+    for path in (one, moved, old):
+        assert "was trained with another cell" in refused(
+            monkeypatch, capsys, train_eval, "--evaluate", path, "--arch", folder / "crossed.json")
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"classifier.weight": torch.zeros(7, 32)}, "classifier.weight is [7, 32], and [10, 32] in the network"),
+    ({"classifier.bias": None}, "classifier.bias is missing, and [10] in"),
+    ({"head.bias": torch.zeros(3)}, "head.bias is [3], and missing"), ({"classifier.bias": 3}, "no weights"),
+    ({"alphas_normal": torch.zeros(14, 7)}, "weights of a search")], ids=lambda value: str(value)[:20])
+def test_other_weights_name_the_first_that_differs(change, said, trained, tmp_path, monkeypatch, capsys):
+    folder, _ = trained
+    monkeypatch.chdir(tmp_path)
+    state = load_checkpoint(str(folder / "runs/one/checkpoint.pt"))["model"] | change
+    torch.save({key: value for key, value in state.items() if value is not None}, "weights.pt")
+    assert said in refused(monkeypatch, capsys, train_eval, "--evaluate", "weights.pt", "--arch", "DARTS",
+                           "--data", folder, "--batch_size", 8)
+
+
+@pytest.mark.parametrize("arch", [ARCH, "|none~0|+|none~0|none~1|+|skip_connect~0|none~1|none~2|"])
+def test_the_size_is_read_off_the_weights_in_nasbench201_too(arch):
+    for C, layers in ((4, 1), (6, 3)):
+        assert runs.size_of(NetworkNAS201(C, 10, layers, arch).state_dict(), True) == (C, layers)
+
+
+# ---- what images, batches and memory do not allow
+
+@pytest.fixture
+def images(monkeypatch):
+    """(pixels a side) -> both scripts see eight such images of three classes."""
+    def of(height, width):
+        part = ImageSet(torch.zeros(8, 3, height, width, dtype=torch.uint8), torch.arange(8) % 3, 3,
+                        (0.5,) * 3, (0.25,) * 3)
+        for script in (train_eval, train_search):
+            monkeypatch.setattr(script, "load", lambda *args: (part, part))
+    return of
+
+
+@pytest.mark.parametrize("script, size, flags, said", [
+    (train_eval, (28, 28), ["--batch_size", 4], "use --no-auxiliary"),
+    (train_eval, (30, 30), ["--batch_size", 4], "multiples of 4"),
+    (train_eval, (32, 30), ["--batch_size", 4, "--arch", ARCH], "multiples of 4"),
+    (train_eval, (32, 32), ["--batch_size", 1], "1 images of 32x32 pixels a process do not pass"),
+    (train_search, (30, 30), ["--batch_size", 4, "--search_space", "s2"], "multiples of 4"),
+    (train_search, (4, 4), ["--batch_size", 1, "--search_space", "s2"], "two images a process")],
+    ids=["tower", "odd", "odd in nasbench201", "one image", "odd in a search", "one image in a search"])
+def test_images_that_cannot_pass_are_named(script, size, flags, said, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images(*size)
+    assert said in refused(monkeypatch, capsys, script, "--init_channels", 2, "--layers", 4, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size, flags", [((28, 28), ["--no-auxiliary"]), ((64, 32), [])], ids=["28", "64"])
+def test_multiply_adds_are_those_of_the_images(size, flags, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images(*size)
+    run_main(monkeypatch, train_eval, "--init_channels", 2, "--layers", 3, "--batch_size", 4, "--epochs", 1,
+             "--memory_format", "contiguous",
+             "--save", "one", *flags)
+    counted = runs.read_config("runs/one")["multiply_adds"]
+    net = train_eval.Network(2, 3, 3, False, genotypes.load("LAMBDA_DARTS"))
+    classifier = net.classifier.weight.numel()
+    assert counted - classifier == (count_multiply_adds(net) - classifier) * size[0] * size[1] / 32**2
+
+
+@pytest.mark.parametrize("fail", [
+    lambda: torch.empty(2**50, dtype=torch.uint8), lambda: bytearray(2**60),
+    lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_no_memory_is_one_line_that_says_what_to_lessen(fail, hidden, monkeypatch, capsys):
+    def main():
+        try:
+            fail()
+        finally:
+            if hidden:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(SystemExit) as stopped:
+        runs.script(main, "a smaller --batch_size")
+    message, = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and message.startswith("error: out of memory (")
+    assert message.endswith("); use a smaller --batch_size")
+    with pytest.raises(RuntimeError, match="a bug"):
+        runs.script(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))

@@ -184,12 +184,12 @@ def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed, accuracy in ((0, 20.0), (1, 23.0)):
         write_run(tmp_path / f"runs/s{seed}", seed, accuracy)
-    write_run(tmp_path / "runs/other", 0, 30.0, epochs=2)
+    write_run(tmp_path / "runs/other", 0, 30.0, search_space="s3")
     write_run(tmp_path / "runs/e", 0, 50.0, kind="eval", arch="runs/s0", parameters=2.5e6, multiply_adds=4e8)
     run_main(monkeypatch, runs, "runs/s0", "runs/s1", "runs/other")
     printed = capsys.readouterr().out
-    assert "| search, epochs 1 | 2 | 21.50 ± 2.12 | – | – | 1.50 ± 0.00 | 0.25 ± 0.00 |" in printed
-    assert "| search, epochs 2 | 1 | 30.00 | – | – | 1.50 | 0.25 |" in printed
+    assert "| search, search_space s2 | 2 | 21.50 ± 2.12 | – | – | 1.50 ± 0.00 | 0.25 ± 0.00 |" in printed
+    assert "| search, search_space s3 | 1 | 30.00 | – | – | 1.50 | 0.25 |" in printed
     run_main(monkeypatch, runs, "runs/e", "runs/s0")
     assert "| eval | 1 | 50.00 | 2.50 | 400.00 | 1.50 | 0.25 |" in capsys.readouterr().out
     assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none")
@@ -267,7 +267,7 @@ def test_a_missing_extra_is_one_line_that_names_it(tmp_path, monkeypatch, capsys
 def test_multiply_adds_by_hand():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, groups=8),
                         nn.Flatten(), nn.Linear(8 * 16, 10))
-    assert count_multiply_adds(net, 8) == 16 * 8 * 27 + 16 * 8 * 9 + 8 * 16 * 10
+    assert count_multiply_adds(net, (3, 8, 8)) == 16 * 8 * 27 + 16 * 8 * 9 + 8 * 16 * 10
     assert next(net.parameters()).device.type == "cpu"
 
 
@@ -323,7 +323,7 @@ def test_imagenet_trains_and_names_a_damaged_image(imagenet, monkeypatch, capsys
 def test_the_published_cell_on_imagenet():
     with torch.device("meta"):
         net = NetworkImageNet(48, 1000, 14, True, genotypes.load("LAMBDA_DARTS"))
-    assert (count_parameters(net), count_multiply_adds(net, 224)) == (5140288, 565652544)
+    assert (count_parameters(net), count_multiply_adds(net, (3, 224, 224))) == (5140288, 565652544)
 
 
 @pytest.mark.parametrize("folder", [path.parent for path in TABLES], ids=lambda p: p.name)

@@ -399,7 +399,7 @@ def test_other_arguments_are_refused_with_both_values(stopped, folder, monkeypat
         assert "--checkpoint_minutes: invalid minutes" in refused(
             train_search, ["--resume", "runs/one", "--checkpoint_minutes", value], monkeypatch, capsys)
     assert "not a run of this script" in refused(train_eval, ["--resume", "runs/one"], monkeypatch, capsys)
-    assert "runs/two/config.json: no run to continue" in refused(
+    assert "runs/two/config.json: no configuration of a run" in refused(
         train_search, ["--resume", "runs/two"], monkeypatch, capsys)
     assert before == {path: path.read_bytes() for path in (folder / "runs/one").iterdir()}
 

@@ -4,19 +4,29 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 from ..errors import InputError, NotFinite, brief
+from .limits import out_of_memory
 from .machine import AMP, MEMORY_FORMATS
 
 MAY_CHANGE = ("data", "device", "graph", "report_freq", "checkpoint_minutes", "workers", "plot",
               "tensorboard", "resume")  # when a run is continued
+OF_IMAGES = ("dataset", "data", "seed", "batch_size")
 
 
-def script(main: Callable[[], None]) -> None:
-    """Run a script's main: bad input is one line on standard error and status 2, a value not finite is 3."""
+def script(main: Callable[[], None], less_memory: str = "smaller batches") -> None:
+    """Run a script's main: bad input is one line on standard error and status 2, a value not finite is 3.
+
+    less_memory: what to use where memory is wanting, which is status 2 as well.
+    """
     try:
-        main()
+        try:
+            main()
+        except (RuntimeError, MemoryError) as error:
+            if reason := out_of_memory(error):
+                raise InputError(f"out of memory ({reason}); use {less_memory}") from error
+            raise
     except (InputError, NotFinite) as error:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"error{rank}: {error}", file=sys.stderr, flush=True)
@@ -25,8 +35,22 @@ def script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration of a run. Raises InputError where there is none."""
+    path = Path(folder, "config.json")
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: no configuration of a run ({brief(error)}); "
+                         "a run is a folder runs/<name>") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: no configuration of a run: expected an object")
+    return config
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that complains by InputError. With --resume, what is not given is as in the run.
+    """argparse that complains by InputError. With --resume, what is not given is as in the run; with
+    --evaluate, OF_IMAGES are.
 
     kind: `search` or `eval`, what config.json says the run is.
     """
@@ -41,10 +65,16 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv = sys.argv[1:] if argv is None else argv
         args = super().parse_args(argv)
+        if getattr(args, "evaluate", None):
+            try:
+                recorded = self._recorded(Path(args.evaluate).parent, OF_IMAGES)
+            except InputError:  # weights that do not lie in a run's folder
+                return args
+            return super().parse_args([*recorded, *argv])
         if not getattr(args, "resume", None):
             return args
         path = Path(args.resume) / "config.json"
-        recorded = self._recorded(path)
+        recorded = self._recorded(args.resume)
         try:
             before = super().parse_args(recorded)
         except InputError as error:
@@ -57,20 +87,15 @@ class Parser(argparse.ArgumentParser):
                                  "(the schedules run over --epochs)")
         return args
 
-    def _recorded(self, path: Path) -> list[str]:
-        """The arguments in a config.json as they are typed, so that they pass the same checks."""
-        try:
-            config = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: no run to continue ({brief(error)}); "
-                             "--resume takes a folder runs/<name>") from error
-        if not isinstance(config, dict) or config.get("kind") != self.kind:
-            raise InputError(f"{path}: not a run of this script; --resume takes one of kind {self.kind!r}")
-        argv = []
+    def _recorded(self, folder: str | Path, names: Sequence[str] | None = None) -> list[str]:
+        """The arguments of a run, or those of `names`, as they are typed: they pass the same checks."""
+        config, argv = read_config(folder), []
+        if config.get("kind") != self.kind:
+            raise InputError(f"{folder}: not a run of this script; --resume takes one of kind {self.kind!r}")
         for action in self._actions:
-            value = config.get(action.dest)
+            value = config.get(action.dest) if names is None or action.dest in names else None
             if not isinstance(value, (bool, int, float, str, type(None))):
-                raise InputError(f"{path}: {action.dest} is neither a number nor text")
+                raise InputError(f"{folder}/config.json: {action.dest} is neither a number nor text")
             if isinstance(value, bool):
                 argv += action.option_strings[not value :][:1]  # --x, or --no-x where there is one
             elif value is not None and action.dest != "resume":

@@ -12,6 +12,7 @@ from ..errors import InputError, brief
 
 FORMAT = 1  # of checkpoints
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+NAMES = ("model", "state_dict", "net", "model_state_dict")  # under which weights lie in a file
 SEAL = b"\nldarts-sha256:"  # then 64 digits, behind the zip archive, where torch.load does not look
 
 
@@ -52,7 +53,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str, sealed: bool = False) -> dict[str, Any]:
-    """A checkpoint written by save_checkpoint, or unless `sealed` a plain state_dict under "model".
+    """A checkpoint of save_checkpoint, or unless `sealed` one from elsewhere; its weights are under "model".
 
     Raises InputError for anything else, and where a single bit of ours has changed.
     """
@@ -72,4 +73,5 @@ def load_checkpoint(path: str, sealed: bool = False) -> dict[str, Any]:
         raise InputError(f"{path}: damaged or not a checkpoint ({brief(error)})") from error
     if not isinstance(state, dict) or not state:
         raise InputError(f"{path}: not a checkpoint: expected a dictionary")
-    return state if "model" in state else {"model": state}
+    name = next((name for name in NAMES if isinstance(state.get(name), dict)), None)
+    return state | {"model": state[name]} if name else state if "model" in state else {"model": state}

@@ -29,18 +29,20 @@ class Run:
 
     Made on construction, which refuses an existing folder; with args.resume, continued from its last whole
     checkpoint. args: of the script; parts: objects with a state_dict, by their names in the checkpoint;
-    steps: in an epoch; facts: more for config.json; means: numbers to average beside loss and accuracy. With
-    the arguments, `parts`, and the attributes below, a checkpoint holds all that the rest of the run depends
-    on: batches and random numbers are functions of (seed, rank, epoch, step). All processes call each method,
-    rank 0 alone writes.
+    steps: in an epoch; facts: more for config.json; means: numbers to average beside loss and accuracy;
+    carried: what checkpoints hold for their readers. With the arguments, `parts`, and the attributes below, a
+    checkpoint holds all that the rest of the run depends on: batches and random numbers are functions of
+    (seed, rank, epoch, step). All processes call each method, rank 0 alone writes.
 
     epoch, step: what comes next; meter: of this epoch; history: the lines of metrics.jsonl, whose `seconds`
     alone differ with and without interruptions.
     """
 
     def __init__(self, kind: str, args: argparse.Namespace, processes: Processes, parts: dict[str, Any],
-                 steps: int, facts: dict[str, Any] | None = None, means: int = 0):
+                 steps: int, facts: dict[str, Any] | None = None, means: int = 0,
+                 carried: dict[str, Any] | None = None):
         self.args, self.processes, self.parts, self.steps = args, processes, parts, steps
+        self.carried = carried or {}
         self.writes = processes.rank == 0
         self.epoch, self.step, self.history = 0, 0, []
         self.means, self.meter = means, Meter(processes, means)
@@ -130,7 +132,7 @@ class Run:
             if not fine:
                 raise self._not_finite(f"{name} is not finite before", self.step)
         if self.writes:
-            save_checkpoint(self.path, state | {
+            save_checkpoint(self.path, state | self.carried | {
                 "format": FORMAT, "processes": self.processes.world, "epoch": self.epoch, "step": self.step,
                 "seconds": started - self.epoch_started, "meters": meters, "history": self.history})
         self.saved = time.perf_counter()

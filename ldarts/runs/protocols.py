@@ -1,10 +1,8 @@
 """The arguments of train_search.py and train_eval.py: DARTS's names, the published defaults."""
-import json
 import math
 import os
 from argparse import BooleanOptionalAction, Namespace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from .. import genotypes, spaces
@@ -13,6 +11,7 @@ from ..architect import METHODS
 from ..data import DATASETS
 from ..errors import InputError, require
 from .arguments import Parser, add_run_arguments
+from .derived import checkpoint_file, read_trained, size_of, unfinished_search, usual_size
 from .machine import pick_device
 
 RULES = {  # for the numbers of both scripts
@@ -103,12 +102,12 @@ def graph_hindrance(args: Namespace) -> str | None:
     return "several processes exchange gradients within the step" if several else None
 
 
-def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str]:
-    """The arguments, and the genotype that --arch names."""
+def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str, list[str]]:
+    """(arguments, genotype, what the user should know of the choice of both)"""
     parser = Parser("eval", description="Train a derived network from scratch and test it.")
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
-    add("--arch", default="LAMBDA_DARTS",
-        help="a published name, a search's run folder, a genotype.json or an arch string")
+    add("--arch", help="a published name (default LAMBDA_DARTS), a search's run folder, genotype.json, a log "
+                       "of DARTS, its genotypes.py:NAME, or the text of a genotype or arch string")
     add("--data", default="data", help="folder of the data set")
     add("--dataset", default="cifar10", help=", ".join((*DATASETS, "imagenet")))
     add("--batch_size", type=int, help="default 96, on ImageNet 1024")
@@ -132,14 +131,25 @@ def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str]:
     add("--save", help="name of the run (default: eval- and the time)")
     add("--seed", type=int, default=0)
     add("--grad_clip", type=float, default=5.0)
-    add("--evaluate", metavar="CHECKPOINT", help="test this checkpoint and stop")
+    add("--evaluate", metavar="CHECKPOINT", type=checkpoint_file,
+        help="test a run, its checkpoint, or weights from elsewhere, and stop; cell and size are theirs")
     flag("--compile", help="torch.compile the network")
     add_run_arguments(add)
     args = parser.parse_args()
-    genotype = genotypes.load(args.resume or args.arch)  # a run folder holds its genotype
+    remarks = []
+    if args.evaluate:
+        weights, genotype = read_trained(args.evaluate, args.arch)
+        C, layers = size_of(weights, isinstance(genotype, str))
+        fill_in(args, init_channels=C, layers=layers)
+    else:
+        fill_in(args, arch="LAMBDA_DARTS")
+        genotype = genotypes.load(args.resume or args.arch)  # a run folder holds its genotype
+        remarks += [] if args.resume else unfinished_search(args.arch)
     in_201, imagenet = isinstance(genotype, str), args.dataset == "imagenet"
-    small = args.dataset in ("cifar100", "svhn") and searched_in_s1_to_s4(args.arch)
-    C, layers = (16, 5) if in_201 else (48, 14) if imagenet else (16, 8) if small else (36, 20)
+    C, layers, why = usual_size(args.arch, genotype, args.dataset)
+    if inferred := [f"--{name} {value}" for name, value in (("init_channels", C), ("layers", layers))
+                    if getattr(args, name) is None]:
+        remarks.append(f"{' '.join(inferred)}: {why}")
     fill_in(args, init_channels=C, layers=layers)
     if imagenet:
         fill_in(args, batch_size=1024, cutout=False, learning_rate=0.5, weight_decay=3e-5, epochs=250,
@@ -152,19 +162,9 @@ def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str]:
     if in_201 and args.auxiliary:
         raise InputError("--auxiliary: the networks of nasbench201 have no auxiliary tower; leave it out")
     fill_in(args, auxiliary=not in_201)
+    args.auxiliary &= not args.evaluate  # no test uses it
     check_numbers(args)
-    return args, genotype
-
-
-def searched_in_s1_to_s4(arch: str) -> bool:
-    """Whether a cell comes from there, by its published name or the configuration of its run."""
-    if arch in genotypes.PUBLISHED:
-        return any(f"_s{i}_" in arch for i in range(1, 5))
-    try:
-        config = json.loads((Path(arch) / "config.json").read_text())
-        return config.get("search_space") in ("s1", "s2", "s3", "s4")
-    except (OSError, ValueError, AttributeError):
-        return False
+    return args, genotype, remarks
 
 
 def fill_in(args: Namespace, **defaults: Any) -> None:
