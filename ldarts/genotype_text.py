@@ -16,12 +16,17 @@ ARCH = re.compile(r"\|\w+~0\|(?:\+\|[\w~|]+\|){2}")
 READERS = {"range": lambda *of: list(range(*of)[:100]), "list": list, "tuple": list}  # calls that are read
 
 
+def is_typed(name: str) -> bool:
+    """Whether this is a genotype's text itself, and no path."""
+    return bool(re.match(r"\s*[\ufeff{|]", name) or re.search(r"Genotype\s*\(|~0\|\+", name))
+
+
 def read(name: str) -> tuple[dict[str, Any], str]:
     """(fields, where they stand) of a text, or of what a path names: a run folder, a file, `module.py:CELL`.
 
     Raises OSError where there is no such file, InputError for a file without a genotype.
     """
-    if re.match(r"\s*[\ufeff{|]", name) or re.search(r"Genotype\s*\(|~0\|\+", name):
+    if is_typed(name):
         return fields(name, "--arch"), "--arch"
     path, cell = re.fullmatch(r"(.*?)(?:(?<=\.py):(\w+))?", name, re.DOTALL).groups()
     path = Path(path)

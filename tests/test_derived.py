@@ -105,6 +105,21 @@ def test_the_cell_of_an_unfinished_search_is_said_to_be_one(tmp_path, monkeypatc
         assert "runs/s is an unfinished search, 1 of 50 epochs" in runs.parse_eval_args()[2][0]
 
 
+def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed, accuracy in ((0, 20.0), (1, 23.0)):
+        write_run(tmp_path / f"runs/s{seed}", seed, accuracy)
+    write_run(tmp_path / "runs/other", 0, 30.0, search_space="s3")
+    write_run(tmp_path / "runs/e", 0, 50.0, kind="eval", arch="runs/s0", parameters=2.5e6, multiply_adds=4e8)
+    run_main(monkeypatch, runs, "runs/s0", "runs/s1", "runs/other")
+    printed = capsys.readouterr().out
+    assert "| search, search_space s2 | 2 | 21.50 ± 2.12 | – | – | 1.50 ± 0.00 | 0.25 ± 0.00 |" in printed
+    assert "| search, search_space s3 | 1 | 30.00 | – | – | 1.50 | 0.25 |" in printed
+    run_main(monkeypatch, runs, "runs/e", "runs/s0")
+    assert "| eval | 1 | 50.00 | 2.50 | 400.00 | 1.50 | 0.25 |" in capsys.readouterr().out
+    assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none")
+
+
 def test_unfinished_runs_are_named_and_stay_out_of_means(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed, accuracy in enumerate((20.0, 23.0, 80.0)):

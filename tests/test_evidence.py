@@ -180,31 +180,18 @@ def write_run(path, seed, accuracy, **config):
     (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
-def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for seed, accuracy in ((0, 20.0), (1, 23.0)):
-        write_run(tmp_path / f"runs/s{seed}", seed, accuracy)
-    write_run(tmp_path / "runs/other", 0, 30.0, search_space="s3")
-    write_run(tmp_path / "runs/e", 0, 50.0, kind="eval", arch="runs/s0", parameters=2.5e6, multiply_adds=4e8)
-    run_main(monkeypatch, runs, "runs/s0", "runs/s1", "runs/other")
-    printed = capsys.readouterr().out
-    assert "| search, search_space s2 | 2 | 21.50 ± 2.12 | – | – | 1.50 ± 0.00 | 0.25 ± 0.00 |" in printed
-    assert "| search, search_space s3 | 1 | 30.00 | – | – | 1.50 | 0.25 |" in printed
-    run_main(monkeypatch, runs, "runs/e", "runs/s0")
-    assert "| eval | 1 | 50.00 | 2.50 | 400.00 | 1.50 | 0.25 |" in capsys.readouterr().out
-    assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none")
-
-
 def test_pictures_of_runs_and_names(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     for seed in range(2):
         write_run(tmp_path / f"runs/s{seed}", seed, 20.0 + seed)
-    run_main(monkeypatch, visualize, "runs/s0", "runs/s1", "DARTS", ARCH, "--out", "pictures",
+    cell = genotypes.PUBLISHED["DARTS"]
+    text = f"Genotype(normal={cell.normal}, reduce={cell.reduce})"
+    run_main(monkeypatch, visualize, "runs/s0", "runs/s1", "DARTS", ARCH, text, "--out", "pictures",
              "--format", "svg")
     written = capsys.readouterr().out.split()
     assert {"runs/s0/cells.svg", "runs/s1/alphas.svg", "runs/s0/curves.svg", "pictures/curves.svg",
-            "pictures/DARTS.svg", "pictures/cell.svg"} <= set(written)
+            "pictures/DARTS.svg", "pictures/cell.svg", "pictures/cell-2.svg"} <= set(written)
     assert all(Path(path).read_text().rstrip().endswith("</svg>") for path in written)
 
 
@@ -221,7 +208,8 @@ def test_pictures_of_cells_of_one_name_have_names_of_their_own(tmp_path, monkeyp
     assert written == ["a-genotype.svg", "b-genotype.svg", "cell.svg", "cell-2.svg"]
     assert len({Path(path).read_text() for path in written}) == 4
     names = {"x/curves.json": "curves-2", "DARTS": "DARTS", "x/DARTS.json": "x-DARTS",
-             "x/y/DARTS.json": "y-DARTS", "../DARTS.json": "DARTS-2"}
+             "x/y/DARTS.json": "y-DARTS", "../DARTS.json": "DARTS-2", "x/genotypes.py:V2": "V2",
+             "Genotype(normal=[])": "cell"}
     assert visualize.file_names(list(names)) == names
 
 
