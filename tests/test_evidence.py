@@ -1,4 +1,4 @@
-"""What shows results: studies, pictures, the table of runs, NAS-Bench-201's file; ImageNet from a folder."""
+"""What shows results: studies, pictures, NAS-Bench-201's file; ImageNet from a folder."""
 import json
 import shutil
 import sys
