@@ -1,7 +1,9 @@
 """Derived networks as users bring them: genotypes from logs and modules, others' weights, runs cut short."""
 import json
+import shutil
 import sys
 
+import numpy
 import pytest
 import torch
 from test_data import write_cifar10
@@ -198,6 +200,10 @@ def test_a_checkpoint_knows_its_network_and_its_data(trained, tmp_path, monkeypa
                          (one, "--arch", folder / "cell.json")):
         run_main(monkeypatch, train_eval, "--evaluate", path, *flags)
         assert line in capsys.readouterr().out
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(one.parent, tmp_path / "runs/one")
+    shutil.copy(folder / "crossed.json", tmp_path / "runs/one/genotype.json")
+    assert "of another genotype" in refused(monkeypatch, capsys, train_eval, "--resume", "runs/one")
     for path in (one, moved, old):
         assert "was trained with another cell" in refused(
             monkeypatch, capsys, train_eval, "--evaluate", path, "--arch", folder / "crossed.json")
@@ -207,6 +213,7 @@ def test_a_checkpoint_knows_its_network_and_its_data(trained, tmp_path, monkeypa
     ({"classifier.weight": torch.zeros(7, 32)}, "classifier.weight is [7, 32], and [10, 32] in the network"),
     ({"classifier.bias": None}, "classifier.bias is missing, and [10] in"),
     ({"head.bias": torch.zeros(3)}, "head.bias is [3], and missing"), ({"classifier.bias": 3}, "no weights"),
+    ({"classifier.bias": numpy.float64(3)}, "save a state_dict"),
     ({"alphas_normal": torch.zeros(14, 7)}, "weights of a search")], ids=lambda value: str(value)[:20])
 def test_other_weights_name_the_first_that_differs(change, said, trained, tmp_path, monkeypatch, capsys):
     folder, _ = trained

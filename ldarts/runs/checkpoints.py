@@ -70,7 +70,10 @@ def load_checkpoint(path: str, sealed: bool = False) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises whatever damaged bytes lead to
-        raise InputError(f"{path}: damaged or not a checkpoint ({brief(error)})") from error
+        reason = brief(error)
+        if "Weights only" in reason:
+            reason = "more than tensors in it? save a state_dict"
+        raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or not state:
         raise InputError(f"{path}: not a checkpoint: expected a dictionary")
     name = next((name for name in NAMES if isinstance(state.get(name), dict)), None)

@@ -200,6 +200,10 @@ class Run:
             if (world := state["processes"]) != self.processes.world:
                 raise InputError(f"{where}: written by {world} processes, not {self.processes.world}; "
                                  f"continue it with --nproc_per_node={world}")
+            for name, value in self.carried.items():
+                if state.get(name, value) != value:
+                    raise InputError(f"{where}: of another {name} than {self.path / name}.json; put that "
+                                     "right, or start anew by --save")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
