@@ -138,6 +138,8 @@ def test_unfinished_runs_are_named_and_stay_out_of_means(tmp_path, monkeypatch, 
     assert printed.endswith("unfinished: runs/s2, 1 of 2 epochs\nunfinished: runs/begun, 0 of 2 epochs\n")
     run_main(monkeypatch, runs, *names, "--unfinished")
     assert "| search | 3 (2 unfinished in) | 41.00 ± 33.81 |" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text("{}")
+    assert "no configuration of a run" in refused(monkeypatch, capsys, runs, ".")
     run_main(monkeypatch, runs, "runs/e")  # its search's time and Λ are not those of a whole search
     assert "| eval | 1 | 50.00 | – | – | – | – |\nunfinished: runs/s2" in capsys.readouterr().out
 

@@ -43,8 +43,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no configuration of a run ({brief(error)}); "
                          "a run is a folder runs/<name>") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: no configuration of a run: expected an object")
+    if not isinstance(config, dict) or "kind" not in config:
+        raise InputError(f"{path}: no configuration of a run: expected an object with a kind")
     return config
 
 
