@@ -27,7 +27,7 @@ from ldarts import InputError, genotypes, runs
 from ldarts.data.archives import SOURCES, locate, read_cifar
 from ldarts.distributed import Processes
 from ldarts.runs.checkpoints import CHECKPOINT, FORMAT, PREVIOUS, SEAL, load_checkpoint
-from test_data import Exploit, python2_pickle, rows, write_cifar10
+from test_archives import Exploit, python2_pickle, rows, write_cifar10
 
 ROOT = Path(__file__).parent.parent
 CONVS = ROOT / "tests" / "genotypes" / "convs.json"
