@@ -10,13 +10,11 @@
 20 cells of 36 channels, for 600 epochs; a cell of S1 to S4 on CIFAR-100 and SVHN: 8 cells of 16 channels; on
 ImageNet 14 cells of 48 channels, for 250 epochs.
 """
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from ldarts import InputError, Network, NetworkImageNet, NetworkNAS201
-from ldarts.data import Batches, FolderBatches, eval_batches, load
+from ldarts.data import Batches, eval_batches, folder_batches, load
 from ldarts.distributed import Processes
 from ldarts.genotypes import to_json
 from ldarts.model import count_multiply_adds, count_parameters
@@ -34,15 +32,14 @@ def main():
     imagenet = args.dataset == "imagenet"
     options = dict(memory_format=layout, rank=processes.rank, world=processes.world)
     if imagenet:
-        train_batches, test_batches = (
-            FolderBatches(Path(args.data, part), args.batch_size, args.seed, train=part == "train",
-                          device=device, workers=args.workers, **options) for part in ("train", "val"))
-        images, num_classes = len(train_batches.images.files), len(train_batches.images.classes)
+        train_batches, test_batches = folder_batches(args.data, args.batch_size, args.seed, device=device,
+                                                     workers=args.workers, **options)
+        train_set, test_set = train_batches.images, test_batches.images
     else:
         train_set, test_set = load(args.dataset, args.data, device, args.seed)
         train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True,
                                 cutout_length=args.cutout_length if args.cutout else 0, **options)
-        images, num_classes = len(train_set.labels), train_set.num_classes
+    images, num_classes = len(train_set.labels), train_set.num_classes
     seed_everything(args.seed)
     if isinstance(genotype, str):
         net = NetworkNAS201(args.init_channels, num_classes, args.layers, genotype)
