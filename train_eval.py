@@ -85,7 +85,8 @@ def main():
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     parameters, multiply_adds = count_parameters(net), count_multiply_adds(net, 224 if imagenet else 32)
     run = Run("eval", args, processes, {"model": net, "optimizer": optimizer, "scheduler": scheduler},
-              len(train_batches), {"parameters": parameters, "multiply_adds": multiply_adds})
+              len(train_batches), [train_set, test_set],
+              {"parameters": parameters, "multiply_adds": multiply_adds})
     run.write("genotype.json", to_json(genotype))
     run.log(f"{run.path}: {args.arch} on {args.dataset}, {images} images, {parameters:,} parameters, "
             f"{multiply_adds / 1e6:.1f} M multiply-adds, on {device}")

@@ -101,7 +101,7 @@ def main():
 
     compiled_for(device.type)  # a first compilation is no time of the run's steps
     parts = {"model": net, "optimizer": optimizer, "arch": arch.optimizer, "scheduler": scheduler}
-    run = Run("search", args, processes, parts, len(train_batches), means=1)
+    run = Run("search", args, processes, parts, len(train_batches), [train_set], means=1)
     weights = sum(p.numel() for p in net.weight_parameters())
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
             f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
