@@ -72,8 +72,9 @@ def main():
             raise InputError(f"{args.evaluate}: weights of another network than --arch {args.arch} with "
                              f"{args.layers} cells of {args.init_channels} channels") from error
         loss, accuracy = test()
-        print(f"{args.evaluate}: test loss {loss:.4f}, accuracy {accuracy:.2f} %")
-        return
+        if processes.rank == 0:
+            print(f"{args.evaluate}: test loss {loss:.4f}, accuracy {accuracy:.2f} %")
+        return processes.close()
 
     optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay)

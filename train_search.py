@@ -9,6 +9,8 @@
 
 Writes runs/<name>/ and prints the genotype and the command that trains it. Movahedi et al., ICLR 2023.
 """
+import shlex
+
 import torch
 from torch import nn
 
@@ -183,7 +185,8 @@ def report(run, genotype, args):
         run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))
     if args.search_space == "nasbench201":
         run.log(nasbench201.describe(genotype))
-    run.log(f"train it: python train_eval.py --arch {run.path} --dataset {args.dataset} --data {args.data}")
+    options = "--arch", str(run.path), "--dataset", args.dataset, "--data", args.data
+    run.log(f"train it: python train_eval.py {shlex.join(options)}")
 
 
 if __name__ == "__main__":

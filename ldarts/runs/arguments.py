@@ -14,7 +14,12 @@ MAY_CHANGE = ("data", "device", "graph", "report_freq", "checkpoint_minutes", "w
 
 
 def script(main: Callable[[], None]) -> None:
-    """Run a script's main: bad input is one line on standard error and status 2, a value not finite is 3."""
+    """Run a script's main: bad input is one line on standard error and status 2, a value not finite is 3.
+
+    What the terminal's encoding lacks, as ASCII lacks Λ, is printed by its number.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (InputError, NotFinite) as error:
@@ -86,9 +91,10 @@ def minutes(text: str) -> float:
 
 def add_run_arguments(add: Callable) -> None:
     """What both scripts take; add: a parser's add_argument."""
-    add("--device", default="auto")
-    add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
-    add("--amp", choices=AMP, default="none",
+    add("--device", type=str.lower, default="auto")
+    add("--memory_format", type=str.lower, choices=MEMORY_FORMATS, default="channels_last",
+        help="of images and weights")
+    add("--amp", type=str.lower, choices=AMP, default="none",
         help="bf16: passes under autocast, but for those of a difference")
     add("--deterministic", action="store_true", help="the same bits on every run also on a GPU, "
                                                      "at a price in time")
