@@ -13,7 +13,7 @@ import torch
 
 import train_eval
 import train_search
-from ldarts import Genotype, Network, genotypes
+from ldarts import Genotype, Network, data, genotypes
 from ldarts.runs import load_checkpoint
 from test_archives import python2_pickle, rows, write_cifar10
 
@@ -196,7 +196,7 @@ def test_a_search_on_an_ascii_terminal_in_a_folder_with_a_space(tmp_path):
     """Its log is UTF-8 whatever the terminal; choices may be given in capitals."""
     write_cifar10(tmp_path / "my data", 8)
     capitals = ["--dataset", "CIFAR10", "--search_space", "NASBench201", "--lambda_kind", "SIGN", "--device",
-                "CPU"]
+                "CPU", "--lambda_grad", "Exact"]
     locale = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     result = run(tmp_path, "train_search.py", *capitals, *SMALL, "--data", "my data", **locale)
     assert result.returncode == 0, result.stderr
@@ -215,6 +215,25 @@ def test_a_system_without_fcntl_is_told_in_one_line(name):
 
 
 # ---- the images of a run
+
+def test_both_halves_of_a_search_have_all_classes_of_a_sorted_set(monkeypatch):
+    halves = []
+
+    def note(images, indices, *args, **options):
+        halves.append(images.labels[indices])
+        return data.Batches(images, indices, *args, **options)
+
+    def stop(seed):
+        raise KeyboardInterrupt
+
+    train, test = data.synthetic(0, 100, 10)
+    train = train._replace(labels=train.labels.sort().values)
+    for name, other in (("load", lambda *_: (train, test)), ("Batches", note), ("seed_everything", stop)):
+        monkeypatch.setattr(train_search, name, other)
+    with pytest.raises(SystemExit):
+        in_process(train_search, "--batch_size", 10)
+    assert [len(half.unique()) for half in halves] == [10, 10]
+
 
 SEARCH = [train_search, "--search_space", "nasbench201"]
 EVAL = [train_eval, "--arch", ROOT / "tests/genotypes/convs.json", "--no-auxiliary"]

@@ -74,7 +74,7 @@ def locate(source: Source, root: Path, download: bool) -> Path:
             fetch(source.url + file, md5, folder / file, download)
     elif not folder.is_dir():
         fetch(source.url, source.md5[0], archive, download)
-        unpack(archive, root, source.folder)
+        unpack(archive, root, source)
     for file in files:
         if not (folder / file).is_file():
             raise useless(folder / file, "no such file", source)
@@ -109,8 +109,9 @@ def fetch(url: str, md5: str, path: Path, download: bool) -> None:
         raise InputError(f"{path}: cannot be fetched ({brief(error)}); {by_hand}") from error
 
 
-def unpack(archive: Path, root: Path, folder: str) -> None:
-    """Unpack the regular files that lie directly in `folder`, which appears whole or not at all."""
+def unpack(archive: Path, root: Path, source: Source) -> None:
+    """Unpack the regular files right in the source's folder, which appears whole or not at all."""
+    folder = source.folder
     try:
         with tempfile.TemporaryDirectory(dir=root) as scratch, tarfile.open(archive) as tar:
             for member in tar:  # by hand: not every Python 3.10 and 3.11 has tarfile's filters
@@ -127,11 +128,10 @@ def unpack(archive: Path, root: Path, folder: str) -> None:
                 if not (root / folder).is_dir():
                     raise
     except Exception as error:  # whatever damaged bytes lead to
-        of_the_disk = isinstance(error, OSError) and error.errno  # gzip's errors have no number
-        remedy = "unpack it elsewhere and give that folder by --data" if of_the_disk else (
-            "delete it to have it fetched again")
-        raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); {remedy}, "
-                         "or use --dataset synthetic") from error
+        if isinstance(error, OSError) and error.errno:  # of the disk: gzip's errors have no number
+            raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); unpack it elsewhere and give "
+                             "that folder by --data, or use --dataset synthetic") from error
+        raise useless(archive, f"cannot be unpacked ({brief(error)})", source) from error
 
 
 class Standin:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterable, Sequence
 
 from ..errors import InputError, NotFinite, brief
 from .machine import AMP, MEMORY_FORMATS
@@ -39,6 +39,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, kind: str = "", **kwargs):
         super().__init__(**kwargs)
         self.kind = kind
+
+    def add_argument(self, *names, **options):
+        if "choices" in options:
+            options.setdefault("type", any_case(options["choices"]))
+        return super().add_argument(*names, **options)
 
     def error(self, message: str):
         raise InputError(message)
@@ -83,6 +88,11 @@ class Parser(argparse.ArgumentParser):
         return argv
 
 
+def any_case(names: Iterable[str]) -> Callable[[str], str]:
+    """text -> the one of the names that it is but for capitals; other text is left to those who list them."""
+    return lambda text: next((name for name in names if name.lower() == text.lower()), text)
+
+
 def minutes(text: str) -> float:
     if not (value := float(text)) >= 0:
         raise ValueError
@@ -92,9 +102,8 @@ def minutes(text: str) -> float:
 def add_run_arguments(add: Callable) -> None:
     """What both scripts take; add: a parser's add_argument."""
     add("--device", type=str.lower, default="auto")
-    add("--memory_format", type=str.lower, choices=MEMORY_FORMATS, default="channels_last",
-        help="of images and weights")
-    add("--amp", type=str.lower, choices=AMP, default="none",
+    add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
+    add("--amp", choices=AMP, default="none",
         help="bf16: passes under autocast, but for those of a difference")
     add("--deterministic", action="store_true", help="the same bits on every run also on a GPU, "
                                                      "at a price in time")

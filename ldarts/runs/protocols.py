@@ -12,7 +12,7 @@ from ..alignment import KINDS
 from ..architect import METHODS
 from ..data import DATASETS
 from ..errors import InputError, require
-from .arguments import Parser, add_run_arguments
+from .arguments import Parser, add_run_arguments, any_case
 from .machine import pick_device
 
 RULES = {  # for the numbers of both scripts
@@ -31,9 +31,9 @@ RULES = {  # for the numbers of both scripts
 def parse_search_args() -> Namespace:
     parser = Parser("search", description="Search for a cell with Λ-DARTS.")
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
-    add("--data", default="data", help="folder of the data set")
-    add("--dataset", type=str.lower, default="cifar10", help=", ".join(DATASETS))
-    add("--search_space", type=str.lower, default="darts", help=", ".join(spaces.SPACES))
+    add("--data", default="data", help="folder of the data set, or its archive")
+    add("--dataset", type=any_case(DATASETS), default="cifar10", help=", ".join(DATASETS))
+    add("--search_space", type=any_case(spaces.SPACES), default="darts", help=", ".join(spaces.SPACES))
     add("--batch_size", type=int, default=64)
     add("--learning_rate", type=float, default=0.025,
         help="of SGD on w at the start; cosine down to the next")
@@ -52,14 +52,13 @@ def parse_search_args() -> Namespace:
     add("--grad_clip", type=float, default=5.0)
     add("--train_portion", type=float, default=0.5, help="share of the training set for w; the rest is for α")
     flag("--unrolled", help="second-order α gradients")
-    add("--hessian", type=str.lower, choices=("central", "exact"), default="central",
-        help="the second order's product")
+    add("--hessian", choices=("central", "exact"), default="central", help="the second order's product")
     add("--arch_learning_rate", type=float, help="default 3e-4, in nasbench201 1e-4")
     add("--arch_weight_decay", type=float, default=1e-3)
     add("--lambda_reg", type=float, help="λ, reached in the last epoch; 0: plain DARTS "
                                          "(default 0.125, 0.25 on SVHN and in nasbench201)")
-    add("--lambda_kind", type=str.lower, choices=KINDS, default="cosine")
-    add("--lambda_grad", type=str.lower, choices=METHODS, default="central", help="how ∇Λ is computed")
+    add("--lambda_kind", choices=KINDS, default="cosine")
+    add("--lambda_grad", choices=METHODS, default="central", help="how ∇Λ is computed")
     add("--epsilon", type=float, help="ε₀ of central and forward (default 1e-4, 1e-3 on SVHN)")
     flag("--eigenvalue", help="log the dominant eigenvalue of ∂²L_valid/∂α² every epoch")
     flag("--plot", help="draw the cells, α and the curves anew every epoch (needs matplotlib)")
@@ -106,12 +105,13 @@ def graph_hindrance(args: Namespace) -> str | None:
 
 def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str]:
     """The arguments, and the genotype that --arch names."""
+    sets = *DATASETS, "imagenet"
     parser = Parser("eval", description="Train a derived network from scratch and test it.")
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     add("--arch", default="LAMBDA_DARTS",
         help="a published name, a search's run folder, a genotype.json or an arch string")
-    add("--data", default="data", help="folder of the data set")
-    add("--dataset", type=str.lower, default="cifar10", help=", ".join((*DATASETS, "imagenet")))
+    add("--data", default="data", help="folder of the data set, or its archive")
+    add("--dataset", type=any_case(sets), default="cifar10", help=", ".join(sets))
     add("--batch_size", type=int, help="default 96, on ImageNet 1024")
     add("--learning_rate", type=float,
         help="at the start; cosine down to 0 (0.025), on ImageNet linear (0.5)")
