@@ -9,6 +9,7 @@ import random
 import struct
 import sys
 import tarfile
+import tracemalloc
 import urllib.error
 from pathlib import Path
 
@@ -105,6 +106,17 @@ DAMAGED = {
     "memo of 32 GiB": b"\x80\x02}r\xff\xff\xff\x7f.",
     "bytearray of 2^60": b"\x80\x05\x96" + struct.pack("<Q", 1 << 60) + b".",
 }
+
+
+@pytest.mark.parametrize("opcode", [pickle.BYTEARRAY8, pickle.BINBYTES8])
+def test_a_pickle_allocates_no_more_than_it_holds(tmp_path, opcode):
+    (tmp_path / "test_batch").write_bytes(b"\x80\x05" + opcode + struct.pack("<Q", 1 << 28) + b".")
+    tracemalloc.start()
+    with pytest.raises(InputError):
+        read_cifar(tmp_path / "test_batch", SOURCES["cifar10"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
