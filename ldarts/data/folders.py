@@ -43,7 +43,7 @@ class ImageFolder(torch.utils.data.Dataset):
             raise InputError(f"{root}: cannot be read ({brief(error)}); "
                              "--data must hold train/ and val/ of ImageNet") from error
         if not self.files:
-            raise InputError(f"{root}: no folders of images, one a class; "
+            raise InputError(f"{root}: no folders of images ({', '.join(SUFFIXES)}), one a class; "
                              "--data must hold train/ and val/ of ImageNet")
 
     @property
