@@ -66,7 +66,7 @@ def locate(source: Source, root: Path, download: bool) -> Path:
     root: that folder, one that holds it or the archive, or the archive itself, which is unpacked beside it.
     """
     files, archive = source.train + source.test, root / Path(source.url).name
-    if root.is_file() or root.name == archive.name and not root.exists():
+    if root.is_file() or source.folder and root.name == archive.name and not root.exists():
         archive, root = root, root.parent
     folder = root if any((root / file).is_file() for file in files) else root / source.folder
     if not source.folder:
