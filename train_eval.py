@@ -10,13 +10,11 @@
 20 cells of 36 channels, for 600 epochs; a cell of S1 to S4 on CIFAR-100 and SVHN: 8 cells of 16 channels; on
 ImageNet 14 cells of 48 channels, for 250 epochs.
 """
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from ldarts import Network, NetworkImageNet, NetworkNAS201
-from ldarts.data import Batches, FolderBatches, eval_batches, load
+from ldarts.data import Batches, eval_batches, folder_batches, load
 from ldarts.distributed import Processes
 from ldarts.genotypes import to_json
 from ldarts.model import count_multiply_adds, count_parameters
@@ -34,16 +32,15 @@ def main():
     imagenet = args.dataset == "imagenet"
     options = dict(memory_format=layout, rank=processes.rank, world=processes.world)
     if imagenet:
-        train_batches, test_batches = (
-            FolderBatches(Path(args.data, part), args.batch_size, args.seed, train=part == "train",
-                          device=device, workers=args.workers, **options) for part in ("train", "val"))
-        images, num_classes = len(train_batches.images.files), len(train_batches.images.classes)
-        image = 3, 224, 224
+        train_batches, test_batches = folder_batches(args.data, args.batch_size, args.seed, device=device,
+                                                     workers=args.workers, **options)
+        train_set, test_set, image = train_batches.images, test_batches.images, (3, 224, 224)
     else:
         train_set, test_set = load(args.dataset, args.data, device, args.seed)
         train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True,
                                 cutout_length=args.cutout_length if args.cutout else 0, **options)
-        images, num_classes, image = len(train_set.labels), train_set.num_classes, train_set.images.shape[1:]
+        image = train_set.images.shape[1:]
+    images, num_classes = len(train_set.labels), train_set.num_classes
     seed_everything(args.seed)
     if isinstance(genotype, str):
         net = NetworkNAS201(args.init_channels, num_classes, args.layers, genotype)
@@ -73,8 +70,9 @@ def main():
     if args.evaluate:
         load_weights(net, args)
         loss, accuracy = test()
-        print(f"{args.evaluate} on {args.dataset}: test loss {loss:.4f}, accuracy {accuracy:.2f} %")
-        return
+        if processes.rank == 0:
+            print(f"{args.evaluate} on {args.dataset}: test loss {loss:.4f}, accuracy {accuracy:.2f} %")
+        return processes.close()
 
     optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay)
@@ -86,8 +84,8 @@ def main():
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     parameters, multiply_adds = count_parameters(net), count_multiply_adds(net, image)
     run = Run("eval", args, processes, {"model": net, "optimizer": optimizer, "scheduler": scheduler},
-              len(train_batches), {"parameters": parameters, "multiply_adds": multiply_adds},
-              carried={"genotype": to_json(genotype)})
+              len(train_batches), [train_set, test_set],
+              {"parameters": parameters, "multiply_adds": multiply_adds}, carried={"genotype": to_json(genotype)})
     run.write("genotype.json", to_json(genotype))
     for remark in remarks:
         run.log(remark)

@@ -9,12 +9,14 @@
 
 Writes runs/<name>/ and prints the genotype and the command that trains it. Movahedi et al., ICLR 2023.
 """
+import shlex
+
 import torch
 from torch import nn
 
 from ldarts import Architect, InputError, SearchNetwork, nasbench201, visualize
 from ldarts.capture import Captured, optimizer_tensors
-from ldarts.data import Batches, eval_batches, load
+from ldarts.data import Batches, eval_batches, halves, load
 from ldarts.distributed import Processes
 from ldarts.fused import compiled_for
 from ldarts.genotypes import to_json
@@ -63,13 +65,12 @@ def main():
     amp = amp_dtype(args.amp, device)
     processes = Processes(device)
     train_set, _ = load(args.dataset, args.data, device, args.seed)
-    images = len(train_set.labels)
-    split = int(args.train_portion * images)
+    for_w, for_alpha = halves(len(train_set.labels), args.train_portion, args.seed)
     train_batches, valid_batches = (
         Batches(train_set, part, args.batch_size, args.seed, tag=tag, augment=True,
                 cutout_length=args.cutout_length if args.cutout else 0, memory_format=layout,
                 rank=processes.rank, world=processes.world)
-        for part, tag in ((torch.arange(split), "train"), (torch.arange(split, images), "valid")))
+        for part, tag in ((for_w, "train"), (for_alpha, "valid")))
 
     seed_everything(args.seed)
     net = SearchNetwork(args.init_channels, train_set.num_classes, args.layers, args.search_space)
@@ -103,9 +104,10 @@ def main():
 
     compiled_for(device.type)  # a first compilation is no time of the run's steps
     parts = {"model": net, "optimizer": optimizer, "arch": arch.optimizer, "scheduler": scheduler}
-    run = Run("search", args, processes, parts, len(train_batches), means=1)
-    run.log(f"{run.path}: {args.search_space} on {args.dataset}, {split} images for w and {images - split} "
-            f"for α, {sum(p.numel() for p in net.weight_parameters()):,} weights, on {device}")
+    run = Run("search", args, processes, parts, len(train_batches), [train_set], means=1)
+    weights = sum(p.numel() for p in net.weight_parameters())
+    run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
+            f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
     if args.tensorboard and run.writes:
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(run.path)
@@ -184,7 +186,8 @@ def report(run, genotype, args):
         run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))
     if args.search_space == "nasbench201":
         run.log(nasbench201.describe(genotype))
-    run.log(f"train it: python train_eval.py --arch {run.path} --dataset {args.dataset} --data {args.data}")
+    options = "--arch", str(run.path), "--dataset", args.dataset, "--data", args.data
+    run.log(f"train it: python train_eval.py {shlex.join(options)}")
 
 
 if __name__ == "__main__":

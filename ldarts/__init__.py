@@ -1,4 +1,9 @@
 """Λ-DARTS: differentiable architecture search whose cells agree on which operations matter."""
+from importlib.util import find_spec
+
+if find_spec("fcntl") is None:
+    raise ImportError("ldarts runs on Linux and macOS: Windows lacks fcntl, by which a run is locked; "
+                      "use the Windows Subsystem for Linux (WSL) there")
 from . import genotypes, spaces
 from .alignment import layer_alignment
 from .architect import Architect

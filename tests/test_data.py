@@ -1,70 +1,20 @@
-"""ldarts.data against per-image references, real byte layouts, and files that are damaged or hostile."""
-import hashlib
-import importlib.util
-import io
+"""Batches against per-image references; the synthetic set; what every data set has to be."""
 import itertools
 import os
-import pickle
-import random
-import struct
-import sys
-import tarfile
 import time
-import urllib.error
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ldarts import data
-from ldarts.data import archives
-from ldarts.data.archives import SOURCES, read_cifar, read_svhn
 from ldarts.data.batches import generator_of
 from ldarts.errors import InputError
-
-needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="SVHN needs scipy")
-
 
 def image_set(n=40, height=32, width=32):
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
     return data.ImageSet(images, torch.arange(n), n, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-
-
-def text(value: bytes) -> bytes:
-    """One Python-2 str in pickle protocol 2."""
-    return b"U" + bytes([len(value)]) + value
-
-
-def python2_pickle(labels, rows: np.ndarray, key=b"labels") -> bytes:
-    """A CIFAR batch with the opcodes of the published files."""
-    array = (b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87Rq\t(K\x01"
-             b"M%bM%b\x86cnumpy\ndtype\nq\nU\x02u1K\x00K\x01\x87Rq\x0b(K\x03U\x01|NNNJ\xff\xff\xff\xff"
-             b"J\xff\xff\xff\xffK\x00tb\x89T%b%btb" % (
-                 struct.pack("<H", rows.shape[0]), struct.pack("<H", rows.shape[1]),
-                 struct.pack("<I", rows.nbytes), rows.tobytes()))
-    return b"".join([b"\x80\x02}q\x01(", text(b"batch_label"), b"q\x02", text(b"a batch"), b"q\x03",
-                     text(key), b"q\x04]q\x05(", *(b"K" + bytes([label]) for label in labels), b"e",
-                     text(b"data"), b"q\x06", array, b"u."])
-
-
-def rows(n=3, width=3072, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, width), dtype=np.uint8)
-
-
-def write_cifar10(folder: Path, n=3) -> Path:
-    folder.mkdir(parents=True)
-    for i, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
-        (folder / name).write_bytes(python2_pickle([(i + j) % 10 for j in range(n)], rows(n, seed=i)))
-    return folder
-
-
-def load_error(root, name="cifar10", download=False) -> str:
-    with pytest.raises(InputError) as caught:
-        data.load(name, root, "cpu", download=download)
-    assert "\n" not in str(caught.value) and "--dataset synthetic" in str(caught.value)
-    return str(caught.value)
 
 
 # ---- batches
@@ -190,219 +140,52 @@ def test_gpu_sees_the_batches_of_the_cpu_without_synchronising():
         assert torch.equal(y_gpu.cpu(), y)
 
 
-# ---- files
+# ---- data sets
 
-@pytest.mark.parametrize("below", ["", "cifar-10-batches-py"])
-def test_cifar10_from_root_or_the_folder_itself(tmp_path, below):
-    write_cifar10(tmp_path / "cifar-10-batches-py")
-    train, test = data.load("cifar10", tmp_path / below, "cpu", download=False)
-    want = np.concatenate([rows(3, seed=i) for i in range(5)]).reshape(-1, 3, 32, 32)
-    np.testing.assert_array_equal(train.images.numpy(), want)
-    assert train.labels.tolist() == [(i + j) % 10 for i in range(5) for j in range(3)]
-    assert train.labels.dtype == torch.int64 and train.images.dtype == torch.uint8 and train.num_classes == 10
-    np.testing.assert_array_equal(test.images.numpy(), rows(3, seed=5).reshape(-1, 3, 32, 32))
-
-
-@pytest.mark.parametrize("protocol", [None, 2, 4])  # None: as published, else as Python 3 writes them again
-def test_cifar100_fine_labels(tmp_path, protocol):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    for name, labels in (("train", [0, 99, 42]), ("test", [7])):
-        pixels = rows(len(labels))
-        (folder / name).write_bytes(
-            python2_pickle(labels, pixels, b"fine_labels") if protocol is None else
-            pickle.dumps({b"fine_labels": labels, b"coarse_labels": [0], b"data": pixels}, protocol))
-    train, test = data.load("cifar100", tmp_path, "cpu", download=False)
-    assert train.num_classes == 100 and train.labels.tolist() == [0, 99, 42] and test.labels.tolist() == [7]
-    np.testing.assert_array_equal(train.images.numpy(), rows(3).reshape(-1, 3, 32, 32))
+def test_gray_images_get_three_equal_channels():
+    source = image_set(height=28, width=28)
+    for gray in (source.images[:, 0], source.images[:, :1]):
+        checked = source._replace(images=gray).checked("mine")
+        assert torch.equal(checked.images, source.images[:, :1].repeat(1, 3, 1, 1))
+        batches = data.Batches(checked, None, 8, 0, augment=True, cutout_length=8)
+        assert next(batches.epoch(0))[0].shape == (8, 3, 28, 28)
+    assert source.checked("mine") == source
 
 
-DAMAGED = {
-    "empty": b"",
-    "foreign": b"\x89PNG\r\n\x1a\n" + bytes(100),
-    "truncated": python2_pickle([1, 2, 3], rows())[:-500],
-    "narrow": python2_pickle([1, 2, 3], rows(width=3071)),
-    "no rows": python2_pickle([], rows(0)),
-    "label out of range": python2_pickle([1, 2, 10], rows()),
-    "too few labels": python2_pickle([1, 2], rows()),
-    "no labels": python2_pickle([1, 2, 3], rows(), b"other"),
-    "labels of text": pickle.dumps({b"labels": ["a", "b", "c"], b"data": rows()}, 2),
-    "true for a label": pickle.dumps({b"labels": [True, 1, 1], b"data": rows()}, 2),
-    "column-major": pickle.dumps({b"labels": [1, 2, 3], b"data": np.asfortranarray(rows())}, 2),
-    "floats": pickle.dumps({b"labels": [1, 2, 3], b"data": rows().astype(np.float32)}, 2),
-    "a list": pickle.dumps([1, 2, 3], 2),
-    "memo of 32 GiB": b"\x80\x02}r\xff\xff\xff\x7f.",
-    "bytearray of 2^60": b"\x80\x05\x96" + struct.pack("<Q", 1 << 60) + b".",
-}
+@pytest.mark.parametrize("changed, said", [
+    ({"num_classes": 39}, "label 39 with 39 classes; use labels from 0 to 38"),
+    ({"labels": torch.arange(40) - 1}, "label -1 with 40 classes"),
+    ({"labels": torch.arange(39)}, r"labels of torch.int64 \[39\]; expected torch.int64 \[40\]"),
+    ({"labels": torch.arange(40).float()}, "labels of torch.float32"),
+    ({"images": torch.zeros(40, 32, 32, 3, dtype=torch.uint8)}, r"\[40, 32, 32, 3\]; expected"),
+    ({"images": torch.zeros(40, 3, 32, 32)}, "images of torch.float32")])
+def test_a_set_that_is_not_what_it_says_is_refused(changed, said, monkeypatch):
+    monkeypatch.setattr(data, "synthetic", lambda seed: [image_set()._replace(**changed)])
+    with pytest.raises(InputError, match="data set synthetic: .*" + said):
+        data.load("synthetic", "", "cpu")
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_cifar_names_the_file(tmp_path, content):
-    folder = write_cifar10(tmp_path / "cifar-10-batches-py")
-    (folder / "data_batch_3").write_bytes(content)
-    assert str(folder / "data_batch_3") in load_error(tmp_path)
+def test_the_identity_of_a_set_tells_it_from_others():
+    source = image_set(1500)._replace(num_classes=2000)  # every second image counts
+    other_pixel, other_label = source.images.clone(), source.labels.clone()
+    other_pixel[2, 1, 5, 5] += 1
+    other_label[3] = 0
+    others = [source, source._replace(images=other_pixel), source._replace(labels=other_label),
+              source._replace(num_classes=1500), *source.split(1499), *source.split(1500)[1:]]
+    identities = [str(images.identity()) for images in others]
+    assert len(set(identities)) == len(others)
+    assert source.identity() == source.to("cpu").identity()
+    assert (source.identity()["images"], source.identity()["classes"]) == (1500, 2000)
 
 
-def test_mutated_cifar_raises_nothing_but_input_error(tmp_path):
-    source, path, rng = SOURCES["cifar10"], tmp_path / "test_batch", random.Random(0)
-    good = python2_pickle([1], rows(1))
-    header, refused = good.index(rows(1).tobytes()), 0
-    for _ in range(800):
-        bad = bytearray(good)
-        for _ in range(rng.randint(1, 3)):
-            bad[rng.randrange(header) if rng.random() < 0.9 else -rng.randint(1, 3)] = rng.randrange(256)
-        path.write_bytes(bad)
-        try:
-            images, labels = read_cifar(path, source)
-            assert images.shape == (1, 3, 32, 32) and 0 <= labels.item() < 10
-        except InputError:
-            refused += 1
-    assert refused > 200
-
-
-class Exploit:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_pickle_runs_no_code(tmp_path, protocol):
-    folder, target = write_cifar10(tmp_path / "cifar-10-batches-py"), tmp_path / "made by the pickle"
-    for call in ((os.mkdir, str(target)), (eval, f"open({str(target)!r}, 'w')"), (np.save, str(target), 0)):
-        (folder / "test_batch").write_bytes(pickle.dumps({b"data": Exploit(*call), b"labels": []}, protocol))
-        assert "asks for" in load_error(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-batches-py"]
-
-
-def test_missing_files_and_unknown_names(tmp_path):
-    with pytest.raises(InputError, match="cifar10, cifar100, svhn, synthetic"):
-        data.load("cifar", tmp_path, "cpu")
-    assert str(tmp_path / "cifar-100-python.tar.gz") in load_error(tmp_path, "cifar100")
-    folder = write_cifar10(tmp_path / "cifar-10-batches-py")
-    (folder / "data_batch_5").unlink()
-    assert str(folder / "data_batch_5") in load_error(tmp_path, download=True)  # never mixed with a download
-    (folder / "data_batch_5").mkdir()
-    assert str(folder / "data_batch_5") in load_error(tmp_path)
-
-
-# ---- downloads
-
-def serve(monkeypatch, content: bytes, name="cifar10", md5=None):
-    class Response(io.BytesIO):
-        headers = {}
-
-    def urlopen(url, timeout):
-        return Response(content)
-
-    md5 = hashlib.md5(content).hexdigest() if md5 is None else md5
-    monkeypatch.setattr(archives.urllib.request, "urlopen", urlopen)
-    monkeypatch.setitem(SOURCES, name, SOURCES[name]._replace(md5=(md5, md5)))
-
-
-def tar_of(files: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
-def test_no_network_says_where_to_put_what(tmp_path, monkeypatch, name):
-    def urlopen(url, timeout):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(archives.urllib.request, "urlopen", urlopen)
-    message, root = load_error(tmp_path / "new", name, download=True), tmp_path / "new"
-    assert "no route to host" in message and SOURCES[name].url in message and str(root) in message
-    assert list(root.iterdir()) == []
-
-
-def test_download_unpacks_the_archive(tmp_path, monkeypatch, capfd):
-    source = write_cifar10(tmp_path / "source" / "cifar-10-batches-py")
-    files = {f"cifar-10-batches-py/{path.name}": path.read_bytes() for path in source.iterdir()}
-    serve(monkeypatch, tar_of(files))
-    train, _ = data.load("cifar10", tmp_path / "root", "cpu")
-    assert len(train.labels) == 15 and "MB" in capfd.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == ["cifar-10-batches-py",
-                                                                          "cifar-10-python.tar.gz"]
-
-
-def test_checksum_mismatch_leaves_nothing(tmp_path, monkeypatch):
-    serve(monkeypatch, b"something else", md5="0" * 32)
-    assert "MD5" in load_error(tmp_path, download=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("path", ["../escaped", "cifar-10-batches-py/../../escaped",
-                                  "cifar-10-batches-py/../../../escaped"])
-def test_an_archive_cannot_write_outside(tmp_path, monkeypatch, path):
-    serve(monkeypatch, tar_of({path: b"x"}))
-    root = tmp_path / "a" / "b"
-    assert "cannot be unpacked" in load_error(root, download=True)
-    assert [found.name for found in tmp_path.rglob("*") if found.is_file()] == ["cifar-10-python.tar.gz"]
-
-
-@pytest.mark.parametrize("content", [b"", b"not a tar", tar_of({"other/x": b"x"}),
-                                     tar_of({"a/b": bytes(9999)})[:-40]])
-def test_a_damaged_archive(tmp_path, content):
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
-    assert str(tmp_path / "cifar-10-python.tar.gz") in load_error(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-# ---- SVHN
-
-def write_svhn(folder: Path, labels=(10, 1, 9, 5), **changed) -> np.ndarray:
-    from scipy.io import savemat
-    images = rows(4).reshape(4, 3, 32, 32)
-    content = {"X": images.transpose(2, 3, 1, 0), "y": np.array(labels, np.uint8)[:, None], **changed}
-    for name in ("train_32x32.mat", "test_32x32.mat"):
-        savemat(folder / name, content, do_compression=True)
-    return images
-
-
-@needs_scipy
-def test_svhn(tmp_path):
-    images = write_svhn(tmp_path)
-    train, test = data.load("svhn", tmp_path, "cpu", download=False)
-    assert train.labels.tolist() == [0, 1, 9, 5] and train.labels.dtype == torch.int64
-    np.testing.assert_array_equal(test.images.numpy(), images)
-
-
-@needs_scipy
-def test_damaged_svhn(tmp_path):
-    for changed in ({"labels": (0, 1, 2, 3)}, {"labels": (11, 1, 2, 3)}, {"labels": (1, 2, 3)},
-                    {"X": rows(4)}, {"X": np.zeros((32, 32, 3, 4))}, {"y": np.array([1., 2, 3, 4])},
-                    {"y": "text"}, {"X": "text"}):
-        write_svhn(tmp_path, **changed)
-        assert str(tmp_path / "train_32x32.mat") in load_error(tmp_path, "svhn")
-    write_svhn(tmp_path)
-    path, rng = tmp_path / "train_32x32.mat", random.Random(0)
-    good = path.read_bytes()
-    for bad in (b"", good[:100], good[:-100], b"foreign" * 50):
-        path.write_bytes(bad)
-        assert str(path) in load_error(tmp_path, "svhn")
-    for _ in range(200):
-        bad = bytearray(good)
-        bad[rng.randrange(300)] = rng.randrange(256)
-        path.write_bytes(bad)
-        try:
-            read_svhn(path, SOURCES["svhn"])
-        except InputError:
-            pass
-
-
-def test_svhn_without_scipy_says_what_to_install(tmp_path, monkeypatch):
-    for name in ("train_32x32.mat", "test_32x32.mat"):
-        (tmp_path / name).write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    assert "pip install scipy" in load_error(tmp_path, "svhn")
+def test_halves_are_random_by_the_seed_and_have_the_classes_of_the_whole():
+    labels = torch.arange(10).repeat_interleave(100)  # sorted by class
+    for_w, for_alpha = data.halves(1000, 0.6, 3)
+    assert (len(for_w), len(for_alpha)) == (600, 400)
+    assert torch.cat([for_w, for_alpha]).sort().values.equal(torch.arange(1000))
+    assert labels[for_w].bincount().min() > 40 and labels[for_alpha].bincount().min() > 20
+    assert torch.equal(data.halves(1000, 0.6, 3)[0], for_w)
+    assert not torch.equal(data.halves(1000, 0.6, 4)[0], for_w)
 
 
 # ---- synthetic and real images

@@ -1,4 +1,4 @@
-"""What shows results: studies, pictures, NAS-Bench-201's file; ImageNet from a folder."""
+"""What shows results: studies, pictures, NAS-Bench-201's file."""
 import json
 import shutil
 import sys
@@ -13,7 +13,6 @@ from torch import nn
 import train_eval
 import train_search
 from ldarts import InputError, NetworkImageNet, genotypes, runs, visualize
-from ldarts.data import FolderBatches
 from ldarts.model import count_multiply_adds, count_parameters
 from ldarts.study import cases, collapse, collapse_report, gradient
 
@@ -257,55 +256,6 @@ def test_multiply_adds_by_hand():
                         nn.Flatten(), nn.Linear(8 * 16, 10))
     assert count_multiply_adds(net, (3, 8, 8)) == 16 * 8 * 27 + 16 * 8 * 9 + 8 * 16 * 10
     assert next(net.parameters()).device.type == "cpu"
-
-
-@pytest.fixture
-def imagenet(tmp_path):
-    """Two classes of generated JPEGs, of sizes that are wide, high and small."""
-    image = pytest.importorskip("PIL.Image")
-    generator = torch.Generator().manual_seed(0)
-    for part, count in (("train", 4), ("val", 3)):
-        for c, name in enumerate(("n01", "n02")):
-            (tmp_path / part / name).mkdir(parents=True)
-            for k in range(count):
-                size = ((300, 260), (120, 400), (500, 90), (64, 64))[k]
-                pixels = torch.rand(size[1], size[0], 3, generator=generator) * 100 + 100 * c
-                image.fromarray(pixels.byte().numpy()).save(tmp_path / part / name / f"{k}.jpeg")
-    return tmp_path
-
-
-def test_imagenet_batches_depend_on_seed_and_epoch_alone(imagenet):
-    def batches(seed, workers, epoch, train=True, **share):
-        kind = "train" if train else "val"
-        return list(FolderBatches(imagenet / kind, 4, seed, train=train, device=torch.device("cpu"),
-                                  workers=workers, **share).epoch(epoch))
-
-    first = batches(0, 0, 1)
-    assert len(first) == 2 and first[0][0].shape == (4, 3, 224, 224)
-    assert sum(int(y.sum()) for _, y in first) == 4
-    for other in (batches(0, 2, 1), [tuple(map(torch.cat, zip(*parts))) for parts in zip(
-            batches(0, 0, 1, rank=0, world=2), batches(0, 0, 1, rank=1, world=2))]):
-        assert all(torch.equal(a, b) for pair in zip(first, other) for a, b in zip(*pair))
-    assert not torch.equal(first[0][0], batches(0, 0, 2)[0][0])
-    assert not torch.equal(first[0][0], batches(1, 0, 1)[0][0])
-    tested = batches(0, 0, 0, train=False)
-    assert [len(y) for _, y in tested] == [4, 2]
-    assert torch.cat([y for _, y in tested]).tolist() == [0, 0, 0, 1, 1, 1]
-    bright = torch.stack([x.mean() for x in torch.cat([x for x, _ in tested])])
-    assert bright[:3].max() < bright[3:].min()  # images and labels stay together
-
-
-def test_imagenet_trains_and_names_a_damaged_image(imagenet, monkeypatch, capsys):
-    monkeypatch.chdir(imagenet)
-    flags = ["--dataset", "imagenet", "--data", imagenet, "--init_channels", 16, "--layers", 3,
-             "--batch_size", 4, "--epochs", 2, "--workers", 2]
-    run_main(monkeypatch, train_eval, *flags, "--save", "one")
-    config, metrics = runs.read_run("runs/one")
-    assert (config["learning_rate"], config["weight_decay"]) == (0.5, 3e-5)
-    assert (config["label_smoothing"], config["drop_path_prob"]) == (0.1, 0.0)
-    assert len(metrics) == 2 and 0 <= metrics[1]["test_accuracy"] <= 100
-    (imagenet / "train/n02/1.jpeg").write_bytes(b"no image")
-    assert "train/n02/1.jpeg" in refused(monkeypatch, capsys, train_eval, *flags, "--save", "two")
 
 
 def test_the_published_cell_on_imagenet():

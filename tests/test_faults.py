@@ -27,7 +27,7 @@ from ldarts import InputError, genotypes, runs
 from ldarts.data.archives import SOURCES, locate, read_cifar
 from ldarts.distributed import Processes
 from ldarts.runs.checkpoints import CHECKPOINT, FORMAT, PREVIOUS, SEAL, load_checkpoint
-from test_data import Exploit, python2_pickle, rows, write_cifar10
+from test_archives import Exploit, python2_pickle, rows, write_cifar10
 
 ROOT = Path(__file__).parent.parent
 CONVS = ROOT / "tests" / "genotypes" / "convs.json"
@@ -443,17 +443,18 @@ def resumable(tmp_path, monkeypatch):
 
     def attempt(content):
         (folder / CHECKPOINT).write_bytes(content)
-        return runs.Run("search", args, Processes(torch.device("cpu")), {"model": net}, 5)
+        return runs.Run("search", args, Processes(torch.device("cpu")), {"model": net}, 5, [])
 
     state = {"model": net.state_dict(), "format": FORMAT, "processes": 1, "epoch": 0, "step": 1,
-             "seconds": 0.5, "meters": torch.ones(1, 3, dtype=torch.float64), "history": [{"epoch": 0}]}
+             "seconds": 0.5, "meters": torch.ones(1, 3, dtype=torch.float64), "history": [{"epoch": 0}],
+             "data": []}
     attempt.state = state
     assert attempt(sealed(state)).step == 1
     return attempt
 
 
 def test_another_format_and_another_number_of_processes_are_named(resumable):
-    for changed, said in (({"format": 2}, "format 2, this version reads 1"),
+    for changed, said in (({"format": 1}, "format 1, this version reads 2"),
                           ({"processes": 3}, "by 3 processes, not 1")):
         with pytest.raises(InputError, match=said):
             resumable(sealed(resumable.state | changed))
@@ -463,7 +464,7 @@ def test_checkpoints_of_other_content(resumable):
     for changed in ({"model": {}}, {"model": 1}, {"model": {"weight": "x", "bias": torch.zeros(3)}},
                     {"epoch": "x"}, {"step": []}, {"seconds": None}, {"history": 3},
                     {"history": [torch.ones(1)]}, {"meters": torch.ones(0)}, {"meters": "x"},
-                    {"format": torch.ones(2)}, {"processes": []}):
+                    {"format": torch.ones(2)}, {"processes": []}, {"data": 3}, {"data": [{"images": "x"}]}):
         with pytest.raises(InputError, match="not a checkpoint of this run|by \\[\\] processes"):
             resumable(sealed(resumable.state | changed))
     for missing in resumable.state:

@@ -1,6 +1,9 @@
 """The two commands as a user types them: real processes, real folders."""
+import gc
+import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,18 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_eval
 import train_search
-from ldarts import Genotype, Network, genotypes
+from ldarts import Genotype, Network, data, genotypes
 from ldarts.runs import load_checkpoint
+from test_archives import python2_pickle, rows, write_cifar10
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "synthetic", "--init_channels", "2", "--layers", "4", "--search_space", "s2",
         "--report_freq", "3", "--batch_size", "500"]
 
 
-def run(folder, script, *args):
+def run(folder, script, *args, **environment):
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=folder, text=True,
-                          capture_output=True, timeout=300)
+                          capture_output=True, timeout=300, env=os.environ | environment)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def test_the_genotype_of_a_search_is_trained_then_tested(searched):
 
 def test_the_command_that_a_search_prints_is_accepted(searched):
     folder, printed = searched
-    command = printed.split("train it: python ")[1].split()
+    command = shlex.split(printed.split("train it: python ")[1])
     result = run(folder, *command, "--batch_size", 10**6)  # stops before the first step
     assert result.returncode == 2 and "batch size 1000000" in result.stderr
 
@@ -122,7 +127,6 @@ BAD_EVAL = {
 
 @pytest.mark.parametrize("args, named", BAD_EVAL.values(), ids=BAD_EVAL)
 def test_a_bad_evaluation_is_one_line_and_leaves_nothing(tmp_path, args, named, monkeypatch, capsys):
-    import train_eval
     bad_genotypes(tmp_path)
     before = sorted(os.listdir(tmp_path))
     assert_refused(train_eval, ["--dataset", "synthetic", "--init_channels", "4", "--layers", "3", *args],
@@ -132,7 +136,6 @@ def test_a_bad_evaluation_is_one_line_and_leaves_nothing(tmp_path, args, named, 
 @pytest.mark.parametrize("arch", ["noise.json", "|none~0|+|none~0|none~1|+|skip_connect~0|none~1|none~2|"],
                          ids=["s4", "nasbench201"])
 def test_cells_that_leave_weights_without_a_gradient_are_trained(tmp_path, arch, monkeypatch):
-    import train_eval
     edges = [["noise", 0], ["noise", 1]] * 3 + [["noise", 0], ["sep_conv_3x3", 0]]
     cell = {name: value for kind in ("normal", "reduce")
             for name, value in ((kind, edges), (f"{kind}_concat", [2, 3, 4, 5]))}
@@ -173,3 +176,107 @@ def test_an_original_checkpoint_of_a_derived_network_comes_back_out():
     net = Network(4, 10, 3, True, genotypes.load("LAMBDA_DARTS"))
     assert {"stem.0.weight", "cells.0.preprocess0.op.1.weight", "auxiliary_head.features.2.weight",
             "classifier.bias"} <= set(net.state_dict())
+
+
+# ---- terminals, shells, systems
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("script", [train_search, train_eval], ids=["search", "evaluation"])
+def test_help_is_printed_on_every_terminal(script, encoding, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    with pytest.raises(SystemExit) as stopped:
+        in_process(script, "--help")
+    sys.stdout.flush()
+    shown = sys.stdout.buffer.getvalue().decode(encoding)
+    assert stopped.value.code == 0 and "--dataset" in shown
+    assert "\\u039b-DARTS" in shown or script == train_eval
+
+
+def test_a_search_on_an_ascii_terminal_in_a_folder_with_a_space(tmp_path):
+    """Its log is UTF-8 whatever the terminal; choices may be given in capitals."""
+    write_cifar10(tmp_path / "my data", 8)
+    capitals = ["--dataset", "CIFAR10", "--search_space", "NASBench201", "--lambda_kind", "SIGN", "--device",
+                "CPU", "--lambda_grad", "Exact"]
+    locale = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    result = run(tmp_path, "train_search.py", *capitals, *SMALL, "--data", "my data", **locale)
+    assert result.returncode == 0, result.stderr
+    assert "--arch 'runs/one run' --dataset cifar10 --data 'my data'" in result.stdout
+    assert r"\u039b" in result.stdout and "Λ" in (tmp_path / "runs/one run/log.txt").read_text("utf-8")
+    config = json.loads((tmp_path / "runs/one run/config.json").read_text())
+    assert (config["search_space"], config["lambda_kind"]) == ("nasbench201", "sign")
+
+
+@pytest.mark.parametrize("name", ["ldarts", "ldarts.runs"])
+def test_a_system_without_fcntl_is_told_in_one_line(name):
+    result = subprocess.run([sys.executable, "-c", f"import sys; sys.modules['fcntl'] = None; import {name}"],
+                            cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("ImportError: ldarts runs on Linux and macOS")
+
+
+# ---- the images of a run
+
+def test_both_halves_of_a_search_have_all_classes_of_a_sorted_set(monkeypatch):
+    halves = []
+
+    def note(images, indices, *args, **options):
+        halves.append(images.labels[indices])
+        return data.Batches(images, indices, *args, **options)
+
+    def stop(seed):
+        raise KeyboardInterrupt
+
+    train, test = data.synthetic(0, 100, 10)
+    train = train._replace(labels=train.labels.sort().values)
+    for name, other in (("load", lambda *_: (train, test)), ("Batches", note), ("seed_everything", stop)):
+        monkeypatch.setattr(train_search, name, other)
+    with pytest.raises(SystemExit):
+        in_process(train_search, "--batch_size", 10)
+    assert [len(half.unique()) for half in halves] == [10, 10]
+
+
+SEARCH = [train_search, "--search_space", "nasbench201"]
+EVAL = [train_eval, "--arch", ROOT / "tests/genotypes/convs.json", "--no-auxiliary"]
+SMALL = ["--init_channels", 2, "--layers", 1, "--batch_size", 8, "--epochs", 1, "--save", "one run"]
+
+
+def in_process(script, *args):
+    gc.collect()  # a refused run that lies about holds its lock
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__name__, *map(str, args)])
+        train_search.script(script.main)
+
+
+def refusal(capsys, script, *args, status=2) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        in_process(script, *args)
+    message, = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == status
+    return message
+
+
+@pytest.mark.parametrize("command", [SEARCH, EVAL], ids=["search", "evaluation"])
+def test_a_run_goes_on_with_its_own_images_alone(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = {name: write_cifar10(tmp_path / name, 12 if name == "more" else 8)
+               for name in ("own", "more", "other pixels", "other labels")}
+    for name, labels, seed in (("other pixels", range(8), 9), ("other labels", range(1, 9), 0)):
+        (folders[name] / "data_batch_1").write_bytes(python2_pickle(labels, rows(8, seed=seed)))
+    in_process(*command, *SMALL, "--data", "own")
+    for name in ("more", "other pixels", "other labels"):
+        message = refusal(capsys, command[0], "--resume", "runs/one run", "--data", name)
+        assert "runs/one run/checkpoint.pt: the run was started on 40 images of 10 classes" in message
+        assert f"--data {name} holds {60 if name == 'more' else 40} images of 10 classes" in message
+    (tmp_path / "own").rename("elsewhere")
+    in_process(command[0], "--resume", "runs/one run", "--data", "elsewhere")
+    assert "--resume 'runs/one run'" in refusal(capsys, *command, *SMALL, "--data", "elsewhere")
+
+
+def test_a_first_checkpoint_that_never_was_is_not_advised(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_cifar10(tmp_path / "own", 8)
+    message = refusal(capsys, *EVAL, *SMALL, "--data", "own", "--learning_rate", 1e38, "--grad_clip", 1e38,
+                      status=3)
+    assert "of epoch 0; there is no checkpoint before it: start anew by --save" in message
+    assert "--resume" not in message

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import InputError
 from .archives import SOURCES, read_archive
-from .batches import Batches, ImageSet, eval_batches
-from .folders import FolderBatches
+from .batches import Batches, ImageSet, eval_batches, halves
+from .folders import FolderBatches, folder_batches
 from .synthetic import synthetic
 
 DATASETS = (*SOURCES, "synthetic")
@@ -20,9 +20,10 @@ def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0,
          size: int | None = None) -> tuple[ImageSet, ImageSet]:
     """The training and the test set called `name`, on `device`.
 
-    root: the folder that holds (or receives) the unpacked archive, or the unpacked folder itself. seed: of
-    `synthetic` alone. size: of smaller images, pixels a side: means over squares. Raises InputError for an
-    unknown name, for missing or damaged files, and for a size that does not divide that of the images.
+    root: the folder that holds (or receives) the unpacked archive, that folder itself, or the archive. seed:
+    of `synthetic` alone. size: of smaller images, pixels a side: means over squares. Raises InputError for an
+    unknown name, for missing or damaged files, for labels beyond the classes, and for a size that does not
+    divide that of the images.
     """
     if name in SOURCES:
         parts = read_archive(name, Path(root).expanduser(), download)
@@ -30,5 +31,5 @@ def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0,
         parts = synthetic(seed)
     else:
         raise InputError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
-    parts = (part.to(device) for part in parts)
+    parts = (part.checked(name).to(device) for part in parts)
     return tuple(part if size is None else part.smaller(size) for part in parts)

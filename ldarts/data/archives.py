@@ -7,11 +7,12 @@ import http.client
 import io
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import tempfile
 import urllib.request
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ SOURCES = {
 
 
 def read_archive(name: str, root: Path, download: bool) -> tuple[ImageSet, ImageSet]:
-    """The training and the test set of SOURCES[name], which lies below root or is fetched into it."""
+    """The training and the test set of SOURCES[name]. root: see locate."""
     source, read = SOURCES[name], read_svhn if name == "svhn" else read_cifar
     folder = locate(source, root, download)
 
@@ -60,16 +61,20 @@ def read_archive(name: str, root: Path, download: bool) -> tuple[ImageSet, Image
 
 
 def locate(source: Source, root: Path, download: bool) -> Path:
-    """The folder of the source's files, fetched into root when the folder (SVHN: the file) is not there."""
-    files = source.train + source.test
+    """The folder of the source's files, fetched into root when the folder (SVHN: the file) is not there.
+
+    root: that folder, one that holds it or the archive, or the archive itself, which is unpacked beside it.
+    """
+    files, archive = source.train + source.test, root / Path(source.url).name
+    if root.is_file() or source.folder and root.name == archive.name and not root.exists():
+        archive, root = root, root.parent
     folder = root if any((root / file).is_file() for file in files) else root / source.folder
     if not source.folder:
         for file, md5 in zip(files, source.md5):
             fetch(source.url + file, md5, folder / file, download)
     elif not folder.is_dir():
-        archive = root / Path(source.url).name
         fetch(source.url, source.md5[0], archive, download)
-        unpack(archive, root, source.folder)
+        unpack(archive, root, source)
     for file in files:
         if not (folder / file).is_file():
             raise useless(folder / file, "no such file", source)
@@ -104,20 +109,29 @@ def fetch(url: str, md5: str, path: Path, download: bool) -> None:
         raise InputError(f"{path}: cannot be fetched ({brief(error)}); {by_hand}") from error
 
 
-def unpack(archive: Path, root: Path, folder: str) -> None:
-    """Unpack the regular files of `folder`, which appears whole or not at all."""
+def unpack(archive: Path, root: Path, source: Source) -> None:
+    """Unpack the regular files right in the source's folder, which appears whole or not at all."""
+    folder = source.folder
     try:
         with tempfile.TemporaryDirectory(dir=root) as scratch, tarfile.open(archive) as tar:
-            members = [member for member in tar if member.isreg() and member.name.startswith(folder + "/")]
-            tar.extractall(scratch, members, filter="data")
+            for member in tar:  # by hand: not every Python 3.10 and 3.11 has tarfile's filters
+                path = PurePosixPath(member.name)
+                if member.isreg() and path.parts == (folder, path.name):
+                    Path(scratch, folder).mkdir(exist_ok=True)
+                    with open(Path(scratch, path), "wb") as file:
+                        shutil.copyfileobj(tar.extractfile(member), file)
+            if not Path(scratch, folder).exists():
+                raise tarfile.TarError(f"it has no files {folder}/…")
             try:
                 os.rename(Path(scratch, folder), root / folder)
             except OSError:  # another process of this run may have been faster
                 if not (root / folder).is_dir():
                     raise
     except Exception as error:  # whatever damaged bytes lead to
-        raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); delete it to have it fetched "
-                         "again, or use --dataset synthetic") from error
+        if isinstance(error, OSError) and error.errno:  # of the disk: gzip's errors have no number
+            raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); unpack it elsewhere and give "
+                             "that folder by --data, or use --dataset synthetic") from error
+        raise useless(archive, f"cannot be unpacked ({brief(error)})", source) from error
 
 
 class Standin:
@@ -131,16 +145,25 @@ class Standin:
         self.state = state
 
 
+def from_buffer(raw, dtype, shape, order, *axes) -> Standin:
+    """Protocol 5's array, kept as earlier ones are: (version, shape, dtype, column-major, bytes)."""
+    array = Standin()
+    array.state = 1, shape, dtype, order != "C" or bool(axes), raw
+    return array
+
+
 class CifarUnpickler(pickle._Unpickler):
     """Admits the names in a pickled array and nothing else: no code that a file asks for is run.
 
     It is the unpickler in Python because the one in C allocates whatever memo index a damaged file has.
     """
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
-                if code != pickle.BYTEARRAY8[0]}  # it allocates as much as it is told to
+    # Its own bytearray allocates as much as it is told to; bytes are written alike, and read as they come.
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
     admitted = {("numpy", "ndarray"): Standin, ("numpy", "dtype"): Standin, ("_codecs", "encode"): str.encode,
                 ("numpy.core.multiarray", "_reconstruct"): Standin,
-                ("numpy._core.multiarray", "_reconstruct"): Standin}
+                ("numpy._core.multiarray", "_reconstruct"): Standin,
+                ("numpy.core.numeric", "_frombuffer"): from_buffer,
+                ("numpy._core.numeric", "_frombuffer"): from_buffer}
 
     def find_class(self, module, name):
         if (module, name) not in self.admitted:
@@ -160,7 +183,7 @@ def read_cifar(path: Path, source: Source) -> tuple[Tensor, Tensor]:
         raise useless(path, f"truncated or not a CIFAR batch ({brief(error)})", source) from error
     demand(type(batch) is dict, "not a dictionary")
     key = "labels" if source.num_classes == 10 else "fine_labels"
-    data, labels = batch.get(b"data"), batch.get(key.encode())
+    data, labels = (batch.get(name.encode(), batch.get(name)) for name in ("data", key))  # published: bytes
     demand(type(data) is Standin and type(data.state) is tuple and len(data.state) == 5,
            "no array under 'data'")
     _, shape, dtype, fortran, raw = data.state

@@ -14,6 +14,7 @@ from ..errors import InputError
 
 Batch = tuple[Tensor, Tensor]  # x [n, 3, H, W], normalised; y [n]
 
+
 class ImageSet(NamedTuple):
     images: Tensor  # uint8 [N, 3, H, W]
     labels: Tensor  # int64 [N]
@@ -23,6 +24,31 @@ class ImageSet(NamedTuple):
 
     def to(self, device: torch.device | str) -> "ImageSet":
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+
+    def checked(self, name: str) -> "ImageSet":
+        """This set, called `name`, with three equal channels where its images are gray: [N, H, W] or
+        [N, 1, H, W]. Raises InputError where it is not what its fields say."""
+        images = self.images[:, None] if self.images.ndim == 3 else self.images
+        if images.ndim == 4 and images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            raise InputError(f"data set {name}: images of {self.images.dtype} {list(self.images.shape)}; "
+                             "expected torch.uint8 [N, 3, H, W], or [N, H, W] where they are gray")
+        if self.labels.shape != images.shape[:1] or self.labels.dtype != torch.int64:
+            raise InputError(f"data set {name}: labels of {self.labels.dtype} {list(self.labels.shape)}; "
+                             f"expected torch.int64 [{len(images)}], one an image")
+        outside = self.labels[(self.labels < 0) | (self.labels >= self.num_classes)]
+        if len(outside):
+            raise InputError(f"data set {name}: label {int(outside[0])} with {self.num_classes} classes; "
+                             f"use labels from 0 to {self.num_classes - 1}, or name more classes")
+        return self._replace(images=images)
+
+    def identity(self) -> dict[str, int | str]:
+        """What tells this set from another; digest: of all labels and of at most 1,000 images."""
+        digest = hashlib.sha256()
+        for values in (self.labels, self.images[:: len(self.images) // 1000 + 1]):
+            digest.update(values.cpu().contiguous().numpy())
+        return {"images": len(self.labels), "classes": self.num_classes, "digest": digest.hexdigest()}
 
     def split(self, count: int) -> "tuple[ImageSet, ImageSet]":
         """The first `count` images, and the rest."""
@@ -43,6 +69,12 @@ def generator_of(*key: int | str) -> torch.Generator:
     """A CPU generator of its own for every key."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def halves(images: int, portion: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images for w, a `portion` of them, and of those for α: a random split by the seed."""
+    order = torch.randperm(images, generator=generator_of(seed, "halves"))
+    return tuple(order.tensor_split([int(portion * images)]))
 
 
 class Normalize:

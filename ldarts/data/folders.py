@@ -1,7 +1,11 @@
 """ImageNet as folders of images, one a class, read with Pillow (extra `imagenet`) by worker processes."""
+import contextlib
+import hashlib
+import os
 import random
+import warnings
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -10,35 +14,105 @@ from torch import Tensor
 from ..errors import InputError, brief, require
 from .batches import Batch, Normalize, generator_of
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
+
 
 class ImageFolder(torch.utils.data.Dataset):
     """(epoch, index) -> (x [3, 224, 224], class).
 
-    train: augmented, by random numbers of (seed, epoch, index) alone. Raises InputError for a folder without
-    classes and for an image that can't be read.
+    The classes are the folders in root with images, be it in folders of theirs; skipped: paths of what is
+    hidden, of other files, and of folders without images. train: augmented, by random numbers of (seed,
+    epoch, index) alone. Raises InputError for a root without classes and for an image that can't be read.
     """
 
     def __init__(self, root: Path, train: bool, seed: int = 0):
         require("PIL", "reading ImageNet", "pillow")
         self.train, self.seed = train, seed
         self.normalize = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        self.classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        self.files = [(path, label) for label, name in enumerate(self.classes)
-                      for path in sorted((root / name).iterdir())]
+        self.root, self.classes, self.files, self.labels, self.skipped = root, [], [], [], []
+        try:
+            for entry in visible(root, self.skipped):
+                images = images_below(entry, self.skipped) if entry.is_dir() else []
+                if images:
+                    self.labels += [len(self.classes)] * len(images)
+                    self.classes.append(entry.name)
+                    self.files += images
+                else:
+                    self.skipped.append(entry.path)
+        except OSError as error:
+            raise InputError(f"{root}: cannot be read ({brief(error)}); "
+                             "--data must hold train/ and val/ of ImageNet") from error
         if not self.files:
-            raise InputError(f"{root}: no folders of images, one a class; "
+            raise InputError(f"{root}: no folders of images ({', '.join(SUFFIXES)}), one a class; "
                              "--data must hold train/ and val/ of ImageNet")
 
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def identity(self) -> dict[str, int | str]:
+        """What tells this set from another; digest: of all files' names, and of width and height of at most
+        1,000 images, so that a damaged file may be replaced. Raises InputError if one can't be opened."""
+        digest, start = hashlib.sha256(), len(os.path.join(self.root, ""))
+        for path in self.files:
+            digest.update(os.fsencode(path[start:]) + b"\0")
+        for path in self.files[:: len(self.files) // 1000 + 1]:
+            with opened(path) as image:
+                digest.update(b"%d %d\0" % image.size)
+        return {"images": len(self.files), "classes": self.num_classes, "digest": digest.hexdigest()}
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        from PIL import Image
-        path, label = self.files[key[1]]
-        try:
-            image = Image.open(path).convert("RGB")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read as an image ({brief(error)}); "
-                             "get it again or remove it") from error
+        with opened(self.files[key[1]]) as image:
+            image = rgb(image)
         image = augmented(image, random.Random(f"{self.seed} {key}")) if self.train else centre(image)
-        return self.normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0], label
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return self.normalize(pixels[None])[0], self.labels[key[1]]
+
+
+def visible(folder: str | Path, skipped: list[str]) -> list[os.DirEntry]:
+    """What lies in a folder, by name; what is hidden goes to `skipped`."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    skipped += [entry.path for entry in entries if entry.name.startswith(".")]
+    return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def images_below(folder: os.DirEntry, skipped: list[str]) -> list[str]:
+    """The images in a folder and in those within, by name; other files go to `skipped`."""
+    images = []
+    for entry in visible(folder, skipped):
+        if entry.is_dir():
+            images += images_below(entry, skipped)
+        elif entry.name.lower().endswith(SUFFIXES):
+            images.append(entry.path)
+        else:
+            skipped.append(entry.path)
+    return images
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator:
+    """Pillow's image of a file. Raises InputError where it, or what is done with it, fails."""
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:  # whatever damaged bytes lead to
+        raise InputError(f"{path}: cannot be read as an image ({brief(error)}); "
+                         "get it again or remove it") from error
+
+
+def rgb(image):
+    """An image of any kind with three channels of 8 bits. Gray ones of 16 bits (in Pillow's modes I;16, and I
+    for PGM) are taken by their range, 0 to 65535, where Pillow would clip them at 255."""
+    from PIL import Image
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits")
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown")
+    return image.convert("RGB")
 
 
 def centre(image):
@@ -120,3 +194,30 @@ class FolderBatches:
         except InputError as error:  # a worker's message is its traceback, the reason last
             reason = str(error).strip().splitlines()[-1]
             raise InputError(reason.removeprefix("ldarts.errors.InputError: ")) from error
+
+
+def folder_batches(root: str, batch_size: int, seed: int, *, rank: int = 0,
+                   **options) -> tuple[FolderBatches, FolderBatches]:
+    """The batches of root/train and of root/val; options: of FolderBatches. Warns once of what is skipped.
+
+    Raises InputError where the two don't have the same classes.
+    """
+    options |= {"rank": rank}
+    train, val = (FolderBatches(Path(root, part), batch_size, seed, train=part == "train", **options)
+                  for part in ("train", "val"))
+    of_train, of_val = set(train.images.classes), set(val.images.classes)
+    if of_train != of_val:
+        raise InputError(f"{root}: train/ and val/ need the same folders of images, one a class; in train/ "
+                         f"alone: {some(of_train - of_val)}; in val/ alone: {some(of_val - of_train)}")
+    skipped = train.images.skipped + val.images.skipped
+    if skipped and rank == 0:
+        warnings.warn(f"{root}: skipped {len(skipped)} files and folders that are hidden or hold no image by "
+                      f"their names: {some(skipped)}", stacklevel=2)
+    return train, val
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three of them, and how many more there are."""
+    names = sorted(names)
+    more = [f"{len(names) - 3:,} more"] * (len(names) > 3)
+    return ", ".join(names[:3] + more) or "none"

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 from ..errors import InputError, NotFinite, brief
 from .limits import out_of_memory
@@ -18,8 +18,11 @@ OF_IMAGES = ("dataset", "data", "seed", "batch_size")
 def script(main: Callable[[], None], less_memory: str = "smaller batches") -> None:
     """Run a script's main: bad input is one line on standard error and status 2, a value not finite is 3.
 
-    less_memory: what to use where memory is wanting, which is status 2 as well.
+    less_memory: what to use where memory is wanting, which is status 2 as well. What the terminal's encoding
+    lacks, as ASCII lacks Λ, is printed by its number.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             main()
@@ -58,6 +61,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, kind: str = "", **kwargs):
         super().__init__(**kwargs)
         self.kind = kind
+
+    def add_argument(self, *names, **options):
+        if "choices" in options:
+            options.setdefault("type", any_case(options["choices"]))
+        return super().add_argument(*names, **options)
 
     def error(self, message: str):
         raise InputError(message)
@@ -103,6 +111,11 @@ class Parser(argparse.ArgumentParser):
         return argv
 
 
+def any_case(names: Iterable[str]) -> Callable[[str], str]:
+    """text -> the one of the names that it is but for capitals; other text is left to those who list them."""
+    return lambda text: next((name for name in names if name.lower() == text.lower()), text)
+
+
 def minutes(text: str) -> float:
     if not (value := float(text)) >= 0:
         raise ValueError
@@ -111,7 +124,7 @@ def minutes(text: str) -> float:
 
 def add_run_arguments(add: Callable) -> None:
     """What both scripts take; add: a parser's add_argument."""
-    add("--device", default="auto")
+    add("--device", type=str.lower, default="auto")
     add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
     add("--amp", choices=AMP, default="none",
         help="bf16: passes under autocast, but for those of a difference")

@@ -4,13 +4,14 @@ import hashlib
 import io
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Any, Callable
 
 import torch
 
 from ..errors import InputError, brief
 
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 NAMES = ("model", "state_dict", "net", "model_state_dict")  # under which weights lie in a file
 SEAL = b"\nldarts-sha256:"  # then 64 digits, behind the zip archive, where torch.load does not look
@@ -40,7 +41,12 @@ def write_atomically(path: Path, write: Callable[[Path], None], previous: Path |
 
 def not_written(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be written ({error.strerror}); "
-                      f"put that right, then --resume {path.parent}")
+                      f"put that right, then {resume_flag(path.parent)}")
+
+
+def resume_flag(folder: Path) -> str:
+    """What continues the run in a folder, as a shell takes it."""
+    return f"--resume {quote(str(folder))}"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

@@ -8,15 +8,15 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
 from ..distributed import Processes
 from ..errors import InputError, NotFinite, brief
-from .checkpoints import (CHECKPOINT, FORMAT, PREVIOUS, load_checkpoint, not_written, save_checkpoint,
-                          write_atomically)
+from .checkpoints import (CHECKPOINT, FORMAT, PREVIOUS, load_checkpoint, not_written, resume_flag,
+                          save_checkpoint, write_atomically)
 from .machine import commit, device_name, seed_everything, versions
 from .meters import Meter
 from .signals import Signals, lock
@@ -29,22 +29,24 @@ class Run:
 
     Made on construction, which refuses an existing folder; with args.resume, continued from its last whole
     checkpoint. args: of the script; parts: objects with a state_dict, by their names in the checkpoint;
-    steps: in an epoch; facts: more for config.json; means: numbers to average beside loss and accuracy;
-    carried: what checkpoints hold for their readers. With the arguments, `parts`, and the attributes below, a
-    checkpoint holds all that the rest of the run depends on: batches and random numbers are functions of
-    (seed, rank, epoch, step). All processes call each method, rank 0 alone writes.
+    steps: in an epoch; sets: the images, each an ImageSet or ImageFolder; facts: more for config.json; means:
+    numbers to average beside loss and accuracy; carried: what checkpoints hold for their readers. With the
+    arguments, the same images, `parts`, and the attributes below, a checkpoint holds all that the rest of the
+    run depends on: batches and random numbers are functions of (seed, rank, epoch, step). All processes call
+    each method, rank 0 alone writes.
 
     epoch, step: what comes next; meter: of this epoch; history: the lines of metrics.jsonl, whose `seconds`
     alone differ with and without interruptions.
     """
 
     def __init__(self, kind: str, args: argparse.Namespace, processes: Processes, parts: dict[str, Any],
-                 steps: int, facts: dict[str, Any] | None = None, means: int = 0,
+                 steps: int, sets: Sequence[Any], facts: dict[str, Any] | None = None, means: int = 0,
                  carried: dict[str, Any] | None = None):
         self.args, self.processes, self.parts, self.steps = args, processes, parts, steps
         self.carried = carried or {}
         self.writes = processes.rank == 0
         self.epoch, self.step, self.history = 0, 0, []
+        self.data = [images.identity() for images in sets]
         self.means, self.meter = means, Meter(processes, means)
         self.epoch_started = time.perf_counter()
         self.taken, self.saves, self.saving = 0, 0, 0.0  # steps, checkpoints, their seconds, by this process
@@ -65,14 +67,14 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         if self.writes:
-            write_atomically(self.path / name, lambda path: path.write_text(text))
+            write_atomically(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def log(self, line: str) -> None:
         """Print a line and append it, with the time, to log.txt."""
         if self.writes:
             print(line, flush=True)
             try:
-                with open(self.path / "log.txt", "a") as file:
+                with open(self.path / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(f"{datetime.now():%m-%d %H:%M:%S} {line}\n")
             except OSError as error:
                 raise not_written(self.path / "log.txt", error) from error
@@ -134,7 +136,8 @@ class Run:
         if self.writes:
             save_checkpoint(self.path, state | self.carried | {
                 "format": FORMAT, "processes": self.processes.world, "epoch": self.epoch, "step": self.step,
-                "seconds": started - self.epoch_started, "meters": meters, "history": self.history})
+                "seconds": started - self.epoch_started, "meters": meters, "history": self.history,
+                "data": self.data})
         self.saved = time.perf_counter()
         self.saving += self.saved - started
         self.saves += 1
@@ -155,7 +158,7 @@ class Run:
             self.path.mkdir(parents=True)
         except FileExistsError as error:
             raise InputError(f"{self.path} exists already: give another name by --save, or continue it by "
-                             f"--resume {self.path}") from error
+                             f"{resume_flag(self.path)}") from error
         except OSError as error:
             raise InputError(f"{self.path}: cannot be made ({error.strerror}): "
                              "give another name by --save") from error
@@ -169,8 +172,10 @@ class Run:
                 raise self._not_finite(f"{name} is not finite at", step)
 
     def _not_finite(self, what: str, step: int) -> NotFinite:
-        return NotFinite(f"{what} step {step} of epoch {self.epoch}; the checkpoint before it is kept: "
-                         f"--resume {self.path}")
+        remedy = f"the checkpoint before it is kept: {resume_flag(self.path)}"
+        if not (self.path / CHECKPOINT).exists():
+            remedy = "there is no checkpoint before it: start anew by --save, with a smaller --learning_rate"
+        return NotFinite(f"{what} step {step} of epoch {self.epoch}; {remedy}")
 
     def _pace(self) -> str:
         seconds = (time.perf_counter() - self.started) / self.taken
@@ -180,8 +185,9 @@ class Run:
     def _stop(self, signal_number: int) -> None:
         if signal_number:
             launcher = "python" if self.processes.world == 1 else "torchrun …"
+            command = f"{launcher} {Path(sys.argv[0]).name} {resume_flag(self.path)}"
             self.log(f"stopped by {signal.Signals(signal_number).name} before step {self.step} of epoch "
-                     f"{self.epoch}; continue by: {launcher} {Path(sys.argv[0]).name} --resume {self.path}")
+                     f"{self.epoch}; continue by: {command}")
             self.processes.largest(0)  # torchrun would end the others once the first has left
             sys.exit(Signals.STATUS[signal_number])
 
@@ -204,6 +210,9 @@ class Run:
                 if state.get(name, value) != value:
                     raise InputError(f"{where}: of another {name} than {self.path / name}.json; put that "
                                      "right, or start anew by --save")
+            if (data := state["data"]) != self.data:
+                raise InputError(f"{where}: the run was started on {described(data)}, --data "
+                                 f"{self.args.data} holds {described(self.data)}; give the same images")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
@@ -235,3 +244,9 @@ class Run:
         if damage:
             raise InputError("; ".join(damage) + "; no whole checkpoint is left, start anew")
         return None
+
+
+def described(data: list[dict[str, int | str]]) -> str:
+    """The identities of data sets, as one says them."""
+    return " and ".join(f"{part['images']:,} images of {part['classes']} classes "
+                        f"(digest {part['digest'][:8]})" for part in data)

@@ -10,7 +10,7 @@ from ..alignment import KINDS
 from ..architect import METHODS
 from ..data import DATASETS
 from ..errors import InputError, require
-from .arguments import Parser, add_run_arguments
+from .arguments import Parser, add_run_arguments, any_case
 from .derived import checkpoint_file, read_trained, size_of, unfinished_search, usual_size
 from .machine import pick_device
 
@@ -30,9 +30,9 @@ RULES = {  # for the numbers of both scripts
 def parse_search_args() -> Namespace:
     parser = Parser("search", description="Search for a cell with Λ-DARTS.")
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
-    add("--data", default="data", help="folder of the data set")
-    add("--dataset", default="cifar10", help=", ".join(DATASETS))
-    add("--search_space", default="darts", help=", ".join(spaces.SPACES))
+    add("--data", default="data", help="folder of the data set, or its archive")
+    add("--dataset", type=any_case(DATASETS), default="cifar10", help=", ".join(DATASETS))
+    add("--search_space", type=any_case(spaces.SPACES), default="darts", help=", ".join(spaces.SPACES))
     add("--batch_size", type=int, default=64)
     add("--learning_rate", type=float, default=0.025,
         help="of SGD on w at the start; cosine down to the next")
@@ -104,12 +104,13 @@ def graph_hindrance(args: Namespace) -> str | None:
 
 def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str, list[str]]:
     """(arguments, genotype, what the user should know of the choice of both)"""
+    sets = *DATASETS, "imagenet"
     parser = Parser("eval", description="Train a derived network from scratch and test it.")
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     add("--arch", help="a published name (default LAMBDA_DARTS), a search's run folder, genotype.json, a log "
                        "of DARTS, its genotypes.py:NAME, or the text of a genotype or arch string")
-    add("--data", default="data", help="folder of the data set")
-    add("--dataset", default="cifar10", help=", ".join((*DATASETS, "imagenet")))
+    add("--data", default="data", help="folder of the data set, or its archive")
+    add("--dataset", type=any_case(sets), default="cifar10", help=", ".join(sets))
     add("--batch_size", type=int, help="default 96, on ImageNet 1024")
     add("--learning_rate", type=float,
         help="at the start; cosine down to 0 (0.025), on ImageNet linear (0.5)")

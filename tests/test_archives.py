@@ -1,0 +1,330 @@
+"""CIFAR and SVHN from real byte layouts, and from files that are damaged or hostile."""
+import errno
+import hashlib
+import importlib.util
+import io
+import os
+import pickle
+import random
+import struct
+import sys
+import tarfile
+import tracemalloc
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldarts import data
+from ldarts.data import archives
+from ldarts.data.archives import SOURCES, read_cifar, read_svhn
+from ldarts.errors import InputError
+
+needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="SVHN needs scipy")
+
+
+def text(value: bytes) -> bytes:
+    """One Python-2 str in pickle protocol 2."""
+    return b"U" + bytes([len(value)]) + value
+
+
+def python2_pickle(labels, rows: np.ndarray, key=b"labels") -> bytes:
+    """A CIFAR batch with the opcodes of the published files."""
+    array = (b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87Rq\t(K\x01"
+             b"M%bM%b\x86cnumpy\ndtype\nq\nU\x02u1K\x00K\x01\x87Rq\x0b(K\x03U\x01|NNNJ\xff\xff\xff\xff"
+             b"J\xff\xff\xff\xffK\x00tb\x89T%b%btb" % (
+                 struct.pack("<H", rows.shape[0]), struct.pack("<H", rows.shape[1]),
+                 struct.pack("<I", rows.nbytes), rows.tobytes()))
+    return b"".join([b"\x80\x02}q\x01(", text(b"batch_label"), b"q\x02", text(b"a batch"), b"q\x03",
+                     text(key), b"q\x04]q\x05(", *(b"K" + bytes([label]) for label in labels), b"e",
+                     text(b"data"), b"q\x06", array, b"u."])
+
+
+def rows(n=3, width=3072, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, width), dtype=np.uint8)
+
+
+def write_cifar10(folder: Path, n=3) -> Path:
+    folder.mkdir(parents=True)
+    for i, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
+        (folder / name).write_bytes(python2_pickle([(i + j) % 10 for j in range(n)], rows(n, seed=i)))
+    return folder
+
+
+def load_error(root, name="cifar10", download=False) -> str:
+    with pytest.raises(InputError) as caught:
+        data.load(name, root, "cpu", download=download)
+    assert "\n" not in str(caught.value) and "--dataset synthetic" in str(caught.value)
+    return str(caught.value)
+
+
+# ---- files
+
+@pytest.mark.parametrize("below", ["", "cifar-10-batches-py"])
+def test_cifar10_from_root_or_the_folder_itself(tmp_path, below):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    train, test = data.load("cifar10", tmp_path / below, "cpu", download=False)
+    want = np.concatenate([rows(3, seed=i) for i in range(5)]).reshape(-1, 3, 32, 32)
+    np.testing.assert_array_equal(train.images.numpy(), want)
+    assert train.labels.tolist() == [(i + j) % 10 for i in range(5) for j in range(3)]
+    assert train.labels.dtype == torch.int64 and train.images.dtype == torch.uint8 and train.num_classes == 10
+    np.testing.assert_array_equal(test.images.numpy(), rows(3, seed=5).reshape(-1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("protocol", [None, 0, 2, 4, 5])  # None: as published, else as Python 3 writes it
+@pytest.mark.parametrize("key", [bytes.decode, bytes], ids=["text", "bytes"])
+def test_cifar100_fine_labels(tmp_path, protocol, key):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name, labels in (("train", [0, 99, 42]), ("test", [7])):
+        pixels = rows(len(labels))
+        (folder / name).write_bytes(
+            python2_pickle(labels, pixels, b"fine_labels") if protocol is None else
+            pickle.dumps({key(b"fine_labels"): labels, b"batch_label": b"x", key(b"data"): pixels}, protocol))
+    train, test = data.load("cifar100", tmp_path, "cpu", download=False)
+    assert train.num_classes == 100 and train.labels.tolist() == [0, 99, 42] and test.labels.tolist() == [7]
+    np.testing.assert_array_equal(train.images.numpy(), rows(3).reshape(-1, 3, 32, 32))
+
+
+DAMAGED = {
+    "empty": b"",
+    "foreign": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "truncated": python2_pickle([1, 2, 3], rows())[:-500],
+    "narrow": python2_pickle([1, 2, 3], rows(width=3071)),
+    "no rows": python2_pickle([], rows(0)),
+    "label out of range": python2_pickle([1, 2, 10], rows()),
+    "too few labels": python2_pickle([1, 2], rows()),
+    "no labels": python2_pickle([1, 2, 3], rows(), b"other"),
+    "labels of text": pickle.dumps({b"labels": ["a", "b", "c"], b"data": rows()}, 2),
+    "true for a label": pickle.dumps({b"labels": [True, 1, 1], b"data": rows()}, 2),
+    "column-major": pickle.dumps({b"labels": [1, 2, 3], b"data": np.asfortranarray(rows())}, 2),
+    "column-major, protocol 5": pickle.dumps({b"labels": [1, 2, 3], b"data": np.asfortranarray(rows())}, 5),
+    "floats": pickle.dumps({b"labels": [1, 2, 3], b"data": rows().astype(np.float32)}, 2),
+    "a list": pickle.dumps([1, 2, 3], 2),
+    "memo of 32 GiB": b"\x80\x02}r\xff\xff\xff\x7f.",
+    "bytearray of 2^60": b"\x80\x05\x96" + struct.pack("<Q", 1 << 60) + b".",
+}
+
+
+@pytest.mark.parametrize("opcode", [pickle.BYTEARRAY8, pickle.BINBYTES8])
+def test_a_pickle_allocates_no_more_than_it_holds(tmp_path, opcode):
+    (tmp_path / "test_batch").write_bytes(b"\x80\x05" + opcode + struct.pack("<Q", 1 << 28) + b".")
+    tracemalloc.start()
+    with pytest.raises(InputError):
+        read_cifar(tmp_path / "test_batch", SOURCES["cifar10"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_cifar_names_the_file(tmp_path, content):
+    folder = write_cifar10(tmp_path / "cifar-10-batches-py")
+    (folder / "data_batch_3").write_bytes(content)
+    assert str(folder / "data_batch_3") in load_error(tmp_path)
+
+
+def test_mutated_cifar_raises_nothing_but_input_error(tmp_path):
+    source, path, rng = SOURCES["cifar10"], tmp_path / "test_batch", random.Random(0)
+    good = python2_pickle([1], rows(1))
+    header, refused = good.index(rows(1).tobytes()), 0
+    for _ in range(800):
+        bad = bytearray(good)
+        for _ in range(rng.randint(1, 3)):
+            bad[rng.randrange(header) if rng.random() < 0.9 else -rng.randint(1, 3)] = rng.randrange(256)
+        path.write_bytes(bad)
+        try:
+            images, labels = read_cifar(path, source)
+            assert images.shape == (1, 3, 32, 32) and 0 <= labels.item() < 10
+        except InputError:
+            refused += 1
+    assert refused > 200
+
+
+class Exploit:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_runs_no_code(tmp_path, protocol):
+    folder, target = write_cifar10(tmp_path / "cifar-10-batches-py"), tmp_path / "made by the pickle"
+    for call in ((os.mkdir, str(target)), (eval, f"open({str(target)!r}, 'w')"), (np.save, str(target), 0)):
+        (folder / "test_batch").write_bytes(pickle.dumps({b"data": Exploit(*call), b"labels": []}, protocol))
+        assert "asks for" in load_error(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-batches-py"]
+
+
+def test_missing_files_and_unknown_names(tmp_path):
+    with pytest.raises(InputError, match="cifar10, cifar100, svhn, synthetic"):
+        data.load("cifar", tmp_path, "cpu")
+    assert str(tmp_path / "cifar-100-python.tar.gz") in load_error(tmp_path, "cifar100")
+    folder = write_cifar10(tmp_path / "cifar-10-batches-py")
+    (folder / "data_batch_5").unlink()
+    assert str(folder / "data_batch_5") in load_error(tmp_path, download=True)  # never mixed with a download
+    (folder / "data_batch_5").mkdir()
+    assert str(folder / "data_batch_5") in load_error(tmp_path)
+
+
+# ---- downloads
+
+def serve(monkeypatch, content: bytes, name="cifar10", md5=None):
+    class Response(io.BytesIO):
+        headers = {}
+
+    def urlopen(url, timeout):
+        return Response(content)
+
+    md5 = hashlib.md5(content).hexdigest() if md5 is None else md5
+    monkeypatch.setattr(archives.urllib.request, "urlopen", urlopen)
+    monkeypatch.setitem(SOURCES, name, SOURCES[name]._replace(md5=(md5, md5)))
+
+
+def tar_of(files: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            tar.addfile(info)
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_no_network_says_where_to_put_what(tmp_path, monkeypatch, name):
+    def urlopen(url, timeout):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(archives.urllib.request, "urlopen", urlopen)
+    root = tmp_path / "housenumbers"  # a folder yet to be made, whatever the URL ends in
+    message = load_error(root, name, download=True)
+    assert "no route to host" in message and SOURCES[name].url in message and str(root) in message
+    assert list(root.iterdir()) == []
+
+
+def packed_cifar10(folder: Path, below="cifar-10-batches-py", **options) -> bytes:
+    source = write_cifar10(folder / "source")
+    return tar_of({f"{below}/{path.name}": path.read_bytes() for path in source.iterdir()}, **options)
+
+
+@pytest.mark.parametrize("given", ["", "cifar-10-python.tar.gz"], ids=["the folder", "the archive"])
+def test_download_unpacks_the_archive(tmp_path, monkeypatch, capfd, given):
+    serve(monkeypatch, packed_cifar10(tmp_path))
+    train, _ = data.load("cifar10", tmp_path / "root" / given, "cpu")
+    assert len(train.labels) == 15 and "MB" in capfd.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == ["cifar-10-batches-py",
+                                                                          "cifar-10-python.tar.gz"]
+
+
+@pytest.mark.parametrize("below", ["cifar-10-batches-py", "./cifar-10-batches-py"])
+def test_an_archive_that_is_there_is_unpacked_by_any_python(tmp_path, monkeypatch, below):
+    archive = tmp_path / "root" / "mine.tgz"
+    archive.parent.mkdir()
+    archive.write_bytes(packed_cifar10(tmp_path, below))
+    for name in ("extract", "extractall"):  # whose filters some Pythons lack
+        monkeypatch.delattr(tarfile.TarFile, name)
+    for given in (archive, archive.parent / "cifar-10-batches-py" / "test_batch", archive.parent):
+        assert len(data.load("cifar10", given, "cpu", download=False)[0].labels) == 15
+
+
+def test_links_in_an_archive_lead_nowhere(tmp_path, monkeypatch):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    links = {"cifar-10-batches-py": str(outside), "cifar-10-batches-py/data_batch_1": str(outside / "x")}
+    serve(monkeypatch, packed_cifar10(tmp_path, links=links))
+    assert len(data.load("cifar10", tmp_path / "root", "cpu")[0].labels) == 15
+    assert not list(outside.iterdir()) and not (tmp_path / "root/cifar-10-batches-py").is_symlink()
+
+
+def test_an_archive_on_a_full_disk_is_no_damaged_one(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    serve(monkeypatch, packed_cifar10(tmp_path))
+    monkeypatch.setattr(archives.shutil, "copyfileobj", full)
+    message = load_error(tmp_path / "root", download=True)
+    assert "No space left" in message and "--data" in message and "again" not in message
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["cifar-10-python.tar.gz"]
+
+
+def test_checksum_mismatch_leaves_nothing(tmp_path, monkeypatch):
+    serve(monkeypatch, b"something else", md5="0" * 32)
+    assert "MD5" in load_error(tmp_path, download=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["../escaped", "cifar-10-batches-py/../../escaped",
+                                  "cifar-10-batches-py/../../../escaped"])
+def test_an_archive_cannot_write_outside(tmp_path, monkeypatch, path):
+    serve(monkeypatch, tar_of({path: b"x"}))
+    root = tmp_path / "a" / "b"
+    assert "cannot be unpacked" in load_error(root, download=True)
+    assert [found.name for found in tmp_path.rglob("*") if found.is_file()] == ["cifar-10-python.tar.gz"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar", tar_of({"other/x": b"x"}),
+                                     tar_of({"a/b": bytes(9999)})[:-40]])
+def test_a_damaged_archive(tmp_path, content):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
+    for given in (tmp_path, tmp_path / "cifar-10-python.tar.gz"):
+        message = load_error(given)
+        assert str(tmp_path / "cifar-10-python.tar.gz") in message and "get it again from http" in message
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# ---- SVHN
+
+def write_svhn(folder: Path, labels=(10, 1, 9, 5), **changed) -> np.ndarray:
+    from scipy.io import savemat
+    images = rows(4).reshape(4, 3, 32, 32)
+    content = {"X": images.transpose(2, 3, 1, 0), "y": np.array(labels, np.uint8)[:, None], **changed}
+    for name in ("train_32x32.mat", "test_32x32.mat"):
+        savemat(folder / name, content, do_compression=True)
+    return images
+
+
+@needs_scipy
+def test_svhn(tmp_path):
+    images = write_svhn(tmp_path)
+    train, test = data.load("svhn", tmp_path / "train_32x32.mat", "cpu", download=False)  # or the folder
+    assert train.labels.tolist() == [0, 1, 9, 5] and train.labels.dtype == torch.int64
+    np.testing.assert_array_equal(test.images.numpy(), images)
+
+
+@needs_scipy
+def test_damaged_svhn(tmp_path):
+    for changed in ({"labels": (0, 1, 2, 3)}, {"labels": (11, 1, 2, 3)}, {"labels": (1, 2, 3)},
+                    {"X": rows(4)}, {"X": np.zeros((32, 32, 3, 4))}, {"y": np.array([1., 2, 3, 4])},
+                    {"y": "text"}, {"X": "text"}):
+        write_svhn(tmp_path, **changed)
+        assert str(tmp_path / "train_32x32.mat") in load_error(tmp_path, "svhn")
+    write_svhn(tmp_path)
+    path, rng = tmp_path / "train_32x32.mat", random.Random(0)
+    good = path.read_bytes()
+    for bad in (b"", good[:100], good[:-100], b"foreign" * 50):
+        path.write_bytes(bad)
+        assert str(path) in load_error(tmp_path, "svhn")
+    for _ in range(200):
+        bad = bytearray(good)
+        bad[rng.randrange(300)] = rng.randrange(256)
+        path.write_bytes(bad)
+        try:
+            read_svhn(path, SOURCES["svhn"])
+        except InputError:
+            pass
+
+
+def test_svhn_without_scipy_says_what_to_install(tmp_path, monkeypatch):
+    for name in ("train_32x32.mat", "test_32x32.mat"):
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    assert "pip install scipy" in load_error(tmp_path, "svhn")
