@@ -6,7 +6,7 @@ import sys
 import numpy
 import pytest
 import torch
-from test_data import write_cifar10
+from test_archives import write_cifar10
 from test_evidence import refused, run_main, write_run
 
 import train_eval
