@@ -17,9 +17,9 @@ from ldarts import Network, NetworkImageNet, NetworkNAS201
 from ldarts.data import Batches, eval_batches, folder_batches, load
 from ldarts.distributed import Processes
 from ldarts.genotypes import to_json
-from ldarts.model import count_multiply_adds, count_parameters
-from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, evaluate, load_weights, parse_eval_args, pick_device,
-                         require_passage, script, seed_everything, set_deterministic)
+from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, count_multiply_adds, count_parameters, evaluate,
+                         load_weights, parse_eval_args, pick_device, require_passage, script, seed_everything,
+                         set_deterministic)
 
 
 def main():

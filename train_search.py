@@ -108,9 +108,6 @@ def main():
     weights = sum(p.numel() for p in net.weight_parameters())
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
             f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
-    if args.tensorboard and run.writes:
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(run.path)
     probe = next(eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))
     method = take = None
     for epoch in range(run.epoch, args.epochs):
@@ -162,10 +159,6 @@ def main():
                 f"{values['skip_connections']} skip connections")
         run.write("genotype.json", to_json(genotype))
         run.end_epoch(values)
-        if args.tensorboard and run.writes:
-            for name in values.keys() - {"epoch", "alphas"}:
-                writer.add_scalar(name, values[name], epoch)
-            writer.flush()
         if args.plot and run.writes:
             visualize.draw_run(run.path)
     report(run, net.genotype(), args)

@@ -1,10 +1,6 @@
 """The derived networks: `Network` for 32x32 images, `NetworkImageNet`, `NetworkNAS201` for an arch string."""
-import copy
-from typing import Sequence
-
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import InputError
 from .genotypes import Genotype, parse_arch
@@ -157,16 +153,3 @@ class NetworkNAS201(nn.Module):
         for cell in self.cells:
             x = cell(x)
         return self.classifier(self.lastact(x).mean((2, 3))), None
-
-
-def count_parameters(net: nn.Module) -> int:
-    """Parameters without those of the auxiliary head, as the papers count them."""
-    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("auxiliary"))
-
-
-def count_multiply_adds(net: nn.Module, image: Sequence[int] = (3, 32, 32)) -> int:
-    """Multiply-adds of convolutions and classifier for an image of a shape, as the papers count."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        copy.deepcopy(net).to("meta").eval()(torch.empty(1, *image, device="meta"))
-    return counter.get_total_flops() // 2

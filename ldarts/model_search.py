@@ -1,7 +1,7 @@
 """`SearchNetwork`, the supernet: every candidate operation on every edge, weighted by softmax(α).
 
-What is computed, in plain terms (Liu et al., 2019, section 2). `SearchNetwork.forward` has the door to `fused`,
-which computes the same faster.
+What is computed, in plain terms (Liu et al., 2019, section 2). In `SearchNetwork.forward` is the door to
+`fused`, which computes the same faster.
 """
 from contextlib import contextmanager
 from typing import Callable, Iterable, Iterator, Sequence

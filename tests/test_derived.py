@@ -14,8 +14,8 @@ import train_search
 from ldarts import InputError, genotypes, runs
 from ldarts.data import ImageSet
 from ldarts.genotypes import PUBLISHED, to_json
-from ldarts.model import NetworkNAS201, count_multiply_adds
-from ldarts.runs import load_checkpoint
+from ldarts.model import NetworkNAS201
+from ldarts.runs import count_multiply_adds, load_checkpoint
 
 CELL = PUBLISHED["DARTS_V2"]
 ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|avg_pool_3x3~1|nor_conv_1x1~2|"

@@ -13,7 +13,7 @@ from torch import nn
 import train_eval
 import train_search
 from ldarts import InputError, NetworkImageNet, genotypes, runs, visualize
-from ldarts.model import count_multiply_adds, count_parameters
+from ldarts.runs import count_multiply_adds, count_parameters
 from ldarts.study import cases, collapse, collapse_report, gradient
 
 ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|avg_pool_3x3~1|nor_conv_1x1~2|"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import ldarts
 from conftest import GOLDEN
 from ldarts.model_search import frozen_statistics
+from ldarts.runs import count_parameters
 
 CASES = ["s5_cosine", "s2_sign_unrolled"]
 KINDS = {"corr": "cosine", "signcorr": "sign"}
@@ -221,6 +222,6 @@ def test_published_cells_and_their_parameter_counts(golden):
         if name in counts:
             with torch.device("meta"):
                 net = ldarts.Network(36, 10, 20, True, genotype)
-                assert ldarts.model.count_parameters(net) == counts[name]
+                assert count_parameters(net) == counts[name]
     assert ldarts.genotypes.load("LAMBDA_DARTS") == ldarts.genotypes.load("lambdadarts_corr_3")
     assert counts["lambdadarts_corr_3"] == 3_604_438

@@ -6,7 +6,7 @@ share; protocols: those of the two scripts; derived: the network of train_eval.p
 """
 from .arguments import Parser, add_run_arguments, read_config, script
 from .checkpoints import load_checkpoint, write_atomically
-from .derived import load_weights, size_of
+from .derived import count_multiply_adds, count_parameters, load_weights, size_of
 from .folder import Run
 from .limits import require_passage
 from .machine import (AMP, MEMORY_FORMATS, amp_dtype, device_name, pick_device, seed_everything,

@@ -1,9 +1,13 @@
-"""The derived network that train_eval.py trains or tests: its cell, its size, its weights from a file."""
+"""The derived network that train_eval.py trains or tests: its cell, its sizes, its weights from a file."""
+import copy
 import re
 from argparse import Namespace
 from pathlib import Path
+from typing import Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import genotype_text, genotypes
 from ..errors import InputError, brief
@@ -111,3 +115,16 @@ def load_weights(net: nn.Module, args: Namespace) -> None:
         net.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{args.evaluate}: weights that cannot be copied ({brief(error)})") from error
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Parameters without those of the auxiliary head, as the papers count them."""
+    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("auxiliary"))
+
+
+def count_multiply_adds(net: nn.Module, image: Sequence[int] = (3, 32, 32)) -> int:
+    """Multiply-adds of convolutions and classifier for an image of a shape, as the papers count."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        copy.deepcopy(net).to("meta").eval()(torch.empty(1, *image, device="meta"))
+    return counter.get_total_flops() // 2

@@ -62,6 +62,10 @@ class Run:
             config = vars(args) | {"kind": kind, "processes": processes.world, "versions": versions(),
                                    "device_name": device_name(processes.device), "commit": commit()}
             self.write("config.json", json.dumps(config | (facts or {}), indent=1) + "\n")
+        self.board = None
+        if self.writes and getattr(args, "tensorboard", False):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.path)
         self.signals = Signals()
         self.started = self.saved = time.perf_counter()
 
@@ -118,6 +122,10 @@ class Run:
                 raise self._not_finite(f"{name} is {value} after", self.step)
         self.history.append(values | {"seconds": round(time.perf_counter() - self.epoch_started, 3)})
         self._write_metrics()
+        if self.board:
+            for name in values.keys() - {"epoch", "alphas"}:
+                self.board.add_scalar(name, values[name], self.epoch)
+            self.board.flush()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.processes, self.means)
         self.epoch_started = time.perf_counter()
         self.save()
