@@ -120,6 +120,14 @@ def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, runs, "runs/e", "runs/s0")
     assert "| eval | 1 | 50.00 | 2.50 | 400.00 | 1.50 | 0.25 |" in capsys.readouterr().out
     assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none")
+    for seed, rank in ((0, 782), (1, 2344)):  # two uniform numbers have a sum of at most 0.2 with 0.2² / 2
+        write_run(tmp_path / f"runs/n{seed}", seed, 40.0, search_space="nasbench201")
+        file = tmp_path / f"runs/n{seed}/metrics.jsonl"
+        line = json.loads(file.read_text()) | {"true_cifar10": 92.0 + seed, "true_rank": rank}
+        file.write_text(json.dumps(line) + "\n")
+    run_main(monkeypatch, runs, "runs/n0", "runs/n1", "runs/s0")
+    printed = capsys.readouterr().out
+    assert "| 0.25 ± 0.00 | 92.50 ± 0.71 | 0.02 |" in printed and "| 0.25 | – | – |" in printed
 
 
 def test_unfinished_runs_are_named_and_stay_out_of_means(tmp_path, monkeypatch, capsys):

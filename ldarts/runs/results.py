@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, brief
+from ..nasbench201 import better_than_random
 from .arguments import MAY_CHANGE, Parser, read_config
 
 # What two runs of one row of a table, or of one band of a plot, may differ in.
@@ -69,7 +70,8 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
     """The protocol's table: mean ± deviation over the seeds, all at the last epoch.
 
     Validation accuracy of a search, test accuracy of an evaluation. An evaluation of a run folder shows that
-    search's time and Λ. Unfinished runs, named below the table, enter it only by `with_unfinished`.
+    search's time, Λ and, in nasbench201, the true accuracy of its cells, with the probability that as many
+    random cells have a mean rank as good. Unfinished runs, named below the table, enter it only by `with_unfinished`.
     """
     rows, short = [], {}  # short: how far the unfinished ones have come, by their paths
 
@@ -80,7 +82,8 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
 
     for name, group in grouped(paths).items():
         members = [path for path in group if counts(path)]
-        columns = {column: [] for column in ("accuracy", "parameters", "multiply_adds", "minutes", "lambda")}
+        columns = {column: [] for column in ("accuracy", "parameters", "multiply_adds", "minutes", "lambda", "true")}
+        ranks = []
         for config, metrics in map(read_run, members):
             columns["accuracy"].append(metrics[-1].get("test_accuracy", metrics[-1].get("valid_accuracy")))
             for size in ("parameters", "multiply_adds"):
@@ -95,10 +98,17 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
                 continue
             columns["minutes"].append(sum(line["seconds"] for line in metrics) / 60)
             columns["lambda"] += [metrics[-1]["lambda_train"]] if "lambda_train" in metrics[-1] else []
+            if "true_rank" in metrics[-1]:
+                columns["true"].append(metrics[-1]["true_cifar10"])
+                ranks.append(metrics[-1]["true_rank"])
         apart = sum(path in short for path in group)
         seeds = f"{len(members)} ({apart} unfinished {'in' if with_unfinished else 'left out'})"
-        rows.append([name, seeds if apart else len(members), *map(spread, columns.values())])
-    header = ["runs", "seeds", "accuracy, %", "parameters, M", "multiply-adds, M", "search, min", "Λ"]
+        rows.append([name, seeds if apart else len(members), *map(spread, columns.values()),
+                     f"{better_than_random(ranks):.2g}" if ranks else "–"])
+    header = ["runs", "seeds", "accuracy, %", "parameters, M", "multiply-adds, M", "search, min", "Λ", "true accuracy, %",
+              "random cells as good, probability"]
+    if all(row[-1] == "–" for row in rows):  # none in nasbench201
+        header, *rows = (line[:-2] for line in (header, *rows))
     return table(header, rows) + "".join(f"unfinished: {path}, {so_far}\n" for path, so_far in short.items())
 
 
