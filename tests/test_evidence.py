@@ -12,7 +12,7 @@ from torch import nn
 
 import train_eval
 import train_search
-from ldarts import InputError, NetworkImageNet, genotypes, runs, visualize
+from ldarts import InputError, NetworkImageNet, genotypes, nasbench201, runs, visualize
 from ldarts.runs import count_multiply_adds, count_parameters
 from ldarts.study import cases, collapse, collapse_report, gradient
 
@@ -281,6 +281,18 @@ def test_the_findings_are_those_of_the_results_beside_them(folder, tmp_path, mon
     run_main(monkeypatch, cases, study, "--out", tmp_path, "--show", *flags)
     text = (tmp_path / "tables.md").read_text()
     assert text == (folder / "tables.md").read_text() == capsys.readouterr().out
+
+
+def test_the_first_command_finds_cells_better_than_random_ones():
+    """Of the README's command: its ten cells have the ranks that the evidence states."""
+    evidence = Path(__file__).parent / "evidence"
+    found = json.loads((evidence / "first_command.json").read_text())
+    ranks = [nasbench201.look_up(run["cell"]).rank for run in found["runs"]]
+    assert ranks == [run["rank"] for run in found["runs"]] and len(ranks) == 10
+    text = " ".join((evidence / "README.md").read_text().split())
+    assert f"ranks {', '.join(f'{rank:,}' for rank in ranks)}" in text
+    assert nasbench201.better_than_random(ranks) < 0.01
+    assert found["command"] in (evidence.parents[1] / "README.md").read_text()
 
 
 def test_rows_of_the_findings_stand_in_their_tables():
