@@ -3,6 +3,8 @@
 // dense array of n elements, all in one order; a thread works on packs of L elements, 16 bytes where every
 // array is aligned to 16, else one element.
 #pragma once
+#include "mixed_sum_cuda.h"
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -19,18 +21,11 @@ extern __shared__ double shared_memory[];
 
 namespace ldarts {
 
-constexpr int kMaxTerms = 64;  // pointers that travel by value with one launch
-constexpr int kThreads = 128;  // small: the 8x8 maps at the end of a network still spread over all processors
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kFlight = 8;  // packs a thread loads before it uses the first: 16 KiB a block hide latency
-constexpr int kDotBlocks = 1024;  // a constant: mixed_dot has the same bits whatever the number of processors
 
-template <typename T> struct Accumulator { using type = float; };
-template <> struct Accumulator<double> { using type = double; };
-template <typename T> using Acc = typename Accumulator<T>::type;
-
-// By name, because PyTorch's build flags switch the half types' own conversions off.
+// By name, because PyTorch's own build flags switch the half types' conversions off.
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -72,8 +72,8 @@ def jobs(tmp_path_factory):
         here = folder / str(number)
         here.mkdir()
         (here / KERNELS.name).write_text(text)
-        command = [compiler, *FLAGS, f"-DSCALAR={TYPES[dtype]}", f"-I{here}", f"-I{TESTS}",
-                   "-o", str(here / "driver"), str(TESTS / "kernel_driver.cpp")]
+        command = [compiler, *FLAGS, f"-DSCALAR={TYPES[dtype]}", f"-I{here}", f"-I{KERNELS.parent}",
+                   f"-I{TESTS}", "-o", str(here / "driver"), str(TESTS / "kernel_driver.cpp")]
         subprocess.run(command, check=True, capture_output=True, text=True)
         results = {}
         for operator in operators:

@@ -55,8 +55,9 @@ def build_options() -> dict:
     from torch.utils import cpp_extension
     csrc = PACKAGE.parent / "csrc" if (PACKAGE.parent / "csrc").is_dir() else PACKAGE / "csrc"
     cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    sources = [csrc / name for name in ("mixed_sum.cpp", "norms.cpp", "separable.cpp")]
-    sources += [csrc / "mixed_sum.cu"] if cuda else []
+    sources = [path for path in sorted(csrc.glob("*.c*"))
+               if path.suffix in ((".cpp", ".cu") if cuda else (".cpp",))
+               and (cuda or not path.stem.endswith("_cuda"))]
     level = torch.backends.cpu.get_cpu_capability()  # what at::vec is to be compiled for
     cflags = ["-O3", "-std=c++20", "-march=native", f"-DCPU_CAPABILITY={level}",
               f"-DCPU_CAPABILITY_{level}", "-fopenmp"]

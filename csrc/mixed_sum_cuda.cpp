@@ -1,15 +1,19 @@
-// The CUDA kernels of ldarts::mixed_sum, mixed_scale and mixed_dot: tensors to pointers to launches.
-#include "mixed_sum.h"
-#include "mixed_sum_kernels.cuh"
+// ldarts::mixed_sum, mixed_scale and mixed_dot on CUDA: tensors to pointers (launch.cuh).
+#include "mixed_sum_cuda.h"
+#include "checks.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <torch/library.h>
 
-#include <type_traits>
 #include <vector>
 
 namespace ldarts {
@@ -33,16 +37,6 @@ std::vector<T*> write_pointers(at::TensorList tensors) {
   return pointers;
 }
 
-struct Launch {
-  cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-
-  template <typename Args>
-  void operator()(void (*kernel)(Args), int64_t blocks, size_t bytes, const Args& args) const {
-    kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(args);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-};
-
 // Four times what the processors hold at once: enough for the last ones to finish together.
 int64_t max_blocks() {
   int processors = 0, threads = 0;
@@ -52,10 +46,14 @@ int64_t max_blocks() {
   return int64_t{4} * processors * (threads / kThreads);
 }
 
+template <typename T>
+MixedSumKernels<T> kernels() { return {c10::cuda::getCurrentCUDAStream(), max_blocks()}; }
+
 #define DISPATCH(dtype, name, ...)                                                    \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, name, [&] {        \
     using T = OnDevice<scalar_t>::type;                                               \
     __VA_ARGS__;                                                                      \
+    C10_CUDA_KERNEL_LAUNCH_CHECK();                                                   \
   })
 
 at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
@@ -68,9 +66,9 @@ at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
   const bool carries = count > kMaxTerms && w.scalar_type() != out.scalar_type();
   const auto carry = carries ? at::empty_like(out, w.options()) : out;
   DISPATCH(out.scalar_type(), "mixed_sum", {
-    launch_sum<T>(static_cast<const Acc<T>*>(w.const_data_ptr()), read_pointers<T>(terms).data(), count,
-                  static_cast<Acc<T>*>(carry.mutable_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
-                  out.numel(), max_blocks(), Launch{});
+    kernels<T>().sum(static_cast<const Acc<T>*>(w.const_data_ptr()), read_pointers<T>(terms).data(), count,
+                     static_cast<Acc<T>*>(carry.mutable_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
+                     out.numel());
   });
   return out;
 }
@@ -83,8 +81,9 @@ std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& we
   std::vector<at::Tensor> outs;
   for (int64_t m = 0; m < count; ++m) outs.push_back(at::empty_like(g));
   DISPATCH(g.scalar_type(), "mixed_scale", {
-    launch_scale<T>(static_cast<const T*>(g.const_data_ptr()), static_cast<const Acc<T>*>(w.const_data_ptr()),
-                    write_pointers<T>(outs).data(), count, g.numel(), max_blocks(), Launch{});
+    kernels<T>().scale(static_cast<const T*>(g.const_data_ptr()),
+                       static_cast<const Acc<T>*>(w.const_data_ptr()), write_pointers<T>(outs).data(), count,
+                       g.numel());
   });
   return outs;
 }
@@ -99,9 +98,9 @@ at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
   const auto partial = at::empty({count, kDotBlocks}, options);
   const auto out = at::empty({count}, options);
   DISPATCH(g.scalar_type(), "mixed_dot", {
-    launch_dot<T>(static_cast<const T*>(g.const_data_ptr()), read_pointers<T>(terms).data(), count,
-                  static_cast<Acc<T>*>(partial.mutable_data_ptr()),
-                  static_cast<Acc<T>*>(out.mutable_data_ptr()), g.numel(), kDotBlocks, Launch{});
+    kernels<T>().dot(static_cast<const T*>(g.const_data_ptr()), read_pointers<T>(terms).data(), count,
+                     static_cast<Acc<T>*>(partial.mutable_data_ptr()),
+                     static_cast<Acc<T>*>(out.mutable_data_ptr()), g.numel());
   });
   return out;
 }
