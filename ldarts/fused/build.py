@@ -1,12 +1,21 @@
-"""Loads the operators of `csrc/`, compiled by `pip install .` or, once, on first use, in the user's cache.
+"""Compiles csrc/ into two libraries and loads them: `cpu`, the operators, and `cuda`, their kernels for GPUs.
 
-Without a compiler, or with LDARTS_FUSED=off in the environment, the plain form runs, nothing compiled.
+Each is compiled once, by `pip install` or on its first use, in a folder of its own that holds it with the
+compiler's output and, written last, its size and SHA-256:
+
+    PACKAGE/built or ~/.cache/ldarts   cpu-DIGEST   cuda-DIGEST-8.0_9.0+PTX   DIGEST: sources, flags, PyTorch
+
+Where one cannot be compiled, or with LDARTS_FUSED=off in the environment, the plain form runs on its device.
 """
 import fcntl
 import functools
 import hashlib
+import json
 import os
-import shutil
+import platform
+import re
+import shlex
+import subprocess
 import sys
 import time
 import warnings
@@ -14,7 +23,13 @@ from pathlib import Path
 
 import torch
 
+from .toolkit import (ARCHITECTURES, BuildError, architecture_flags, covers, cuda_toolkit, cxx_compiler,
+                      ninja, vector_flags, wanted_architectures)
+
 PACKAGE = Path(__file__).parent.parent
+TORCH = Path(torch.__file__).parent
+LIBRARY = "operators.so"
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]
 
 
 def switched_off() -> bool:
@@ -23,85 +38,145 @@ def switched_off() -> bool:
 
 
 @functools.cache
-def has_kernel(device: str) -> bool:
-    """Whether the loaded operators run on devices of this type; warns once where a GPU has none."""
-    found = device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "ldarts::mixed_sum", device.upper())
-    if not found and device in ("cpu", "cuda"):
-        warnings.warn(f"ldarts: the fused operators are not compiled for {device}; the slower plain form "
-                      "runs there. For CUDA, install nvcc of PyTorch's CUDA version", stacklevel=3)
-    return found
-
-
-def load() -> bool:
-    """Load the operators, compiled now where they are not; False, with one warning, where that fails."""
+def load(part: str) -> bool:
+    """Load the library "cpu" or "cuda", compiled now where it is not; False, with a warning, if it fails."""
     if switched_off():
         return False
     try:
-        torch.ops.load_library(_built_ahead() or _build())
-    except Exception as error:  # a compiler fails in more ways than can be listed
-        lines = str(error).splitlines()
-        errors = (line for line in lines if " error: " in line or line.startswith("error"))
-        reason = next(errors, lines[0][:200])
-        warnings.warn(f"ldarts: the fused operators could not be compiled ({reason.strip()}); the slower "
-                      "plain form runs. Install a C++20 compiler, such as g++ 11 or later, and ninja; "
-                      "LDARTS_FUSED=off chooses it silently", stacklevel=3)
+        torch.ops.load_library(library(part))
+    except Exception as error:  # a build fails in more ways than can be listed
+        remedy = getattr(error, "remedy", "Deleted from ~/.cache/ldarts it is compiled again")
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
+        warnings.warn(f"ldarts: no fused operators for {part.upper()} ({reason}); the slower plain form runs "
+                      f"there. {remedy}; LDARTS_FUSED=off chooses it silently", stacklevel=3)
         return False
     return True
 
 
-def build_options() -> dict:
-    """Sources and flags of the extension on this machine, for setup.py and for the build on first use."""
-    from torch.utils import cpp_extension
+def library(part: str) -> Path:
+    """The library of a part, found or compiled. BuildError where it cannot be."""
+    wanted = wanted_architectures() if part == "cuda" else []
+    for root in (PACKAGE / "built", cache()):
+        for folder in sorted(root.glob(f"{part}-{digest(part)}*")):
+            built_for = folder.name.split("-")[-1].split("_")
+            if sound(folder) and all(covers(built_for, architecture) for architecture in wanted):
+                return folder / LIBRARY
+    return compile_into(cache(), part)
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldarts"
+
+
+def files(part: str) -> list[Path]:
+    """What a part is made of: headers and checks are in both."""
     csrc = PACKAGE.parent / "csrc" if (PACKAGE.parent / "csrc").is_dir() else PACKAGE / "csrc"
-    cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    sources = [path for path in sorted(csrc.glob("*.c*"))
-               if path.suffix in ((".cpp", ".cu") if cuda else (".cpp",))
-               and (cuda or not path.stem.endswith("_cuda"))]
-    level = torch.backends.cpu.get_cpu_capability()  # what at::vec is to be compiled for
-    cflags = ["-O3", "-std=c++20", "-march=native", f"-DCPU_CAPABILITY={level}",
-              f"-DCPU_CAPABILITY_{level}", "-fopenmp"]
-    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+
+    def belongs(path: Path) -> bool:
+        if path.suffix == ".h" or path.name == "checks.cpp":
+            return True
+        return (path.suffix != ".cpp" or path.stem.endswith("_cuda")) == (part == "cuda")
+    return [path for path in sorted(csrc.glob("*.*")) if belongs(path)]
+
+
+def cxx_flags() -> list[str]:
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    return ["-O3", "-std=c++20", "-fPIC", *vector_flags(), *openmp,
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+
+
+def digest(part: str) -> str:
+    """Of all that a library is made of; a GPU's architectures are in the folder's name beside it."""
+    machine = torch.__version__, sys.platform, platform.machine()
+    key = hashlib.sha256(repr((machine, cxx_flags(), NVCC_FLAGS if part == "cuda" else [])).encode())
+    for path in files(part):
+        key.update(path.name.encode() + path.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def identity(path: Path) -> dict:
+    data = path.read_bytes()
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def sound(folder: Path) -> bool:
+    """Whether the library is the one that was compiled: to load half of one kills the process."""
+    try:
+        return json.loads((folder / "manifest.json").read_text()) == identity(folder / LIBRARY)
+    except (OSError, ValueError):
+        return False
+
+
+def compile_into(root: Path, part: str) -> Path:
+    """Compile a part in a folder under `root` -> the library. Concurrent processes wait for the first."""
+    architectures = (wanted_architectures() or ARCHITECTURES) if part == "cuda" else []
+    folder = root / "-".join([part, digest(part), "_".join(architectures)]).rstrip("-")
+    plan = ninja_file(part, architectures)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".flock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel even when its holder is killed
+            if not sound(folder):
+                for left in set(folder.iterdir()) - {folder / ".flock"}:  # by a build that did not end
+                    left.unlink()
+                (folder / "build.ninja").write_text(plan)
+                run_ninja(folder, part)
+                manifest = folder / "manifest.new"
+                manifest.write_text(json.dumps(identity(folder / LIBRARY)))
+                manifest.replace(folder / "manifest.json")
+    except OSError as error:
+        raise BuildError(f"{folder}: {error.strerror or error}",
+                         "Set XDG_CACHE_HOME to a folder that can be written") from error
+    return folder / LIBRARY
+
+
+def ninja_file(part: str, architectures: list[str]) -> str:
+    """A build.ninja of one command an object file and one that links them."""
+    command, compiler = cxx_compiler()
+    cxx = [*command, *cxx_flags(), f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
+    libraries, nvcc = [f"-L{TORCH}/lib", "-lc10", "-ltorch_cpu", "-ltorch"], []
+    if part == "cuda":
+        toolkit = cuda_toolkit()
+        cxx += [f"-I{path}" for path in toolkit.includes]
+        libraries += ["-lc10_cuda", "-ltorch_cuda", toolkit.cudart,
+                      f"-Wl,-rpath,{Path(toolkit.cudart).parent}"]
+        host = ["-ccbin", compiler] if os.environ.get("CXX") else []
+        nvcc = [toolkit.nvcc, *host, *NVCC_FLAGS, *architecture_flags(architectures)]
     if sys.platform == "darwin":
-        cflags.remove("-fopenmp")
-    arch = str(torch.cuda.get_device_capability()) if cuda and torch.cuda.is_available() else ""
-    digest = hashlib.sha256(repr((torch.__version__, sys.platform, cflags, nvcc, arch)).encode())
-    for path in sorted(csrc.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    build = digest.hexdigest()[:16]
-    cflags.append(f"-DLDARTS_BUILD={build}")
-    return {"sources": [str(path) for path in sources], "cuda": cuda, "cflags": cflags, "nvcc": nvcc,
-            "build": build}
+        libraries += ["-undefined", "dynamic_lookup"]
+    lines = {f"{path.name}.o": [*(nvcc if path.suffix == ".cu" else cxx), "-c", str(path)]
+             for path in files(part) if path.suffix in (".cpp", ".cu")}
+    edges = [(name, "", line) for name, line in lines.items()]
+    edges += [(LIBRARY, " ".join(lines), [*cxx, "-shared", *lines, *libraries])]
+    return "rule run\n  command = $line\n" + "".join(
+        f"build {name}: run {needs}\n  line = {shlex.join([*line, '-o', name]).replace('$', '$$')}\n"
+        for name, needs, line in edges)
 
 
-def _built_ahead() -> str | None:
-    """The library that `pip install` compiled, if it was compiled from these sources for this PyTorch."""
-    marker = f"ldarts-build:{build_options()['build']};".encode()
-    return next((str(path) for path in PACKAGE.glob("_C*.so") if marker in path.read_bytes()), None)
+def run_ninja(folder: Path, part: str) -> None:
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    print(f"ldarts: compiling the fused operators for {part.upper()}, once, for up to a minute ({folder})",
+          file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    done = subprocess.run([ninja(), *jobs], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, errors="replace", env=os.environ | {"LC_ALL": "C"})
+    (folder / "log.txt").write_text(done.stdout)
+    if done.returncode:
+        raise BuildError(*diagnosis(done.stdout, folder / "log.txt"))
+    for path in folder.glob("*.o"):
+        path.unlink()
+    print(f"ldarts: compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
 
-def _build() -> str:
-    """Compile once into the user's cache -> the library. Concurrent processes wait for the first."""
-    from torch.utils import cpp_extension
-    options = build_options()
-    name = f"ldarts_{options['build']}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldarts" / options["build"]
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{name}.so"
-    with open(folder / ".flock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel even when its holder is killed
-        if not (folder / "done").exists():
-            if not shutil.which(cpp_extension.get_cxx_compiler()):
-                raise RuntimeError(f"error: no compiler {cpp_extension.get_cxx_compiler()!r}")
-            minutes = "three minutes" if options["cuda"] else "a minute"
-            print(f"ldarts: compiling the fused operators, once, for about {minutes} ({folder})",
-                  file=sys.stderr, flush=True)
-            started = time.perf_counter()
-            (folder / "lock").unlink(missing_ok=True)  # PyTorch's own lock, left by a build that was killed
-            cpp_extension.load(name, options["sources"], extra_cflags=options["cflags"],
-                               extra_cuda_cflags=options["nvcc"],
-                               extra_ldflags=["-fopenmp"] if "-fopenmp" in options["cflags"] else [],
-                               build_directory=str(folder), with_cuda=options["cuda"], is_python_module=False)
-            (folder / "done").touch()
-            print(f"ldarts: compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    return str(library)
+def diagnosis(output: str, log: Path) -> tuple[str, str]:
+    """(the first error of a compiler or a linker, what to do) from what ninja printed."""
+    failed = output[max(output.find("FAILED:"), 0) :].splitlines()
+    lines = [line.strip() for line in failed[2:] if not re.match(r"collect2:|ninja:|\s*$", line)]
+    lines = lines or failed[-1:]
+    telling = r"\b(error|fatal)\b[^/]*:|undefined reference|cannot find|not found|No space left"
+    reason = next((line for line in lines if re.search(telling, line)), lines[-1])
+    remedies = {"No space left": "Make room, or set XDG_CACHE_HOME to a folder on another disk",
+                "Unsupported gpu arch": "Set TORCH_CUDA_ARCH_LIST to what GPU and nvcc know, as 8.0;9.0+PTX",
+                "-std=c++20": "Name a newer compiler by CXX: g++ 11 or clang 14 or later"}
+    return reason, next((remedy for text, remedy in remedies.items() if text in reason),
+                        f"Its whole output is in {log}")

@@ -14,18 +14,18 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from .build import has_kernel, load
+from .build import load
 
 
 @torch.compiler.assume_constant_result
 def compiled_for(device: str) -> bool:
     """Whether the operators are compiled for devices of this type; the first call loads or compiles them."""
-    return _loaded() and has_kernel(device)
+    return device in ("cpu", "cuda") and _loaded() and load(device)
 
 
 @functools.cache
 def _loaded() -> bool:
-    if not load():
+    if not load("cpu"):  # it has the operators of every device
         return False
     _register()
     return True
