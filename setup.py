@@ -1,4 +1,4 @@
-"""Package of ldarts. Where a compiler is, the fused sum is compiled here; else on its first use.
+"""Package of ldarts. Where a compiler is, the fused operators are compiled here; else on their first use.
 
 `pip install --no-build-isolation .` compiles against the PyTorch that is installed; an isolated build sees
 another one or none and leaves the compiling to the first use.
@@ -8,38 +8,39 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+if not any(importlib.util.find_spec(name) for name in ("setuptools.command.bdist_wheel", "wheel")):
+    sys.exit(f"ldarts: this setuptools makes no wheels: {sys.executable} -m pip install --upgrade setuptools")
 
 
-def extension() -> dict:
-    """Arguments of setup() that build ldarts/_C, or none without PyTorch or a compiler."""
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
-    except ImportError:
-        return {}
-    if not shutil.which(get_cxx_compiler()):
-        return {}
-    # By its path, because importing the package would import all of it.
-    spec = importlib.util.spec_from_file_location("build", ROOT / "ldarts" / "fused" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    options = module.build_options()
-    make, flags = CppExtension, options["cflags"]
-    if options["cuda"]:
-        make, flags = CUDAExtension, {"cxx": options["cflags"], "nvcc": options["nvcc"]}
-    sources = [str(Path(source).relative_to(ROOT)) for source in options["sources"]]
-    return {"ext_modules": [make("ldarts._C", sources, extra_compile_args=flags,
-                                 extra_link_args=[flag for flag in options["cflags"] if flag == "-fopenmp"])],
-            "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)}}
+class Libraries(build_ext):
+    """The libraries of ldarts.fused.build, put into the package; one that fails is compiled on its first use."""
+
+    def run(self) -> None:
+        if self.inplace or self.editable_mode:
+            return
+        sys.path.insert(0, str(ROOT))
+        import torch
+
+        from ldarts.fused import build
+        root = Path(self.build_lib, "ldarts", "built").absolute()
+        shutil.rmtree(root, ignore_errors=True)  # of other sources
+        for part in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
+            try:
+                build.compile_into(root, part)
+            except Exception as error:
+                print(f"ldarts: no fused operators for {part.upper()} yet: {error}", file=sys.stderr)
+        for path in root.glob("*/*"):
+            if path.name not in (build.LIBRARY, "manifest.json"):
+                path.unlink()
+
+    def get_outputs(self) -> list[str]:
+        return []
 
 
-try:
-    built = extension()
-except Exception as error:  # a machine where it cannot be compiled still runs the reference
-    print(f"ldarts: the fused sum will be compiled on its first use: {error}", file=sys.stderr)
-    built = {}
 setup(
     name="ldarts",
     version="0.1.0",
@@ -52,9 +53,12 @@ setup(
     package_dir={"ldarts.csrc": "csrc"},
     # csrc, because the first use compiles it where this did not
     package_data={"ldarts": ["nasbench201.npz"], "ldarts.csrc": ["*"]},
+    ext_modules=[Extension("ldarts.built", [])] if importlib.util.find_spec("torch") else [],
+    cmdclass={"build_ext": Libraries},
     python_requires=">=3.10",
     install_requires=["torch>=2.7", "ninja", "numpy"],
     extras_require={"test": ["pytest"], "svhn": ["scipy"], "plot": ["matplotlib"],
-                    "tensorboard": ["tensorboard"], "imagenet": ["pillow"]},
-    **built,
+                    "tensorboard": ["tensorboard"], "imagenet": ["pillow"],
+                    "cuda": ["nvidia-cuda-nvcc~=13.0.0", "nvidia-cuda-cccl~=13.0.0",
+                             "nvidia-cuda-crt~=13.0.0", "nvidia-nvvm~=13.0.0"]},  # for PyTorch of CUDA 13.0
 )

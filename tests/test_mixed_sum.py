@@ -1,20 +1,12 @@
 """The fused sum against its reference: a grid of dtype, layout, shape, number of terms, on each device."""
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from ldarts.fused import build, compiled_for
-from ldarts.fused.build import build_options
+from ldarts.fused import compiled_for
 from ldarts.fused.mixed_sum import mixed_sum, mixed_sum_ref
 
-ROOT = Path(__file__).parent.parent
 MODULE = sys.modules["ldarts.fused.mixed_sum"]  # fused.mixed_sum is the function
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -165,56 +157,3 @@ def test_cuda_graph_capture():
         found = torch.autograd.grad(mixed_sum(weights, terms), [weights, *terms], grad)
     graph.replay()
     assert all(torch.equal(f, e) for f, e in zip(found, expected))
-
-
-# ---- building
-
-CALL = ("import torch, ldarts; "
-        "print(float(ldarts.mixed_sum(torch.ones(2), [torch.ones(3), torch.ones(3)]).sum()))")
-
-
-def call(cache, **environment):
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache)} | environment
-    return subprocess.Popen([sys.executable, "-c", CALL], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=environment, start_new_session=True)
-
-
-@pytest.mark.parametrize("name, value", [("LDARTS_FUSED", "off"), ("LDARTS_MIXED_SUM", "reference")])
-def test_the_plain_form_can_be_chosen(tmp_path, name, value):
-    out, err = (process := call(tmp_path, **{name: value})).communicate(timeout=60)
-    assert process.returncode == 0 and out == "6.0\n" and err == "" and list(tmp_path.iterdir()) == []
-
-
-def test_without_a_compiler_the_reference_runs_with_one_warning(tmp_path):
-    out, err = (process := call(tmp_path, CXX=str(tmp_path / "no-compiler"))).communicate(timeout=60)
-    assert process.returncode == 0 and out == "6.0\n"
-    assert err.count("UserWarning") == 1 and "no-compiler" in err and "Install a C++20 compiler" in err
-
-
-@needs_build
-def test_two_processes_build_once_even_after_one_was_killed(tmp_path):
-    killed = call(tmp_path)
-    folder = tmp_path / "ldarts" / build_options()["build"]
-    deadline = time.monotonic() + 60
-    while not (folder / "build.ninja").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    results = [(p, *p.communicate(timeout=200)) for p in [call(tmp_path), call(tmp_path)]]
-    assert all(p.returncode == 0 and out == "6.0\n" for p, out, _ in results), results
-    assert sum(err.count("compiling the fused operators, once") for _, _, err in results) == 1
-
-
-def test_a_changed_source_is_another_build(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    before = build_options()["build"]
-    monkeypatch.setattr(build, "PACKAGE", tmp_path / "ldarts")
-    assert build_options()["build"] == before
-    with open(tmp_path / "csrc" / "mixed_sum.cpp", "a") as file:
-        file.write("\n")
-    assert build_options()["build"] != before
-    (tmp_path / "ldarts").mkdir()
-    (tmp_path / "ldarts" / "_C.so").write_bytes(f"..ldarts-build:{before};..".encode())
-    assert build._built_ahead() is None  # stale
-    (tmp_path / "ldarts" / "_C.so").write_bytes(f"..ldarts-build:{build_options()['build']};..".encode())
-    assert build._built_ahead() == str(tmp_path / "ldarts" / "_C.so")

@@ -17,6 +17,7 @@ LEVELS = {"AVX2": ["-mavx2", "-mfma", "-mf16c"],
           "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]}
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 PACKAGES = ("cuda-nvcc", "cuda-cccl", "cuda-crt", "nvvm")  # of pip, beside those that PyTorch brings
+USUAL_HOME = "/usr/local/cuda"
 ARCHITECTURES = ["7.5", "8.0", "9.0+PTX"]  # where no GPU is seen: from Turing to Hopper; later ones by PTX
 
 
@@ -73,7 +74,7 @@ def cuda_toolkit() -> Toolkit:
     pips = [f"{folder}/cu{major}" for folder in packages.submodule_search_locations] if packages else []
     others = []
     for path in [*(f"{home}/bin/nvcc" for home in homes), "nvcc",
-                 *(f"{home}/bin/nvcc" for home in ["/usr/local/cuda", *pips])]:
+                 *(f"{home}/bin/nvcc" for home in [USUAL_HOME, *pips])]:
         nvcc = shutil.which(path)
         toolkit = _inspect(nvcc) if nvcc else None
         if toolkit and toolkit.version.split(".")[0] == major:
