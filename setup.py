@@ -17,7 +17,7 @@ if not any(importlib.util.find_spec(name) for name in ("setuptools.command.bdist
 
 
 class Libraries(build_ext):
-    """The libraries of ldarts.fused.build, put into the package; one that fails is compiled on its first use."""
+    """Puts the libraries of ldarts.fused.build into the package; the first use compiles one that fails."""
 
     def run(self) -> None:
         if self.inplace or self.editable_mode:

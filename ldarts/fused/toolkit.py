@@ -1,5 +1,4 @@
 """What compiles the kernels: the C++ compiler, ninja, nvcc of PyTorch's CUDA version, the architectures."""
-import importlib.util
 import os
 import re
 import shlex
@@ -70,8 +69,7 @@ def cuda_toolkit() -> Toolkit:
         raise BuildError(f"PyTorch {torch.__version__} is not one for CUDA", "Install PyTorch for CUDA")
     major = torch.version.cuda.split(".")[0]
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    packages = importlib.util.find_spec("nvidia")  # of pip
-    pips = [f"{folder}/cu{major}" for folder in packages.submodule_search_locations] if packages else []
+    pips = [f"{folder}/nvidia/cu{major}" for folder in sys.path]
     others = []
     for path in [*(f"{home}/bin/nvcc" for home in homes), "nvcc",
                  *(f"{home}/bin/nvcc" for home in [USUAL_HOME, *pips])]:
