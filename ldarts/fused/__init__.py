@@ -1,6 +1,6 @@
 """The engine: what `model_search` defines, computed faster. Its door is `takes` and `run_cells`.
 
-    build            compiles and loads csrc/
+    build, toolkit   compile and load csrc/
     mixed_sum        the weighted sum, on which the plain form is built too
     normalised_sum   a node as one sum of terms behind batch norms
     separable        the separable convolutions that leave a state
