@@ -244,14 +244,16 @@ def test_without_a_compiler_the_reference_runs_with_one_warning(tmp_path):
 
 @needs_build
 def test_two_processes_build_once_even_after_one_was_killed(tmp_path):
-    killed = call(tmp_path)
+    slow = program(tmp_path / "c++", 'for last; do :; done; sleep 0.3; cp "$LIBRARY" "$last"\n')
+    environment = {"CXX": str(slow), "LIBRARY": str(build.library("cpu"))}
+    killed = call(tmp_path, **environment)
     plan = tmp_path / "ldarts" / f"cpu-{build.digest('cpu')}" / "build.ninja"
     deadline = time.monotonic() + 60
     while not plan.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    results = [(p, *p.communicate(timeout=200)) for p in [call(tmp_path), call(tmp_path)]]
+    results = [(p, *p.communicate(timeout=200)) for p in [call(tmp_path, **environment) for _ in "ab"]]
     assert all(p.returncode == 0 and out == "6.0\n" for p, out, _ in results), results
     assert sum(err.count("compiling the fused operators") for _, _, err in results) == 1
 
