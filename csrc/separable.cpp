@@ -254,11 +254,10 @@ at::Tensor channel_sums(at::TensorList x, at::TensorList y) {
   AT_DISPATCH_FLOATING_TYPES(y[0].scalar_type(), "channel_sums", [&] {
     using T = scalar_t;
     at::parallel_for(0, chunks * count, 1, [&](int64_t from, int64_t to) {
-      Buffer<T> part(2 * pattern_period<T>(C) * kV<T>);
       for (int64_t item = from; item < to; ++item) {
         const T *one = read<T>(xs[item % count]), *other = read<T>(ys[item % count]);
         for (int64_t n = item / count; n < N; n += chunks)
-          add_channel_sums(one + n * image, other + n * image, image, C, part, sums + item * 2 * C);
+          add_channel_sums(one + n * image, other + n * image, image, C, sums + item * 2 * C);
       }
     });
   });

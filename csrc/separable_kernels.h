@@ -39,29 +39,51 @@
 
 namespace ldarts {
 
+// To the sums of x and of x y are added those of x (y - shift) and x, or, where x is y, those of `count` x -
+// shift and their squares.
+template <typename T>
+void add_shifted_sums(T sum, T product, T shift, int64_t count, double& to_sum, double& to_product) {
+  const double s = shift, all = sum + count * s;
+  to_sum += all;
+  to_product += product + s * (count ? sum + all : all);
+}
+
 // z = P y for some pixels. Per channel, the sums of z, of z other (other null: of z z) and, unless grad is
-// null, of z grad are added to sums, [2 or 3, width].
+// null, of z grad are added to sums, [2 or 3, width], by way of `part` [4, width].
+//
+// They are float32 sums of the few pixels of one call and float64 sums of these. Less one pixel of the other
+// factor, `shift`, the products stay as small as the deviations from a mean far from 0, which norms.h
+// subtracts: Σ z other = Σ z (other - shift) + shift Σ z. Of z z both factors are shifted.
 template <typename T>
 void project(const Group<T>& group, const Pair<T>& pair, const T* y, int64_t pixels, T* z, const T* other,
-             const T* grad, T* sums) {
+             const T* grad, Buffer<T>& part, double* sums) {
   const int64_t C = group.C, width = group.width;
+  T* shift = part.data() + 3 * width;
+  std::fill(part.begin(), part.end(), T(0));
   auto put = [&](int64_t pixel, auto rows, int64_t c, const Vec<T>* zs) {
     const int64_t count = std::min(kV<T>, C - c), first = pixel * C + c;
-    auto sum = Vec<T>::loadu(sums + c), product = Vec<T>::loadu(sums + width + c);
+    if (pixel == 0) (other ? load(other + c, count) : zs[0]).store(shift + c);
+    const auto less = Vec<T>::loadu(shift + c);
+    auto sum = Vec<T>::loadu(part.data() + c), product = Vec<T>::loadu(part.data() + width + c);
     for (int r = 0; r < rows; ++r) {
       store(z + first + r * C, zs[r], count);
-      sum = sum + zs[r];
-      product = at::vec::fmadd(zs[r], other ? load(other + first + r * C, count) : zs[r], product);
+      const auto one = other ? zs[r] : zs[r] - less;
+      sum = sum + one;
+      product = at::vec::fmadd(one, other ? load(other + first + r * C, count) - less : one, product);
     }
-    sum.store(sums + c);
-    product.store(sums + width + c);
+    sum.store(part.data() + c);
+    product.store(part.data() + width + c);
     if (!grad) return;
-    product = Vec<T>::loadu(sums + 2 * width + c);
+    product = Vec<T>::loadu(part.data() + 2 * width + c);
     for (int r = 0; r < rows; ++r)
       product = at::vec::fmadd(zs[r], load(grad + first + r * C, count), product);
-    product.store(sums + 2 * width + c);
+    product.store(part.data() + 2 * width + c);
   };
   multiply(y, pixels, C, pair.pointwise.data(), width, put);
+  for (int64_t c = 0; c < C; ++c) {
+    add_shifted_sums(part[c], part[width + c], shift[c], other ? 0 : pixels, sums[c], sums[C + c]);
+    if (grad) sums[2 * C + c] += part[2 * width + c];
+  }
 }
 
 // z = P D relu(s x + b) and z_sums of a group, with the buffers of one thread.
@@ -71,7 +93,7 @@ struct Forward {
   const std::vector<T*>& z;  // of each pair, [N, out_h, out_w, C]
 
   Buffer<T> padded = group.padded_input(), y = Buffer<T>(round_up(group.row, kV<T>) + kV<T>);
-  Buffer<T> sums = Buffer<T>(2 * group.width);
+  Buffer<T> part = Buffer<T>(4 * group.width);
 
   // The sums of image n are added to z_sums, [U, 2, C].
   void image(int64_t n, double* z_sums) {
@@ -82,12 +104,7 @@ struct Forward {
       T* to = z[u] + n * group.out_size();
       for (int64_t o = 0; o < group.out_h; ++o, to += group.row) {
         group.convolve(pair, o, padded.data(), y.data());
-        std::fill(sums.begin(), sums.end(), T(0));
-        project<T>(group, pair, y.data(), group.out_w, to, nullptr, nullptr, sums.data());
-        for (int64_t c = 0; c < C; ++c) {
-          z_sums[c] += sums[c];
-          z_sums[C + c] += sums[group.width + c];
-        }
+        project<T>(group, pair, y.data(), group.out_w, to, nullptr, nullptr, part, z_sums);
       }
     }
   }
@@ -129,7 +146,7 @@ struct Backward {
   Buffer<T> dy = Buffer<T>((group.out_h + 2 * group.halo) * group.grad_pitch + 2 * kV<T>);  // padded
   Buffer<T> da = Buffer<T>(group.stride * da_pitch);
   Buffer<T> by_sum = Buffer<T>(pattern), by_square = by_sum, scale = by_sum;
-  Buffer<T> input_sums = Buffer<T>(3 * pattern), tangent_sums = Buffer<T>(3 * group.width);
+  Buffer<T> input_sums = Buffer<T>(3 * pattern), part = Buffer<T>(4 * group.width);
 
   void image(int64_t n, const GradSums<T>& sums) {
     for (size_t u = 0; u < group.pairs.size(); ++u) {
@@ -191,11 +208,8 @@ struct Backward {
     if (sums.grad_pointwise)
       outer(dz.data(), y.data(), count * group.out_w, C, sums.grad_pointwise, group.width);
     if (!grads.tangent_z) return;
-    std::fill(tangent_sums.begin(), tangent_sums.end(), T(0));
-    project(group, pair, y.data(), count * group.out_w, rows_of(grads.tangent_z), z, grad_term,
-            tangent_sums.data());
-    for (int64_t k = 0; k < 3; ++k)
-      for (int64_t c = 0; c < C; ++c) sums.tangent_sums[k * C + c] += tangent_sums[k * group.width + c];
+    project(group, pair, y.data(), count * group.out_w, rows_of(grads.tangent_z), z, grad_term, part,
+            sums.tangent_sums);
   }
 
   // The gradient by a row of x, and its share of the sums of h.
@@ -262,22 +276,39 @@ void sum_depthwise(const T* partial, int64_t chunks, int64_t step, int64_t C, in
   }
 }
 
-// Per channel the sums of x and of x y are added to sums [2, C]; an image of `size` elements, part: a buffer.
+// Per channel the sums of x and of x y are added to sums [2, C]; an image of `size` elements. As in project,
+// with float32 sums of kRun vectors.
 template <typename T>
-void add_channel_sums(const T* x, const T* y, int64_t size, int64_t C, Buffer<T>& part, double* sums) {
-  const int64_t pattern = part.size() / 2;
-  for (int64_t place = 0; place < pattern; place += kV<T>) {
-    Vec<T> sum(0), product(0);
-    for (int64_t i = place; i < size; i += pattern) {
-      const int64_t count = std::min(kV<T>, size - i);
-      const auto xs = load(x + i, count);
-      sum = sum + xs;
-      product = at::vec::fmadd(xs, load(y + i, count), product);
+void add_channel_sums(const T* x, const T* y, int64_t size, int64_t C, double* sums) {
+  constexpr int64_t kRun = 32, V = kV<T>;
+  const int64_t pattern = pattern_period<T>(C) * V;
+  for (int64_t place = 0; place < std::min(pattern, size); place += V) {
+    const auto less = load(y + place, std::min(V, size - place));
+    T shift[V];
+    less.store(shift);
+    for (int64_t run = place; run < size; run += kRun * pattern) {
+      Vec<T> sum(0), product(0);
+      int64_t whole = 0, i = run;
+      for (; whole < kRun && i + V <= size; ++whole, i += pattern) {
+        const auto one = x == y ? load(x + i, V) - less : load(x + i, V);
+        sum = sum + one;
+        product = at::vec::fmadd(one, x == y ? one : load(y + i, V) - less, product);
+      }
+      T part[2][V];
+      sum.store(part[0]);
+      product.store(part[1]);
+      for (int64_t v = 0; v < V; ++v) {
+        const int64_t c = (place + v) % C;
+        add_shifted_sums(part[0][v], part[1][v], shift[v], x == y ? whole : 0, sums[c], sums[C + c]);
+      }
+      for (; whole < kRun && i < size; ++whole, i += pattern)  // less than a vector, at the end
+        for (int64_t v = 0; i + v < size; ++v) {
+          const int64_t c = (place + v) % C;
+          sums[c] += x[i + v];
+          sums[C + c] += static_cast<double>(x[i + v]) * y[i + v];
+        }
     }
-    sum.store(part.data() + place);
-    product.store(part.data() + pattern + place);
   }
-  for (int64_t k = 0; k < 2; ++k) add_pattern(sums + k * C, part.data() + k * pattern, pattern, C);
 }
 
 }  // namespace ldarts

@@ -158,9 +158,8 @@ class SearchNetwork(nn.Module):
     def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
         """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights()."""
         weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
-        x = self.stem(x)
         run = fused.run_cells if fused.takes(x) else run_cells  # the door to the engine
-        x = run(self.cells, x, weights)
+        x = run(self.stem, self.cells, x, weights)
         return self.classifier(self.lastact(x).mean((2, 3)))
 
     def genotype(self) -> "Genotype | str":
@@ -179,9 +178,9 @@ class SearchNetwork(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def run_cells(cells: Iterable[nn.Module], x: Tensor, weights: Iterator[Tensor]) -> Tensor:
-    """x through all cells, with the next of the weights for each that is searched."""
-    before = x
+def run_cells(stem: nn.Module, cells: Iterable[nn.Module], x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    """x through the stem and all cells, with the next of the weights for each that is searched."""
+    before = x = stem(x)
     for cell in cells:
         if isinstance(cell, ResNetBasicblock):
             x = cell(x)

@@ -1,10 +1,10 @@
 """A cell as `model_search` defines it, with what its operations have in common computed once.
 
-On the CPU, in training and channels-last, a node is one sum of normalised terms and the separable
-convolutions that leave a state are one call; elsewhere the operations are those of the cell, and the ReLU,
-the pools and the pixels of reductions of a state are computed once for all edges that leave it.
+In training and channels-last a node is one sum of normalised terms, and on the CPU the separable convolutions
+that leave a state are one call; elsewhere the operations are those of the cell, and the ReLU, the pools and
+the pixels of reductions of a state are computed once for all edges that leave it.
 """
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Iterable, Iterator, Sequence
 
 import torch
@@ -14,17 +14,22 @@ from torch import Tensor, nn
 from ..operations import DilConv, FactorizedReduce, ReLUConvBN, ResNetBasicblock, SepConv, Zero
 from .mixed_sum import mixed_sum
 from .normalised_sum import Terms, node_sum, normalise, normalised_terms
-from .separable import separable_convolutions
+from .separable import separable_convolutions, takes
 
 Product = tuple[Tensor, nn.BatchNorm2d | None]  # what an operation computes, and the norm that it ends in
 
 
-def run_cells(cells: Iterable[nn.Module], x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32, torch.float64, torch.bfloat16)}
+
+
+def run_cells(stem: nn.Module, cells: Iterable[nn.Module], x: Tensor, weights: Iterator[Tensor]) -> Tensor:
     """The same as model_search.run_cells."""
-    before = state = State(x)
+    conv, norm = stem
+    before = state = State(batch_norm(conv(x), norm))
     for cell in cells:
         if isinstance(cell, ResNetBasicblock):
-            state = State(cell(state.x))
+            inner = State(batch_norm(*state.product(cell.conv_a)))
+            state = State(cell.downsample(state.x) + batch_norm(*inner.product(cell.conv_b)))
         else:
             inputs = [before, state][-cell.inputs :]
             before, state = state, State(run_cell(cell, inputs, next(weights)))
@@ -33,26 +38,41 @@ def run_cells(cells: Iterable[nn.Module], x: Tensor, weights: Iterator[Tensor]) 
 
 def run_cell(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -> Tensor:
     """cell(*inputs, weights); cell: a SearchedCell of model_search."""
-    x = inputs[0].x
-    normalises = (cell.training and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-                  and x.is_contiguous(memory_format=torch.channels_last))
-    states = (normalised_states if normalises else shared_states)(cell, inputs, weights)
+    states = (normalised_states if normalises(cell, inputs[0].x) else shared_states)(cell, inputs, weights)
     return states[-1] if cell.outputs == 1 else concat(*states[-cell.outputs :])
+
+
+def normalises(module: nn.Module, x: Tensor) -> bool:
+    """Whether the norms of this cell, or this norm, in front of which is such an x, are those of normalised_sum."""
+    return (module.training and x.dtype in DTYPES.get(x.device.type, ())
+            and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def batch_norm(z: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """norm(z). PyTorch's own, channels-last on a CPU, sums all pixels in float32 one after the other."""
+    return normalise([z], [norm])[0] if normalises(norm, z) else norm(z)
 
 
 def normalised_states(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -> list[Tensor]:
     """All states of a cell, each node as one sum of normalised terms."""
-    states = [normalise(*state.product(block)) for block, state in zip(cell.preprocess, inputs)]
-    states = states or [state.x for state in inputs]
-    plans = [Outgoing(cell.nodes, j, weights.shape[1]) for j in range(len(states) + len(cell.nodes) - 1)]
-    columns = [k for plan in plans for k in plan.columns]
-    p = weights.flatten()[columns].split([len(plan.columns) for plan in plans])
+    states = [state.x for state in inputs]
+    if cell.preprocess:
+        states = normalise(*zip(*(state.product(block) for block, state in zip(cell.preprocess, inputs))))
+    plans = [Outgoing(cell.nodes, j, weights.shape[1], takes(states[0]))
+             for j in range(len(states) + len(cell.nodes) - 1)]
+    index = indices(tuple(k for plan in plans for k in plan.columns), weights.device)
+    p = weights.flatten().index_select(0, index).split([len(plan.columns) for plan in plans])
     leaving: list[Iterator[list[Terms]]] = []  # of each state: its edges' terms, in the order of the nodes
     for _ in cell.nodes:
         for j in range(len(leaving), len(states)):
             leaving.append(iter(outgoing_terms(states[j], plans[j], p[j])))
         states.append(node_sum([terms for edges in leaving for terms in next(edges)]))
     return states
+
+
+@cache  # a copy to the device is no part of a CUDA graph: made before its capture
+def indices(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, device=device)
 
 
 def shared_states(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -> list[Tensor]:
@@ -74,6 +94,7 @@ class State:
         self.x = x
         self.pools: dict[type, Tensor] = {}
         self.normed: dict[type, tuple[Tensor, nn.BatchNorm2d]] = {}  # of the pools
+        self.products: dict[nn.Module, Product] = {}
 
     @cached_property
     def positive(self) -> Tensor:
@@ -84,8 +105,16 @@ class State:
         """What the two convolutions of a FactorizedReduce read."""
         return self.positive[:, :, ::2, ::2].clone(), self.positive[:, :, 1::2, 1::2].clone()
 
+    def add_products(self, ops: Sequence[SepConv]) -> None:
+        """Those of some separable convolutions, the norms inside of which are normalised together."""
+        if ops:
+            inner = normalise([op.op[1:3](self.positive) for op in ops], [op.op[3] for op in ops])
+            self.products = {op: (op.op[5:7](relu(x)), op.op[7]) for op, x in zip(ops, inner)}
+
     def product(self, op: nn.Module) -> Product:
         """(z, norm), where op(x) is norm(z), or z without a norm."""
+        if op in self.products:
+            return self.products[op]
         pool, *norm = op if isinstance(op, nn.Sequential) else [op]
         if isinstance(pool, (nn.AvgPool2d, nn.MaxPool2d)):
             if type(pool) not in self.pools:
@@ -124,8 +153,9 @@ class Outgoing:
     the flattened [edges, ops], of all separable ones, then of all dilated ones, then of the others.
     """
 
-    def __init__(self, nodes: Sequence[Sequence[nn.Module]], state: int, width: int):
-        """nodes: for each the edges into it, one from every state before it; width: operations on an edge"""
+    def __init__(self, nodes: Sequence[Sequence[nn.Module]], state: int, width: int, as_one: bool):
+        """nodes: for each the edges into it, one from every state before it; width: operations on an edge;
+        as_one: whether separable convolutions are one call, else they are among the others"""
         self.separable, self.dilated, self.others = [], [], []
         columns: dict[int, list[int]] = {id(kind): [] for kind in (self.separable, self.dilated, self.others)}
         row = state  # of the edge from this state, among all edges
@@ -135,8 +165,8 @@ class Outgoing:
                     kind.append([])
                 for k, op in enumerate(edges[state]):
                     if not isinstance(op, Zero):
-                        kind = (self.separable if isinstance(op, SepConv) else
-                                self.dilated if isinstance(op, DilConv) else self.others)
+                        kind = (self.separable if as_one and isinstance(op, SepConv) else
+                                self.dilated if as_one and isinstance(op, DilConv) else self.others)
                         kind[-1].append(op)
                         columns[id(kind)].append(row * width + k)
             row += len(edges)
@@ -165,6 +195,7 @@ def outgoing_terms(state: Tensor, plan: Outgoing, p: Tensor) -> list[list[Terms]
                                         widths_of(plan.separable))
         share_out(second.terms, plan.separable)
     shared = State(state)
+    shared.add_products([op for edge in plan.others for op in edge if isinstance(op, SepConv)])
     products = [[shared.product(op) for op in edge] for edge in plan.others]
     places: dict[int, int] = {}  # of each z in the order in which it is met
     edges = [[places.setdefault(id(z), len(places)) for z, _ in edge] for edge in products]

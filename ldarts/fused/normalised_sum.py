@@ -39,8 +39,8 @@ def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2
     eps = next((of_z[0].eps for of_z in norms if of_z), 0.0)
     _, mean_var, scale_shift, *links = NormalisedTerms.apply(edges, has_norm, eps, p, *z)
     if any(has_norm):
-        z_of_norm = [k for k, of_z in enumerate(norms) for _ in of_z]
-        move_statistics([norm for of_z in norms for norm in of_z], mean_var[z_of_norm], pixels(z[0]))
+        moments = [of_z for of_z, behind in zip(mean_var.unbind(), norms) for _ in behind]
+        move_statistics([norm for behind in norms for norm in behind], moments, pixels(z[0]))
     return terms_of_edges(links, [[z[k] for k in edge] for edge in edges], scale_shift)
 
 
@@ -53,25 +53,28 @@ def terms_of_edges(links: Sequence[Tensor], z: Sequence[Sequence[Tensor]],
 
 def node_sum(terms: Sequence[Terms]) -> Tensor:
     """The sum of the terms of all edges, in one pass over them."""
-    scale = torch.cat([t.scale for t in terms])
-    shift = torch.cat([t.shift for t in terms]).sum(0)
-    return NodeSum.apply(scale, shift, [z for t in terms for z in t.z], *[t.link for t in terms])
+    return NodeSum.apply([t.scale for t in terms], [t.shift for t in terms], [z for t in terms for z in t.z],
+                         *[t.link for t in terms])
 
 
-def normalise(z: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """norm(z) in training, as a node of one term."""
-    return node_sum(normalised_terms([z], [[norm]], [[0]], z.new_ones(1)))
+def normalise(z: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> list[Tensor]:
+    """norm(z) of each z [N, C, H, W] in training, as a node of one term."""
+    p = z[0].new_ones(len(z), dtype=torch.promote_types(z[0].dtype, torch.float32))
+    terms = normalised_terms(z, [[norm] for norm in norms], [[k] for k in range(len(z))], p)
+    found = [node_sum([term]) for term in terms]
+    return [(y * norm.weight[:, None, None] + norm.bias[:, None, None]).to(y.dtype) if norm.affine else y
+            for y, norm in zip(found, norms)]
 
 
 @torch.no_grad()
-def move_statistics(norms: Sequence[nn.BatchNorm2d], mean_var: Tensor, count: int) -> None:
-    """Running statistics after a batch: `count` pixels, their means and (biased) variances [norms, 2, C]."""
+def move_statistics(norms: Sequence[nn.BatchNorm2d], mean_var: Sequence[Tensor], count: int) -> None:
+    """Running statistics after a batch: `count` pixels, mean and (biased) variance for each norm, [2, C]."""
     if not norms[0].track_running_stats:
         return
-    mean, variance = mean_var.to(norms[0].running_mean.dtype).unbind(1)
-    unbiased, momentum = variance * (count / max(1, count - 1)), norms[0].momentum
-    torch._foreach_lerp_([norm.running_mean for norm in norms], list(mean.unbind()), momentum)
-    torch._foreach_lerp_([norm.running_var for norm in norms], list(unbiased.unbind()), momentum)
+    mean, variance = zip(*(of_norm.to(norms[0].running_mean.dtype) for of_norm in mean_var))
+    unbiased, momentum = torch._foreach_mul(variance, count / max(1, count - 1)), norms[0].momentum
+    torch._foreach_lerp_([norm.running_mean for norm in norms], mean, momentum)
+    torch._foreach_lerp_([norm.running_var for norm in norms], unbiased, momentum)
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
@@ -81,12 +84,12 @@ def pixels(z: Tensor) -> int:
 
 
 class NodeSum(torch.autograd.Function):
-    """forward: y = Σ_m scale_m z_m + shift. backward: G = ∂L/∂y to every link, differentiable again."""
+    """forward: y = Σ_m scale_m z_m + shift_m. backward: G = ∂L/∂y to every link, differentiable again."""
 
     @staticmethod
-    def forward(ctx, scale, shift, zs, *links):
+    def forward(ctx, scales, shifts, zs, *links):
         ctx.count = len(links)
-        return torch.ops.ldarts.scaled_sum(scale, shift, zs)
+        return torch.ops.ldarts.node_sum(scales, shifts, zs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -106,11 +109,11 @@ class SameGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         found = [grad for grad in grads if grad is not None]
-        return torch.ops.ldarts.scaled_sum(torch.ones(len(found), found[0].shape[1]), None, found), None
+        return torch.ops.ldarts.node_sum([], [], found), None
 
 
 class TermNorms:
-    """Arithmetic of the norms behind some z, for any terms of these, per channel in float64 (csrc/norms.cpp).
+    """Arithmetic of the norms behind some z, for any terms of these, per channel in float64 (csrc/norms.h).
 
     z_of_edge: for each edge the z of its terms; has_norm: which z have one; grads, below: each edge's G.
     """
@@ -126,9 +129,7 @@ class TermNorms:
 
     def grad_sums(self, grads, zs):
         """ΣG and ΣG z of each term, [terms, 2, C]."""
-        if not self.z_of_term:
-            return torch.zeros(0, 2, zs[0].shape[1], dtype=torch.float64)
-        return torch.ops.ldarts.channel_sums(self.of_terms(grads), [zs[k] for k in self.z_of_term])
+        return channel_sums(self.of_terms(grads), [zs[k] for k in self.z_of_term], zs[0])
 
     def of_terms(self, grads):
         """The gradient of each term's node."""
@@ -169,10 +170,7 @@ class NormalisedTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, edges, has_norm, eps, p, *zs):
         norms, behind = TermNorms(edges, has_norm), [z for z, one in zip(zs, has_norm) if one]
-        if behind:
-            moments = torch.ops.ldarts.channel_sums(behind, behind)
-        else:
-            moments = torch.zeros(0, 2, zs[0].shape[1], dtype=torch.float64)
+        moments = channel_sums(behind, behind, zs[0])
         rstd_mean, mean_var, scale_shift = norms.statistics(moments, p, pixels(zs[0]), eps)
         ctx.norms = norms
         ctx.save_for_backward(p, rstd_mean, *zs)
@@ -221,6 +219,13 @@ class NormalisedTermsGrad(torch.autograd.Function):
             (rstd_mean, p, grad_rstd_mean, grad_sums), zs, grads, w, [False] * count, w_sums,
             grad_w_sums[:, 1], v_p)
         return None, by_p, by_rstd_mean, by_grad_rstd_mean, *by_z, *by_grads
+
+
+def channel_sums(x, y, like):
+    """Σx and Σx y per channel of each pair, [pairs, 2, C] in float64; of no pairs, as many channels as like."""
+    if not x:
+        return like.new_zeros(0, 2, like.shape[1], dtype=torch.float64)
+    return torch.ops.ldarts.channel_sums(x, y)
 
 
 def zeros_for_none(tensors, like):

@@ -35,6 +35,11 @@ class Separable(NamedTuple):
     terms: list[Terms]  # of each edge
 
 
+def takes(x: Tensor) -> bool:
+    """Whether these operators are there for a tensor; on a GPU the convolutions are cuDNN's."""
+    return x.device.type == "cpu"
+
+
 def separable_convolutions(x: Sequence[Tensor], before: Tensor | None, pairs: Sequence[Pair], p: Tensor,
                            widths: Sequence[int]) -> Separable:
     """x: one input [N, C, H, W] for all pairs, or one each; before: None, or rstd_mean of the norms in front.

@@ -1,0 +1,339 @@
+// Device code of normalised sums, and the plans that launch it; as in mixed_sum_kernels.cuh plain pointers and
+// sizes, so that it runs in tests/cuda_emulation.h. Tensors are channels-last, [pixels, C]; the arithmetic per
+// channel is that of norms.h.
+//
+// Nothing is added atomically: sums over pixels are those of blocks, written side by side, and sums of these
+// in a fixed order, so that the bits depend on sizes and alignment alone.
+#pragma once
+#include "mixed_sum_kernels.cuh"
+#include "norms.h"
+#include "normalised_sum_cuda.h"
+
+namespace ldarts {
+
+constexpr int kRun = 16;  // pixels whose sum is float32
+
+// A block's threads over the channels of some pixels: `width` of them, each with a pack of L channels, go
+// along a pixel, `rows` pixels are side by side; threads that are left over do nothing. Where a pixel is
+// longer than a block, it has several tiles.
+struct Layout {
+  int64_t pixels;
+  int C, packs, width, rows, tiles;
+
+  Layout(int64_t pixels, int C, int lanes)
+      : pixels(pixels), C(C), packs(C / lanes), width(std::min(packs, kThreads)), rows(kThreads / width),
+        tiles((packs + width - 1) / width) {}
+
+  __device__ int row() const { return static_cast<int>(threadIdx.x) / width; }
+  __device__ int pack(int tile) const { return tile * width + static_cast<int>(threadIdx.x) % width; }
+  __device__ bool active(int tile) const { return row() < rows && pack(tile) < packs; }
+};
+
+// partial[slab, pair] [2, C] = the slab's share of Σ x and Σ x y; slabs: groups of pixels, a block each.
+template <typename T>
+struct ChannelSumsArgs {
+  Layout layout;
+  const T* x[kMaxPairs];
+  const T* y[kMaxPairs];
+  double* partial;
+  int slabs, pairs;
+};
+
+// What is summed is x (y - s) and x, and where x is y (x - s)² and x - s, with s the first pixel of y: products
+// stay as small as the deviations from a mean far from 0, which norms.h subtracts. Sums of kRun pixels are of
+// type Acc<T>, those of the sums float64. With float32 they are off by at most kRun 2^-24 Σ |x (y - s)|, so
+// that the variance of z is off by at most a part of 1e-6 (1 + (s - μ)²/σ²), however far μ is from 0.
+template <typename T, int L>
+__global__ void __launch_bounds__(kThreads) channel_sums_kernel(const __grid_constant__ ChannelSumsArgs<T> a) {
+  constexpr int kAtOnce = kFlight / 2;
+  const Layout& layout = a.layout;
+  const int pair = blockIdx.x % a.pairs, tile = blockIdx.x / a.pairs % layout.tiles;
+  const int slab = blockIdx.x / a.pairs / layout.tiles;
+  const int channels = layout.width * L;                                   // of a tile
+  double* shared = shared_memory;                                          // [2, rows, channels]
+  if (layout.active(tile)) {
+    const int64_t c = layout.pack(tile) * L;
+    const T *x = a.x[pair] + c, *y = a.y[pair] + c;
+    const bool same = x == y;
+    const Pack<T, L> first = load<L>(y);
+    double sum[L] = {}, product[L] = {};
+    int64_t count = 0;
+    const int64_t step = layout.rows, slab_step = static_cast<int64_t>(a.slabs) * kRun * step;
+    for (int64_t from = slab * kRun * step + layout.row(); from < layout.pixels; from += slab_step) {
+      Acc<T> run_sum[L] = {}, run_product[L] = {};
+      for (int i = 0; i < kRun; i += kAtOnce) {
+        Pack<T, L> xs[kAtOnce], ys[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int64_t pixel = from + (i + k) * step;
+          if (pixel >= layout.pixels) continue;
+          xs[k] = load<L>(x + pixel * layout.C);
+          if (!same) ys[k] = load<L>(y + pixel * layout.C);
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          if (from + (i + k) * step >= layout.pixels) continue;
+          ++count;
+#pragma unroll
+          for (int l = 0; l < L; ++l) {
+            const Acc<T> one = same ? xs[k][l] - first[l] : xs[k][l];
+            run_sum[l] += one;
+            run_product[l] += one * (same ? one : ys[k][l] - first[l]);
+          }
+        }
+      }
+#pragma unroll
+      for (int l = 0; l < L; ++l) {
+        sum[l] += run_sum[l];
+        product[l] += run_product[l];
+      }
+    }
+    const int place = layout.row() * channels + static_cast<int>(threadIdx.x) % layout.width * L;
+#pragma unroll
+    for (int l = 0; l < L; ++l) {
+      const double s = first[l], all = same ? sum[l] + count * s : sum[l];
+      shared[place + l] = all;
+      shared[layout.rows * channels + place + l] = product[l] + s * (same ? sum[l] + all : all);
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < 2 * channels; i += kThreads) {
+    const int which = i / channels, c = tile * channels + i % channels;
+    if (c >= layout.C) continue;
+    double total = 0;
+    for (int row = 0; row < layout.rows; ++row)
+      total += shared[(which * layout.rows + row) * channels + i % channels];
+    a.partial[((static_cast<int64_t>(slab) * a.pairs + pair) * 2 + which) * layout.C + c] = total;
+  }
+}
+
+// out[i] = sum of partial[slab, i], i < size
+struct SumSlabsArgs {
+  const double* partial;
+  double* out;
+  int64_t size;
+  int slabs;
+};
+
+constexpr int kColumns = 16;  // results of a block
+
+inline __global__ void __launch_bounds__(kThreads) sum_slabs_kernel(const __grid_constant__ SumSlabsArgs a) {
+  double* shared = shared_memory;  // [kThreads]
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
+  double sum = 0;
+  if (i < a.size) {
+#pragma unroll 8
+    for (int slab = threadIdx.x / kColumns; slab < a.slabs; slab += kThreads / kColumns)
+      sum += a.partial[slab * a.size + i];
+  }
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kColumns || i >= a.size) return;
+  for (int k = kColumns; k < kThreads; k += kColumns) sum += shared[threadIdx.x + k];
+  a.out[i] = sum;
+}
+
+// Results of norms.h, a channel of a z or of a term a thread. P: the type of p.
+
+template <typename P>
+__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ NormStatistics<P> a) {
+  const int64_t i = thread_number(), row = i / a.C, c = i % a.C;
+  if (row < a.map.K) a.of_z(row, c);
+  else if (row < a.map.K + a.map.M) a.of_term(row - a.map.K, c);
+}
+
+// The first M blocks are those of the gradients by p.
+template <typename P>
+__global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_constant__ GradientsArgs<P> a) {
+  const NormGradients<P>& norms = a.norms;
+  const int64_t K = norms.map.K, M = norms.map.M, C = norms.C;
+  const bool again = a.again;
+  double* shared = shared_memory;  // [kWarps]
+  if (blockIdx.x < M) {
+    const int m = blockIdx.x;
+    double sum = 0;
+    for (int64_t c = threadIdx.x; c < C; c += kThreads)
+      sum += again ? norms.derivative_by_p(m, c) : norms.by_p(m, c);
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int warp = 1; warp < kWarps; ++warp) sum += shared[warp];
+    a.by_p[m] = sum;
+    return;
+  }
+  const int64_t i = thread_number() - M * kThreads, c = i % C, k = i / C, m = k - K;
+  if (k < K) {
+    const TwoNumbers by_sums = norms.by_z_sums(k, c);
+    a.by_z_sum[i] = by_sums.first;
+    a.twice_by_square[i] = 2 * by_sums.second;
+    if (!again) return;
+    const TwoNumbers by = norms.derivative_by_rstd_mean(k, c);
+    a.by_rstd_mean[2 * k * C + c] = by.first;
+    a.by_rstd_mean[(2 * k + 1) * C + c] = by.second;
+    a.by_grad_rstd_mean[2 * k * C + c] = norms.rstd_tangent(k, c);
+    a.by_grad_rstd_mean[(2 * k + 1) * C + c] = norms.mean_tangent(k, c);
+  } else if (m < M) {
+    a.scale[m * C + c] = norms.scale(m, c);
+    if (!again) return;
+    const TwoNumbers by = norms.derivative_by_grad_sums(m, c);
+    a.by_grad_sum[m * C + c] = by.first;
+    a.by_grad_product[m * C + c] = by.second;
+  }
+}
+
+// out[s] = Σ scale term + shift over its entries, of which `end` is behind the last; those of the first sum go
+// on from out where another launch has begun it.
+template <typename T>
+struct AffineSumsArgs {
+  Layout layout;
+  const T* term[kMaxEntries];
+  const Acc<T>* scale[kMaxEntries];  // [C]; null: 1
+  const Acc<T>* shift[kMaxEntries];  // [C]; null: 0
+  T* out[kMaxSums];
+  uint8_t end[kMaxSums];
+  int sums, slabs;
+  bool goes_on;
+};
+
+template <typename T, int L>
+__device__ inline void coefficients(const Acc<T>* from, int64_t c, Acc<T> absent, Acc<T> (&to)[L]) {
+  if (from) {
+    const auto pack = load<L>(from + c);
+#pragma unroll
+    for (int l = 0; l < L; ++l) to[l] = pack[l];
+  } else {
+#pragma unroll
+    for (int l = 0; l < L; ++l) to[l] = absent;
+  }
+}
+
+// The sums of a slab are neighbours in the order of blocks: what several of them read is read from memory once.
+template <typename T, int L>
+__global__ void __launch_bounds__(kThreads) affine_sums_kernel(const __grid_constant__ AffineSumsArgs<T> a) {
+  constexpr int kPixels = 2, kAtOnce = kFlight / kPixels;
+  const Layout& layout = a.layout;
+  const int s = blockIdx.x % a.sums, tile = blockIdx.x / a.sums % layout.tiles;
+  const int64_t slab = blockIdx.x / a.sums / layout.tiles;
+  if (!layout.active(tile)) return;
+  const int64_t c = layout.pack(tile) * L;
+  const int begin = s ? a.end[s - 1] : 0, end = a.end[s];
+  const bool goes_on = a.goes_on && s == 0;
+  for (int64_t from = slab * kPixels * layout.rows + layout.row(); from < layout.pixels;
+       from += static_cast<int64_t>(a.slabs) * kPixels * layout.rows) {
+    int64_t place[kPixels];
+    bool inside[kPixels];
+    Acc<T> sum[kPixels][L] = {};
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
+      const int64_t pixel = from + v * layout.rows;
+      inside[v] = pixel < layout.pixels;
+      place[v] = pixel * layout.C + c;
+      if (!goes_on || !inside[v]) continue;
+      const auto before = load<L>(a.out[s] + place[v]);
+#pragma unroll
+      for (int l = 0; l < L; ++l) sum[v][l] = before[l];
+    }
+    for (int m = begin; m < end; m += kAtOnce) {
+      Pack<T, L> term[kAtOnce][kPixels];
+      Acc<T> scale[kAtOnce][L], shift[kAtOnce][L];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (m + k >= end) continue;
+#pragma unroll
+        for (int v = 0; v < kPixels; ++v)
+          if (inside[v]) term[k][v] = load<L>(a.term[m + k] + place[v]);
+        coefficients<T, L>(a.scale[m + k], c, 1, scale[k]);
+        coefficients<T, L>(a.shift[m + k], c, 0, shift[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (m + k >= end) continue;
+#pragma unroll
+        for (int v = 0; v < kPixels; ++v)
+#pragma unroll
+          for (int l = 0; l < L; ++l)
+            if (inside[v]) sum[v][l] += scale[k][l] * term[k][v][l] + shift[k][l];
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v)
+      if (inside[v]) store<T, L>(a.out[s] + place[v], sum[v]);
+  }
+}
+
+// The plans. `launch` is that of mixed_sum_kernels.cuh.
+
+// partial [max_slabs, pairs or kMaxPairs, 2, C] is scratch, out [pairs, 2, C]; pixels > 0.
+template <typename T, typename Launch>
+void launch_channel_sums(const T* const* x, const T* const* y, int64_t pairs, double* partial, double* out,
+                         int64_t pixels, int C, int64_t max_slabs, const Launch& launch) {
+  const bool wide = C % kLanes<T> == 0 && aligned(x, pairs) && aligned(y, pairs);
+  const Layout layout(pixels, C, wide ? kLanes<T> : 1);
+  const int slabs = static_cast<int>(blocks_for(pixels, int64_t{kRun} * layout.rows, max_slabs));
+  const size_t bytes = sizeof(double) * 2 * layout.rows * layout.width * (wide ? kLanes<T> : 1);
+  for (int64_t first = 0; first < pairs; first += kMaxPairs) {
+    const int number = static_cast<int>(std::min<int64_t>(pairs - first, kMaxPairs));
+    const int64_t size = int64_t{2} * number * C;
+    ChannelSumsArgs<T> a{layout, {}, {}, partial, slabs, number};
+    std::copy_n(x + first, number, a.x);
+    std::copy_n(y + first, number, a.y);
+    launch(wide ? channel_sums_kernel<T, kLanes<T>> : channel_sums_kernel<T, 1>,
+           int64_t{slabs} * layout.tiles * number, bytes, a);
+    launch(sum_slabs_kernel, (size + kColumns - 1) / kColumns, sizeof(double) * kThreads,
+           SumSlabsArgs{partial, out + first * 2 * C, size, slabs});
+  }
+}
+
+template <typename P, typename Launch>
+void launch_statistics(const NormStatistics<P>& a, const Launch& launch) {
+  launch(statistics_kernel<P>, blocks_for((a.map.K + a.map.M) * a.C, kThreads, INT32_MAX), size_t{0}, a);
+}
+
+template <typename P, typename Launch>
+void launch_gradients(const GradientsArgs<P>& a, const Launch& launch) {
+  const TermMap& map = a.norms.map;
+  launch(gradients_kernel<P>, map.M + blocks_for((map.K + map.M) * a.norms.C, kThreads, INT32_MAX),
+         sizeof(double) * kWarps, a);
+}
+
+// Each sum has at least one entry.
+template <typename T, typename Launch>
+void launch_affine_sums(const std::vector<AffineSum<T>>& sums, int64_t pixels, int C, int64_t max_blocks,
+                        const Launch& launch) {
+  bool wide = C % kLanes<T> == 0;
+  for (const auto& sum : sums) {
+    wide = wide && aligned(&sum.out, 1);
+    for (const auto& entry : sum.entries)
+      wide = wide && aligned(&entry.term, 1) && aligned(&entry.scale, 1) && aligned(&entry.shift, 1);
+  }
+  const Layout layout(pixels, C, wide ? kLanes<T> : 1);
+  AffineSumsArgs<T> a{layout, {}, {}, {}, {}, {}, 0, 0, false};
+  int used = 0;
+  const auto flush = [&] {
+    if (a.sums == 0) return;
+    const int64_t per_slab = int64_t{a.sums} * layout.tiles;
+    const int64_t most = std::max<int64_t>(1, max_blocks / per_slab);
+    a.slabs = static_cast<int>(blocks_for(pixels, int64_t{2} * layout.rows, most));
+    launch(wide ? affine_sums_kernel<T, kLanes<T>> : affine_sums_kernel<T, 1>, per_slab * a.slabs, size_t{0}, a);
+    used = a.sums = 0;
+  };
+  for (const auto& sum : sums)
+    for (size_t first = 0; first < sum.entries.size();) {
+      if (used == kMaxEntries || a.sums == kMaxSums) flush();
+      const size_t number = std::min<size_t>(sum.entries.size() - first, kMaxEntries - used);
+      if (a.sums == 0) a.goes_on = first > 0;
+      for (size_t m = first; m < first + number; ++m, ++used) {
+        a.term[used] = sum.entries[m].term;
+        a.scale[used] = sum.entries[m].scale;
+        a.shift[used] = sum.entries[m].shift;
+      }
+      a.out[a.sums] = sum.out;
+      a.end[a.sums++] = static_cast<uint8_t>(used);
+      first += number;
+      if (first < sum.entries.size()) flush();
+    }
+  flush();
+}
+
+}  // namespace ldarts
