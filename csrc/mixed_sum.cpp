@@ -188,15 +188,6 @@ at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
   return out;
 }
 
-// Σ_m scale[m, c] terms[m] + shift[c] of each channel c, scale [M, C] and shift [C] or none; channels-last,
-// without derivatives: for ldarts/separable.py.
-at::Tensor scaled_sum(const at::Tensor& scale, const std::optional<at::Tensor>& shift, at::TensorList terms) {
-  const int64_t M = terms.size(), C = terms[0].size(1);
-  TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef({M, C}), "scaled_sum: scale has shape ", scale.sizes(),
-                    ", expected [", M, ", ", C, "]");
-  return scaled_sums({{doubles(scale), shift ? doubles(*shift) : std::vector<double>(), terms.vec()}})[0];
-}
-
 std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& weights) {
   check_dtype("mixed_scale: grad", grad);
   const auto w = check_weights(weights, weights.numel(), grad);
@@ -239,14 +230,12 @@ TORCH_LIBRARY(ldarts, m) {
   m.def("mixed_sum(Tensor weights, Tensor[] terms) -> Tensor");
   m.def("mixed_scale(Tensor grad, Tensor weights) -> Tensor[]");
   m.def("mixed_dot(Tensor grad, Tensor[] terms) -> Tensor");
-  m.def("scaled_sum(Tensor scale, Tensor? shift, Tensor[] terms) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
   m.impl("mixed_sum", mixed_sum);
   m.impl("mixed_scale", mixed_scale);
   m.impl("mixed_dot", mixed_dot);
-  m.impl("scaled_sum", scaled_sum);
 }
 
 }  // namespace ldarts

@@ -61,9 +61,13 @@ template <typename P>
 NormKernels<P> norm_kernels() { return {c10::cuda::getCurrentCUDAStream()}; }
 
 template <typename T>
-const T* read(const at::Tensor& t) { return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr; }
+const T* read(const at::Tensor& t) {
+  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr;
+}
 template <typename T>
-T* write(const at::Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; }
+T* write(const at::Tensor& t) {
+  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
+}
 
 template <typename T>
 std::vector<const T*> pointers(const Tensors& tensors) {
@@ -168,8 +172,9 @@ struct Gradients {
             const at::Tensor& given_sums, at::IntArrayRef z_of_term, at::IntArrayRef has_norm,
             const at::Tensor& z, bool again, const MaybeTensor& given_tangent_sums = {},
             const MaybeTensor& given_tangent_scale = {}, const MaybeTensor& given_tangent_p = {})
-      : rstd_mean(numbers(given_rstd_mean, z)), p(numbers(given_p, z)), grad_rstd_mean(numbers(given_grad, z)),
-        grad_sums(given_sums.contiguous()), tangent_sums(dense(given_tangent_sums)),
+      : rstd_mean(numbers(given_rstd_mean, z)), p(numbers(given_p, z)),
+        grad_rstd_mean(numbers(given_grad, z)), grad_sums(given_sums.contiguous()),
+        tangent_sums(dense(given_tangent_sums)),
         tangent_scale(given_tangent_scale.value_or(at::Tensor())), tangent_p(numbers(given_tangent_p, z)),
         map(term_map(z_of_term, has_norm)) {
     const int64_t K = map.K, M = map.M, C = rstd_mean.size(2);

@@ -5,13 +5,14 @@
 namespace ldarts {
 
 template <typename T>
-void NormalisedSumKernels<T>::channel_sums(const T* const* x, const T* const* y, int64_t pairs, double* partial,
-                                           double* out, int64_t pixels, int C) const {
+void NormalisedSumKernels<T>::channel_sums(const T* const* x, const T* const* y, int64_t pairs,
+                                           double* partial, double* out, int64_t pixels, int C) const {
   launch_channel_sums<T>(x, y, pairs, partial, out, pixels, C, kMaxSlabs, Launch<kThreads>{stream});
 }
 
 template <typename T>
-void NormalisedSumKernels<T>::affine_sums(const std::vector<AffineSum<T>>& sums, int64_t pixels, int C) const {
+void NormalisedSumKernels<T>::affine_sums(const std::vector<AffineSum<T>>& sums, int64_t pixels,
+                                          int C) const {
   launch_affine_sums<T>(sums, pixels, C, max_blocks, Launch<kThreads>{stream});
 }
 

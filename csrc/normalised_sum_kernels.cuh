@@ -1,6 +1,6 @@
-// Device code of normalised sums, and the plans that launch it; as in mixed_sum_kernels.cuh plain pointers and
-// sizes, so that it runs in tests/cuda_emulation.h. Tensors are channels-last, [pixels, C]; the arithmetic per
-// channel is that of norms.h.
+// Device code of normalised sums, and the plans that launch it; as in mixed_sum_kernels.cuh plain pointers
+// and sizes, so that it runs in tests/cuda_emulation.h. Tensors are channels-last, [pixels, C]; arithmetic
+// per channel is that of norms.h.
 //
 // Nothing is added atomically: sums over pixels are those of blocks, written side by side, and sums of these
 // in a fixed order, so that the bits depend on sizes and alignment alone.
@@ -39,18 +39,19 @@ struct ChannelSumsArgs {
   int slabs, pairs;
 };
 
-// What is summed is x (y - s) and x, and where x is y (x - s)² and x - s, with s the first pixel of y: products
-// stay as small as the deviations from a mean far from 0, which norms.h subtracts. Sums of kRun pixels are of
-// type Acc<T>, those of the sums float64. With float32 they are off by at most kRun 2^-24 Σ |x (y - s)|, so
-// that the variance of z is off by at most a part of 1e-6 (1 + (s - μ)²/σ²), however far μ is from 0.
+// What is summed is x (y - s) and x, and where x is y (x - s)² and x - s, with s the first pixel of y:
+// products stay as small as the deviations from a mean far from 0, which norms.h subtracts. Sums of kRun
+// pixels are of type Acc<T>, those of the sums float64. With float32 they are off by at most kRun 2^-24
+// Σ |x (y - s)|: the variance of z by a part of 1e-6 (1 + (s - μ)²/σ²) at most, however far μ is from 0.
 template <typename T, int L>
-__global__ void __launch_bounds__(kThreads) channel_sums_kernel(const __grid_constant__ ChannelSumsArgs<T> a) {
+__global__ void __launch_bounds__(kThreads)
+    channel_sums_kernel(const __grid_constant__ ChannelSumsArgs<T> a) {
   constexpr int kAtOnce = kFlight / 2;
   const Layout& layout = a.layout;
   const int pair = blockIdx.x % a.pairs, tile = blockIdx.x / a.pairs % layout.tiles;
   const int slab = blockIdx.x / a.pairs / layout.tiles;
-  const int channels = layout.width * L;                                   // of a tile
-  double* shared = shared_memory;                                          // [2, rows, channels]
+  const int channels = layout.width * L;  // of a tile
+  double* shared = shared_memory;         // [2, rows, channels]
   if (layout.active(tile)) {
     const int64_t c = layout.pack(tile) * L;
     const T *x = a.x[pair] + c, *y = a.y[pair] + c;
@@ -182,8 +183,8 @@ __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_consta
   }
 }
 
-// out[s] = Σ scale term + shift over its entries, of which `end` is behind the last; those of the first sum go
-// on from out where another launch has begun it.
+// out[s] = Σ scale term + shift over its entries, of which `end` is behind the last. The first sum goes on
+// from out, which half types have rounded, where another launch has begun it.
 template <typename T>
 struct AffineSumsArgs {
   Layout layout;
@@ -208,7 +209,7 @@ __device__ inline void coefficients(const Acc<T>* from, int64_t c, Acc<T> absent
   }
 }
 
-// The sums of a slab are neighbours in the order of blocks: what several of them read is read from memory once.
+// The sums of a slab are neighbours in the order of blocks: what several read comes from memory once.
 template <typename T, int L>
 __global__ void __launch_bounds__(kThreads) affine_sums_kernel(const __grid_constant__ AffineSumsArgs<T> a) {
   constexpr int kPixels = 2, kAtOnce = kFlight / kPixels;
@@ -315,7 +316,8 @@ void launch_affine_sums(const std::vector<AffineSum<T>>& sums, int64_t pixels, i
     const int64_t per_slab = int64_t{a.sums} * layout.tiles;
     const int64_t most = std::max<int64_t>(1, max_blocks / per_slab);
     a.slabs = static_cast<int>(blocks_for(pixels, int64_t{2} * layout.rows, most));
-    launch(wide ? affine_sums_kernel<T, kLanes<T>> : affine_sums_kernel<T, 1>, per_slab * a.slabs, size_t{0}, a);
+    const auto kernel = wide ? affine_sums_kernel<T, kLanes<T>> : affine_sums_kernel<T, 1>;
+    launch(kernel, per_slab * a.slabs, size_t{0}, a);
     used = a.sums = 0;
   };
   for (const auto& sum : sums)

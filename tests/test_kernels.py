@@ -1,4 +1,4 @@
-"""The CUDA kernels of the fused sum, on the CPU by cuda_emulation.h; mistakes planted in them must show."""
+"""The CUDA kernels, on the CPU by cuda_emulation.h; mistakes planted in them must show."""
 import os
 import shutil
 import subprocess
@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-KERNELS = TESTS.parent / "csrc" / "mixed_sum_kernels.cuh"
+CSRC = TESTS.parent / "csrc"
+OPERATORS = {  # the driver that runs them and the file that they are in
+    ("kernel_driver.cpp", "mixed_sum_kernels.cuh"): ["sum", "scale", "dot", "index"],
+    ("normalised_sum_driver.cpp", "normalised_sum_kernels.cuh"):
+        ["channel_sums", "affine_sums", "numbers", "normalised_index"],
+}  # fmt: skip
 TYPES = {"float32": "float", "float64": "double", "bfloat16": "__nv_bfloat16", "float16": "__half"}
 FLAGS = ["-std=c++17", "-O1", "-w", "-fsanitize=alignment,bounds,signed-integer-overflow",
          "-fsanitize-undefined-trap-on-error"]
@@ -56,7 +61,69 @@ MUTATIONS = {
     "scale: wrong output": ("scale", "float32", "store<T, L>(a.out[m] + i", "store<T, L>(a.out[m / 2] + i"),
     "scale: alignment of the outputs not asked":
         ("scale", "float32", "aligned(outs, count) && aligned(&grad, 1)", "aligned(&grad, 1)"),
+    "channel sums: no barrier":
+        ("channel_sums", "float32", "  __syncthreads();\n  for (int i = threadIdx.x; i",
+         "  for (int i = threadIdx.x; i"),
+    "channel sums: a barrier in a branch":
+        ("channel_sums", "float32", "    }\n  }\n  __syncthreads();\n", "    }\n  __syncthreads();\n  }\n"),
+    "channel sums: no barrier in the second stage":
+        ("channel_sums", "float32", "  __syncthreads();\n  if (threadIdx.x >= kColumns",
+         "  if (threadIdx.x >= kColumns"),
+    "channel sums: last slab left out": ("channel_sums", "float32", "slab < a.slabs;", "slab < a.slabs - 1;"),
+    "channel sums: not shifted": ("channel_sums", "float32", "= load<L>(y);", "= {};"),
+    "channel sums: squares not shifted twice":
+        ("channel_sums", "float32", "s * (same ? sum[l] + all : all)", "s * all"),
+    "channel sums: pixels behind the end":
+        ("channel_sums", "float32", "          if (pixel >= layout.pixels) continue;\n", ""),
+    "channel sums: slabs not strided":
+        ("channel_sums", "float32", "static_cast<int64_t>(a.slabs) * kRun * step", "layout.pixels"),
+    "channel sums: threads left over take part":
+        ("channel_sums", "float32", "return row() < rows && pack(tile) < packs", "return pack(tile) < packs"),
+    "channel sums: channels behind the last": ("channel_sums", "float32", "if (c >= layout.C) continue;", ""),
+    "channel sums: alignment of y not asked":
+        ("channel_sums", "float32", "aligned(x, pairs) && aligned(y, pairs)", "true"),
+    "channel sums: results of the second chunk over the first's":
+        ("channel_sums", "float32", "out + first * 2 * C, size", "out, size"),
+    "channel sums: index in 32 bits":
+        ("normalised_index", "bfloat16", "const int64_t pixel = from + (i + k) * step",
+         "const int pixel = (from + (i + k) * step) * layout.C / layout.C"),
+    "affine sums: index in 32 bits":
+        ("normalised_index", "bfloat16", "int64_t place[kPixels];", "int place[kPixels];"),
+    "affine sums: scale of another": ("affine_sums", "float32", "(a.scale[m + k], c,", "(a.scale[m], c,"),
+    "affine sums: shift forgotten":
+        ("affine_sums", "float32", "term[k][v][l] + shift[k][l]", "term[k][v][l]"),
+    "affine sums: scale of the first channels":
+        ("affine_sums", "float32", "load<L>(from + c)", "load<L>(from)"),
+    "affine sums: begins anew": ("affine_sums", "float32", "a.goes_on = first > 0", "a.goes_on = false"),
+    "affine sums: every sum goes on": ("affine_sums", "float32", "a.goes_on && s == 0", "a.goes_on"),
+    "affine sums: begins at the first entry": ("affine_sums", "float32", "s ? a.end[s - 1] : 0", "0"),
+    "affine sums: one sum too many": ("affine_sums", "float32", "|| a.sums == kMaxSums", ""),
+    "affine sums: writes behind the end":
+        ("affine_sums", "float32", "      if (inside[v]) store<T, L>", "      store<T, L>"),
+    "affine sums: grid not strided":
+        ("affine_sums", "float32", "static_cast<int64_t>(a.slabs) * kPixels", "layout.pixels * kPixels"),
+    "affine sums: alignment of the results not asked":
+        ("affine_sums", "float32", "    wide = wide && aligned(&sum.out, 1);\n", ""),
+    "numbers: half of the channels of p":
+        ("numbers", "float32", "c < C; c += kThreads)", "c < C / 2; c += kThreads)"),
+    "numbers: no barrier":
+        ("numbers", "float32", "    __syncthreads();\n    if (threadIdx.x > 0) return;",
+         "    if (threadIdx.x > 0) return;"),
+    "numbers: terms at the place of z":
+        ("numbers", "float32", "a.of_term(row - a.map.K, c)", "a.of_term(row, c)"),
+    "numbers: by S2 once": ("numbers", "float32", "2 * by_sums.second", "by_sums.second"),
+    "numbers: blocks of p counted twice":
+        ("numbers", "float32", "thread_number() - M * kThreads", "thread_number()"),
 }  # fmt: skip
+
+
+PLAIN = [(dtype, operators) for operators in OPERATORS.values() for dtype in TYPES
+         if dtype != "float16" or "sum" in operators]  # normalised sums are of the other types
+
+
+def source_of(operator: str) -> tuple[str, Path]:
+    """The driver that runs an operator, the file that its kernels are in."""
+    return next((driver, CSRC / name) for (driver, name), found in OPERATORS.items() if operator in found)
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +132,15 @@ def jobs(tmp_path_factory):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++ to compile the kernels for the CPU")
-    source = KERNELS.read_text()
     folder = tmp_path_factory.mktemp("kernels")
 
-    def job(number: int, dtype: str, operators: list[str], text: str) -> dict[str, tuple[int, str]]:
+    def job(number: int, dtype: str, operators: list[str], old: str, new: str) -> dict[str, tuple[int, str]]:
         here = folder / str(number)
         here.mkdir()
-        (here / KERNELS.name).write_text(text)
-        command = [compiler, *FLAGS, f"-DSCALAR={TYPES[dtype]}", f"-I{here}", f"-I{KERNELS.parent}",
-                   f"-I{TESTS}", "-o", str(here / "driver"), str(TESTS / "kernel_driver.cpp")]
+        driver, kernels = source_of(operators[0])
+        (here / kernels.name).write_text(kernels.read_text().replace(old, new))
+        command = [compiler, *FLAGS, f"-DSCALAR={TYPES[dtype]}", f"-I{here}", f"-I{CSRC}", f"-I{TESTS}",
+                   "-o", str(here / "driver"), str(TESTS / driver)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         results = {}
         for operator in operators:
@@ -82,24 +149,26 @@ def jobs(tmp_path_factory):
         return results
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = [(None, dtype, ["sum", "scale", "dot", "index"], source) for dtype in TYPES]
-        work += [(name, dtype, [operator], source.replace(old, new))
+        work = [(None, dtype, operators, "", "") for dtype, operators in PLAIN]
+        work += [(name, dtype, [operator], old, new)
                  for name, (operator, dtype, old, new) in MUTATIONS.items()]
-        yield {(name, dtype): pool.submit(job, number, dtype, operators, text)
-               for number, (name, dtype, operators, text) in enumerate(work)}
+        futures = {}
+        for number, (name, dtype, operators, old, new) in enumerate(work):
+            future = pool.submit(job, number, dtype, operators, old, new)
+            futures |= {(name, dtype, operator): future for operator in operators}
+        yield futures
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("operator", ["sum", "scale", "dot", "index"])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype, operator", [(dtype, one) for dtype, operators in PLAIN for one in operators])
 def test_kernels_agree_with_a_float64_loop(jobs, dtype, operator):
-    status, output = jobs[None, dtype].result()[operator]
+    status, output = jobs[None, dtype, operator].result()[operator]
     assert status == 0, output
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_planted_mistake_shows(jobs, name):
     operator, dtype, old, _ = MUTATIONS[name]
-    assert KERNELS.read_text().count(old) == 1, f"the text to mutate is not there once: {old}"
-    status, output = jobs[name, dtype].result()[operator]
+    assert source_of(operator)[1].read_text().count(old) == 1, f"the text to mutate is not there once: {old}"
+    status, output = jobs[name, dtype, operator].result()[operator]
     assert status != 0, "the tests did not notice"

@@ -43,7 +43,7 @@ def run_cell(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -> Ten
 
 
 def normalises(module: nn.Module, x: Tensor) -> bool:
-    """Whether the norms of this cell, or this norm, in front of which is such an x, are those of normalised_sum."""
+    """Whether the norms of this cell (or this norm) that read such an x are computed by normalised_sum."""
     return (module.training and x.dtype in DTYPES.get(x.device.type, ())
             and x.is_contiguous(memory_format=torch.channels_last))
 

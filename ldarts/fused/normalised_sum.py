@@ -222,7 +222,7 @@ class NormalisedTermsGrad(torch.autograd.Function):
 
 
 def channel_sums(x, y, like):
-    """Σx and Σx y per channel of each pair, [pairs, 2, C] in float64; of no pairs, as many channels as like."""
+    """Σx and Σx y per channel of each pair, [pairs, 2, C] in float64. like: any tensor of these channels"""
     if not x:
         return like.new_zeros(0, 2, like.shape[1], dtype=torch.float64)
     return torch.ops.ldarts.channel_sums(x, y)
