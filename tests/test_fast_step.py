@@ -14,6 +14,7 @@ from ldarts.fused.normalised_sum import node_sum, normalised_terms
 from ldarts.fused.separable import separable_convolutions
 from ldarts.operations import DilConv, SepConv
 
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 needs_build = pytest.mark.skipif(not compiled_for("cpu"),
                                  reason="the extension is not compiled: no compiler here")
 
@@ -74,14 +75,22 @@ def test_only_asked_gradients_of_a_separable_convolutions(asked):
     compare(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(op(x), inputs, grad), 1e-10)
 
 
+SUPERNETS = [("darts", 2), ("darts", 6), ("s1", 4), ("s2", 16), ("s3", 4), ("nasbench201", 3)]
+GPU_ENGINES = ["as on a GPU"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
 @needs_build
-@pytest.mark.parametrize("space, C", [("darts", 2), ("darts", 6), ("s1", 4), ("s2", 16), ("s3", 4)])
-def test_a_supernet_of_banks_has_the_derivatives_of_the_plain_one(space, C, monkeypatch):
+@pytest.mark.parametrize("space, C, engine", [(*net, "cpu") for net in SUPERNETS] + [
+    (*net, engine) for engine in GPU_ENGINES for net in (SUPERNETS[0], SUPERNETS[-1])])
+def test_a_supernet_of_banks_has_the_derivatives_of_the_plain_one(space, C, engine, monkeypatch):
     """Loss, gradients by weights and p, their gradients along random directions, batch-norm statistics."""
-    nets = [ldarts.SearchNetwork(C, 10, 3, space).double().to(memory_format=torch.channels_last)
-            for _ in range(2)]
+    device = "cuda" if engine == "cuda" else "cpu"
+    if engine != "cpu":  # the separable convolutions are those of the cell, the norms and sums are not
+        monkeypatch.setattr("ldarts.fused.cell.takes", lambda x: False)
+    nets = [ldarts.SearchNetwork(C, 10, 1 if space == "nasbench201" else 3, space).double().to(
+        device, memory_format=torch.channels_last) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
-    x, y = images(3, 3, 12, 12), torch.tensor([1, 2, 3])
+    x, y = images(3, 3, 12, 12).to(device), torch.tensor([1, 2, 3], device=device)
     results = []
     for net, engine in zip(nets, (True, False)):
         monkeypatch.setattr(fused, "takes", lambda x, engine=engine: engine)
@@ -89,7 +98,7 @@ def test_a_supernet_of_banks_has_the_derivatives_of_the_plain_one(space, C, monk
         w, p = net.weight_parameters(), [q.detach().clone().requires_grad_() for q in net.cell_weights()]
         loss = F.cross_entropy(net(x, p), y)
         first = torch.autograd.grad(loss, [*w, *p], create_graph=True)
-        directions = [torch.randn(g.shape, dtype=g.dtype) for g in first]
+        directions = [torch.randn(g.shape, dtype=g.dtype).to(device) for g in first]
         of_all = torch.autograd.grad(first, [*w, *p], directions, retain_graph=True, materialize_grads=True)
         # As the exact gradient of Λ takes it: of the g_l alone.
         of_p = torch.autograd.grad(first[len(w) :], w, directions[len(w) :], materialize_grads=True)
@@ -141,15 +150,54 @@ def test_the_same_bits_whatever_the_number_of_threads_of_a_separable_convolution
 
 
 @needs_build
-def test_weights_per_channel():
-    z, weights = [images(2, 5, 3, 3) for _ in range(9)], torch.rand(9, 5, dtype=torch.float64)
+def test_a_node_of_weights_per_channel():
+    z, (scale, shift) = [images(2, 5, 3, 3) for _ in range(9)], torch.rand(2, 9, 5, dtype=torch.float64)
     z[3] = z[3].contiguous()  # brought to the layout of the sum
-    expected = sum(w[:, None, None] * one for w, one in zip(weights, z))
-    for shift in (torch.rand(5, dtype=torch.float64), None):
-        found = torch.ops.ldarts.scaled_sum(weights, shift, z)
-        compare([found], [expected if shift is None else expected + shift[:, None, None]], 1e-12)
-    with pytest.raises(ValueError, match="scale has shape"):
-        torch.ops.ldarts.scaled_sum(weights[:, :4], None, z)
+    expected = sum(w[:, None, None] * one + b[:, None, None] for w, b, one in zip(scale, shift, z))
+    compare([torch.ops.ldarts.node_sum(scale.split([2, 7]), shift.split([4, 5]), z),
+             torch.ops.ldarts.node_sum([], [], z)], [expected, sum(z)], 1e-12)
+    with pytest.raises(ValueError, match="scales, expected"):
+        torch.ops.ldarts.node_sum([scale[:, :4]], [], z)
+
+
+@needs_build
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("C", [3, 16])
+def test_float32_sums_do_not_cancel(C, device):
+    """Variances, and sums of products with deviations, of channels whose mean is 1000 deviations from 0."""
+    z, grad = (images(4, C, 19, 21, dtype=torch.float32).to(device) for _ in range(2))
+    z += 1000
+    sums, (grads, products) = torch.ops.ldarts.channel_sums([z, grad], [z, z])
+    found = [(z, sums)]
+    if device == "cpu":  # and of what a separable convolution makes
+        weights = [torch.ones(C, 1, 3, 3)], [torch.eye(C)[:, :, None, None] + torch.rand(C, C, 1, 1)]
+        (other,), (sums,) = torch.ops.ldarts.separable_forward([z], None, *weights, 1, [1])
+        found.append((other, sums))
+    for one, (sums, squares) in found:
+        n, variance = one.numel() // C, one.double().var((0, 2, 3), unbiased=False)
+        compare([(squares / n - (sums / n) ** 2) / variance], [torch.ones_like(variance)], 1e-6)
+    mean = z.double().mean((0, 2, 3))
+    compare([found[0][1][0] / n], [mean], 1e-9)
+    compare([products - mean * grads], [(grad * (z.double() - mean[:, None, None])).sum((0, 2, 3))], 1e-5)
+
+
+@needs_build
+def test_logits_in_float32_are_as_exact_as_contiguous_ones():
+    """PyTorch's batch norm sums channels-last pixels in float32 one by one on a CPU: 5 to 10 times more."""
+    wide = ldarts.SearchNetwork(8, 10, 3, "s2").double()
+    x, threads = torch.randn(32, 3, 32, 32), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected, errors = wide(x.double()), []
+        for layout, engine in ((torch.contiguous_format, False), (torch.channels_last, True)):
+            net = copy.deepcopy(wide).float().to(memory_format=layout)
+            with pytest.MonkeyPatch.context() as patch:
+                if not engine:
+                    patch.setattr(fused, "takes", lambda x: False)
+                errors.append((net(x.contiguous(memory_format=layout)) - expected).norm().item())
+    finally:
+        torch.set_num_threads(threads)
+    assert errors[1] < 2.5 * errors[0]
 
 
 @needs_build
