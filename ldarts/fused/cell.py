@@ -19,7 +19,8 @@ from .separable import separable_convolutions, takes
 Product = tuple[Tensor, nn.BatchNorm2d | None]  # what an operation computes, and the norm that it ends in
 
 
-DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32, torch.float64, torch.bfloat16)}
+ON_A_GPU = torch.float32, torch.float64, torch.bfloat16
+DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": ON_A_GPU, "meta": ON_A_GPU}
 
 
 def run_cells(stem: nn.Module, cells: Iterable[nn.Module], x: Tensor, weights: Iterator[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .build import load
+from .normalised_sum import register_shapes
 
 
 @torch.compiler.assume_constant_result
@@ -28,6 +29,7 @@ def _loaded() -> bool:
     if not load("cpu"):  # it has the operators of every device
         return False
     _register()
+    register_shapes()
     return True
 
 

@@ -83,6 +83,35 @@ def pixels(z: Tensor) -> int:
     return z.numel() // z.shape[1]
 
 
+def register_shapes() -> None:
+    """What the operators of csrc/ return, for tensors without values."""
+    fake = torch.library.register_fake
+
+    @fake("ldarts::channel_sums")
+    def _(x, y):
+        return x[0].new_empty(len(x), 2, x[0].shape[1], dtype=torch.float64)
+
+    @fake("ldarts::node_sum")
+    def _(scales, shifts, z):
+        return torch.empty_like(z[0], memory_format=torch.channels_last)
+
+    @fake("ldarts::norm_statistics")
+    def _(z_sums, has_norm, p, z_of_term, count, eps):
+        C = z_sums.shape[2]
+        of_z = [p.new_empty(len(has_norm), 2, C) for _ in range(2)]
+        return *of_z, p.new_empty(2, len(z_of_term), C)
+
+    @fake("ldarts::term_gradients")
+    def _(rstd_mean, p, grad_rstd_mean, grad_sums, z_of_term, edge_of_term, has_norm, z, grad_edges):
+        return torch.empty_like(p), [torch.empty_like(t, memory_format=torch.channels_last) for t in z]
+
+    @fake("ldarts::term_gradients_backward")
+    def _(rstd_mean, p, grad_rstd_mean, grad_sums, z_of_term, edge_of_term, has_norm, z, grad_edges, *rest):
+        by_z, by_grads = ([torch.empty_like(t, memory_format=torch.channels_last) for t in tensors]
+                          for tensors in (z, grad_edges))
+        return torch.empty_like(rstd_mean), torch.empty_like(p), torch.empty_like(rstd_mean), by_z, by_grads
+
+
 class NodeSum(torch.autograd.Function):
     """forward: y = Σ_m scale_m z_m + shift_m. backward: G = ∂L/∂y to every link, differentiable again."""
 
