@@ -118,7 +118,7 @@ struct SumSlabsArgs {
 
 constexpr int kColumns = 16;  // results of a block
 
-inline __global__ void __launch_bounds__(kThreads) sum_slabs_kernel(const __grid_constant__ SumSlabsArgs a) {
+__global__ void __launch_bounds__(kThreads) sum_slabs_kernel(const __grid_constant__ SumSlabsArgs a) {
   double* shared = shared_memory;  // [kThreads]
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
   double sum = 0;
