@@ -1,6 +1,6 @@
 // Device code of normalised sums, and the plans that launch it; as in mixed_sum_kernels.cuh plain pointers
 // and sizes, so that it runs in tests/cuda_emulation.h. Tensors are channels-last, [pixels, C]; arithmetic
-// per channel is that of norms.h.
+// per channel is that of norms.h. Not yet run on a GPU.
 //
 // Nothing is added atomically: sums over pixels are those of blocks, written side by side, and sums of these
 // in a fixed order, so that the bits depend on sizes and alignment alone.

@@ -23,10 +23,11 @@ from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, pick_devi
 
 STAGES = {"1": (64, 16, 32, 32), "2": (64, 32, 16, 16), "3": (64, 64, 8, 8)}
 KINDS = {  # of operations, by what their names contain
-    "separable convolutions": ("separable_", "SeparableConvolutions", "channel_sums", "depthwise"),
+    "separable convolutions": ("separable_", "SeparableConvolutions", "depthwise"),
     "other convolutions": ("conv", "gemm", "addmm", "::mm"),
-    "batch norm": ("batch_norm", "norm_statistics", "norm_gradients", "lerp"),
-    "sums of nodes": ("mixed_", "scaled_sum", "term_gradients", "NormalisedTerms", "NodeSum", "sum_kernel"),
+    "batch norm": ("batch_norm", "statistics_kernel", "norm_statistics", "norm_gradients", "lerp"),
+    "sums of nodes": ("mixed_", "node_sum", "channel_sums", "affine_sums", "sum_slabs", "term_gradients",
+                      "gradients_kernel", "NormalisedTerms", "NodeSum", "sum_kernel"),
     "pools": ("pool",), "ReLU": ("relu", "clamp_min", "threshold"), "optimizers": ("foreach", "SGD", "Adam"),
     "copies and zeros": ("copy", "cat", "fill", "zero", "empty", "clone", "Memcpy", "Memset"),
 }
