@@ -3,6 +3,7 @@
 //     mixed_sum(w, t)   = Σ_m w_m t_m         [N, C, H, W], or whatever shape the terms have
 //     mixed_scale(g, w) = (w_m g)_m           its gradient by the terms, where g is that by the sum
 //     mixed_dot(g, t)   = (<g, t_m>)_m  [M]   its gradient by the weights
+//     mixed_grads(g, w, t) = mixed_dot(g, t), mixed_scale(g, w)   both, which read g once
 //
 // Each is the others' derivative, to any order (ldarts/mixed_sum.py).
 #include "mixed_sum.h"
@@ -15,6 +16,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 namespace ldarts {
@@ -121,15 +123,21 @@ void sum_kernel(const std::vector<ScaledSum>& sums, int64_t C, at::TensorList ou
   });
 }
 
+template <typename T>
+std::vector<T*> mutable_pointers(at::TensorList tensors) {
+  std::vector<T*> result;
+  for (const auto& t : tensors) result.push_back(t.mutable_data_ptr<T>());
+  return result;
+}
+
 // outs[m] = weights[m] grad: the gradient of mixed_sum by its terms.
 template <typename T>
 void scale_kernel(const at::Tensor& grad, const at::Tensor& weights, at::TensorList outs) {
   using L = Lanes<T>;
   const auto* w = weights.const_data_ptr<typename L::Acc>();
   const T* g = grad.const_data_ptr<T>();
+  const auto out = mutable_pointers<T>(outs);
   const int64_t M = outs.size();
-  std::vector<T*> out;
-  for (const auto& t : outs) out.push_back(t.mutable_data_ptr<T>());
   each_block(16384, grad.numel(), M, [&](int64_t begin, int64_t size, int64_t) {
     for (int64_t m = 0; m < M; ++m) {
       const typename L::Vec scale(w[m]);
@@ -140,16 +148,20 @@ void scale_kernel(const at::Tensor& grad, const at::Tensor& weights, at::TensorL
   });
 }
 
-// out[m] = <grad, terms[m]>: the gradient of mixed_sum by its weights.
+// out[m] = <grad, terms[m]>: the gradient of mixed_sum by its weights. With `outs` also that by its terms,
+// outs[m] = weights[m] grad, in the same loop: half as long again in two on a CPU.
 template <typename T>
-void dot_kernel(const at::Tensor& grad, at::TensorList terms, const at::Tensor& out) {
+void dot_kernel(const at::Tensor& grad, at::TensorList terms, const at::Tensor& out,
+                const at::Tensor& weights = {}, at::TensorList outs = {}) {
   using L = Lanes<T>;
   using Acc = typename L::Acc;
   const int64_t M = terms.size(), numel = grad.numel();
   const auto term = pointers<T>(terms);
+  const auto scaled = mutable_pointers<T>(outs);
+  const Acc* w = outs.empty() ? nullptr : weights.const_data_ptr<Acc>();
   const T* g = grad.const_data_ptr<T>();
   std::vector<double> partial((numel + kBlock - 1) / kBlock * M);
-  each_block(kBlock, numel, M, [&](int64_t begin, int64_t size, int64_t b) {
+  each_block(kBlock, numel, outs.empty() ? M : 2 * M, [&](int64_t begin, int64_t size, int64_t b) {
     unrolled<kGroup>(M, [&](int64_t m, auto group) {
       typename L::Vec sums[group];
       for (auto& sum : sums) sum = typename L::Vec(0);
@@ -157,6 +169,8 @@ void dot_kernel(const at::Tensor& grad, at::TensorList terms, const at::Tensor& 
         const auto grads = L::load(g + begin + i, count);
         for (int64_t k = 0; k < group; ++k)
           sums[k] = at::vec::fmadd(grads, L::load(term[m + k] + begin + i, count), sums[k]);
+        for (int64_t k = 0; k < group && w; ++k)
+          L::store(scaled[m + k] + begin + i, typename L::Vec(w[m + k]) * grads, count);
       });
       for (int64_t k = 0; k < group; ++k) {
         Acc lanes[L::kSize];
@@ -198,12 +212,26 @@ std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& we
   return outs;
 }
 
+at::Tensor empty_dots(const at::Tensor& grad, int64_t count) {
+  return at::empty({count}, grad.options().dtype(at::toOpMathType(grad.scalar_type())));
+}
+
 at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
   const auto g = check_grad(grad, terms[0], check_terms(terms));
-  const auto out = at::empty({static_cast<int64_t>(terms.size())},
-                             g.options().dtype(at::toOpMathType(g.scalar_type())));
+  const auto out = empty_dots(g, terms.size());
   DISPATCH(g.scalar_type(), dot_kernel, g, terms, out);
   return out;
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> mixed_grads(const at::Tensor& grad, const at::Tensor& weights,
+                                                            at::TensorList terms) {
+  const auto g = check_grad(grad, terms[0], check_terms(terms));
+  const auto w = check_weights(weights, terms.size(), g);
+  const auto out = empty_dots(g, terms.size());
+  std::vector<at::Tensor> scaled;
+  for (size_t m = 0; m < terms.size(); ++m) scaled.push_back(at::empty_like(g));
+  DISPATCH(g.scalar_type(), dot_kernel, g, terms, out, w, scaled);
+  return {out, scaled};
 }
 
 }  // namespace
@@ -230,12 +258,14 @@ TORCH_LIBRARY(ldarts, m) {
   m.def("mixed_sum(Tensor weights, Tensor[] terms) -> Tensor");
   m.def("mixed_scale(Tensor grad, Tensor weights) -> Tensor[]");
   m.def("mixed_dot(Tensor grad, Tensor[] terms) -> Tensor");
+  m.def("mixed_grads(Tensor grad, Tensor weights, Tensor[] terms) -> (Tensor, Tensor[])");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
   m.impl("mixed_sum", mixed_sum);
   m.impl("mixed_scale", mixed_scale);
   m.impl("mixed_dot", mixed_dot);
+  m.impl("mixed_grads", mixed_grads);
 }
 
 }  // namespace ldarts

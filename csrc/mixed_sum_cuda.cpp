@@ -1,4 +1,4 @@
-// ldarts::mixed_sum, mixed_scale and mixed_dot on CUDA: tensors to pointers (launch.cuh).
+// ldarts::mixed_sum and its gradients on CUDA: tensors to pointers (launch.cuh).
 #include "mixed_sum_cuda.h"
 #include "checks.h"
 
@@ -14,6 +14,8 @@
 #include <cuda_fp16.h>
 #include <torch/library.h>
 
+#include <optional>
+#include <tuple>
 #include <vector>
 
 namespace ldarts {
@@ -88,21 +90,37 @@ std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& we
   return outs;
 }
 
-at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
+using Grads = std::tuple<at::Tensor, std::vector<at::Tensor>>;
+
+// weights: none where the gradient by the terms is not asked for.
+Grads grads(const at::Tensor& grad, const std::optional<at::Tensor>& weights, at::TensorList terms) {
   const auto format = check_terms(terms);
   const c10::cuda::CUDAGuard guard(terms[0].device());
   const auto g = check_grad(grad, terms[0], format);
   const int64_t count = terms.size();
+  const auto w = weights ? check_weights(*weights, count, g) : at::Tensor();
   const auto options = g.options().dtype(at::toOpMathType(g.scalar_type()));
-  if (g.numel() == 0) return at::zeros({count}, options);
+  std::vector<at::Tensor> outs;
+  for (int64_t m = 0; m < count && weights; ++m) outs.push_back(at::empty_like(g));
+  if (g.numel() == 0) return {at::zeros({count}, options), outs};
   const auto partial = at::empty({count, kDotBlocks}, options);
-  const auto out = at::empty({count}, options);
-  DISPATCH(g.scalar_type(), "mixed_dot", {
-    kernels<T>().dot(static_cast<const T*>(g.const_data_ptr()), read_pointers<T>(terms).data(), count,
-                     static_cast<Acc<T>*>(partial.mutable_data_ptr()),
-                     static_cast<Acc<T>*>(out.mutable_data_ptr()), g.numel());
+  const auto dots = at::empty({count}, options);
+  DISPATCH(g.scalar_type(), "mixed_grads", {
+    kernels<T>().grads(static_cast<const T*>(g.const_data_ptr()),
+                       weights ? static_cast<const Acc<T>*>(w.const_data_ptr()) : nullptr,
+                       read_pointers<T>(terms).data(), count, static_cast<Acc<T>*>(partial.mutable_data_ptr()),
+                       static_cast<Acc<T>*>(dots.mutable_data_ptr()), write_pointers<T>(outs).data(),
+                       g.numel());
   });
-  return out;
+  return {dots, outs};
+}
+
+at::Tensor mixed_dot(const at::Tensor& grad, at::TensorList terms) {
+  return std::get<0>(grads(grad, std::nullopt, terms));
+}
+
+Grads mixed_grads(const at::Tensor& grad, const at::Tensor& weights, at::TensorList terms) {
+  return grads(grad, weights, terms);
 }
 
 }  // namespace
@@ -111,6 +129,7 @@ TORCH_LIBRARY_IMPL(ldarts, CUDA, m) {
   m.impl("mixed_sum", mixed_sum);
   m.impl("mixed_scale", mixed_scale);
   m.impl("mixed_dot", mixed_dot);
+  m.impl("mixed_grads", mixed_grads);
 }
 
 }  // namespace ldarts

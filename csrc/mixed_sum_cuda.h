@@ -23,9 +23,9 @@ struct MixedSumKernels {
   void sum(const Acc<T>* weight, const T* const* terms, int64_t count, Acc<T>* carry, T* out,
            int64_t n) const;
   void scale(const T* grad, const Acc<T>* weight, T* const* outs, int64_t count, int64_t n) const;
-  // partial: [count, kDotBlocks]
-  void dot(const T* grad, const T* const* terms, int64_t count, Acc<T>* partial, Acc<T>* out,
-           int64_t n) const;
+  // weight: null where outs is not asked for; partial: [count, kDotBlocks]
+  void grads(const T* grad, const Acc<T>* weight, const T* const* terms, int64_t count, Acc<T>* partial,
+             Acc<T>* dots, T* const* outs, int64_t n) const;
 };
 
 }  // namespace ldarts

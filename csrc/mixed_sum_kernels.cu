@@ -17,9 +17,9 @@ void MixedSumKernels<T>::scale(const T* grad, const Acc<T>* weight, T* const* ou
 }
 
 template <typename T>
-void MixedSumKernels<T>::dot(const T* grad, const T* const* terms, int64_t count, Acc<T>* partial,
-                             Acc<T>* out, int64_t n) const {
-  launch_dot<T>(grad, terms, count, partial, out, n, kDotBlocks, Launch<kThreads>{stream});
+void MixedSumKernels<T>::grads(const T* grad, const Acc<T>* weight, const T* const* terms, int64_t count,
+                               Acc<T>* partial, Acc<T>* dots, T* const* outs, int64_t n) const {
+  launch_grads<T>(grad, weight, terms, count, partial, dots, outs, n, kDotBlocks, Launch<kThreads>{stream});
 }
 
 template struct MixedSumKernels<float>;

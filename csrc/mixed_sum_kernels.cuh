@@ -145,16 +145,18 @@ struct ScaleArgs {
 };
 
 template <typename T, int L>
+__device__ inline void store_scaled(T* to, Acc<T> weight, const Pack<T, L>& grad) {
+  Acc<T> product[L];
+#pragma unroll
+  for (int l = 0; l < L; ++l) product[l] = weight * grad[l];
+  store<T, L>(to, product);
+}
+
+template <typename T, int L>
 __device__ inline void scale_pack(const ScaleArgs<T>& a, int64_t i) {
   const auto grad = load<L>(a.grad + i);
 #pragma unroll 4
-  for (int m = 0; m < a.count; ++m) {
-    const Acc<T> weight = a.weight[m];
-    Acc<T> product[L];
-#pragma unroll
-    for (int l = 0; l < L; ++l) product[l] = weight * grad[l];
-    store<T, L>(a.out[m] + i, product);
-  }
+  for (int m = 0; m < a.count; ++m) store_scaled(a.out[m] + i, a.weight[m], grad);
 }
 
 template <typename T, int L>
@@ -164,18 +166,21 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
   if (const int64_t i = packs * L + thread_number(); i < a.n) scale_pack<T, 1>(a, i);
 }
 
-// partial[m, block] = the block's share of <grad, term[m]>, [count, gridDim.x]
+// partial[m, block] = the block's share of <grad, term[m]>, [count, gridDim.x]; with `weight` also
+// out[m] = weight[m] * grad.
 template <typename T>
 struct DotArgs {
   const T* grad;
   const T* term[kMaxTerms];
+  const Acc<T>* weight;  // null: no out
+  T* out[kMaxTerms];
   Acc<T>* partial;
   int64_t n;
   int count;
 };
 
-// Adds the products of the elements from `first` on, V packs a thread, to the warp's sums [count]. Lane
-// m % kWarp alone touches sums[m], so that no barrier is needed here.
+// Adds the products of the elements from `first` on, V packs a thread, to the warp's sums [count], and writes
+// out. Lane m % kWarp alone touches sums[m], so that no barrier is needed here.
 template <typename T, int L, int V>
 __device__ inline void dot_tile(const DotArgs<T>& a, int64_t first, int64_t end, Acc<T>* sums) {
   constexpr int kGroup = kFlight / V;
@@ -205,6 +210,10 @@ __device__ inline void dot_tile(const DotArgs<T>& a, int64_t first, int64_t end,
           if (i[v] < end) dot += grad[v][l] * term[k][v][l];
       dot = warp_sum(dot);
       if (lane == (m + k) % kWarp) sums[m + k] += dot;
+      if (!a.weight) continue;
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        if (i[v] < end) store_scaled(a.out[m + k] + i[v], a.weight[m + k], grad[v]);
     }
   }
 }
@@ -296,19 +305,27 @@ void launch_scale(const T* grad, const Acc<T>* weight, T* const* outs, int64_t c
   });
 }
 
-// partial [count, max_blocks] is scratch. The order of additions follows from n, alignment and max_blocks.
+// The gradients by the weights and, with `weight`, by the terms: outs. partial [count, max_blocks] is scratch.
+// The order of additions follows from n, alignment and max_blocks.
+template <typename T, typename Launch>
+void launch_grads(const T* grad, const Acc<T>* weight, const T* const* terms, int64_t count, Acc<T>* partial,
+                  Acc<T>* dots, T* const* outs, int64_t n, int64_t max_blocks, const Launch& launch) {
+  if (n == 0) return;
+  const bool wide = aligned(terms, count) && aligned(&grad, 1) && (!weight || aligned(outs, count));
+  const int64_t blocks = blocks_for(n, kThreads * kDotPacks<T> * (wide ? kLanes<T> : 1), max_blocks);
+  each_chunk(count, [&](int64_t first, int number) {
+    DotArgs<T> a{grad, {}, weight ? weight + first : nullptr, {}, partial + first * blocks, n, number};
+    std::copy_n(terms + first, number, a.term);
+    if (weight) std::copy_n(outs + first, number, a.out);
+    launch(wide ? dot_kernel<T, kLanes<T>> : dot_kernel<T, 1>, blocks, sizeof(Acc<T>) * kWarps * number, a);
+  });
+  launch(finish_kernel<Acc<T>>, count, sizeof(Acc<T>) * kWarps, FinishArgs<Acc<T>>{partial, dots, blocks});
+}
+
 template <typename T, typename Launch>
 void launch_dot(const T* grad, const T* const* terms, int64_t count, Acc<T>* partial, Acc<T>* out, int64_t n,
                 int64_t max_blocks, const Launch& launch) {
-  if (n == 0) return;
-  const bool wide = aligned(terms, count) && aligned(&grad, 1);
-  const int64_t blocks = blocks_for(n, kThreads * kDotPacks<T> * (wide ? kLanes<T> : 1), max_blocks);
-  each_chunk(count, [&](int64_t first, int number) {
-    DotArgs<T> a{grad, {}, partial + first * blocks, n, number};
-    std::copy_n(terms + first, number, a.term);
-    launch(wide ? dot_kernel<T, kLanes<T>> : dot_kernel<T, 1>, blocks, sizeof(Acc<T>) * kWarps * number, a);
-  });
-  launch(finish_kernel<Acc<T>>, count, sizeof(Acc<T>) * kWarps, FinishArgs<Acc<T>>{partial, out, blocks});
+  launch_grads<T>(grad, nullptr, terms, count, partial, out, nullptr, n, max_blocks, launch);
 }
 
 }  // namespace ldarts

@@ -6,12 +6,13 @@
 """
 import argparse
 import json
+import operator
 import resource
 import statistics
 import sys
+from functools import partial
 from itertools import product
-from operator import attrgetter
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,12 +71,18 @@ def main() -> None:
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
     """Median, after one call that warms up."""
-    times = []
+    return statistics.median(interleaved([function], repeats)[0])
+
+
+def interleaved(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Seconds of each function's calls, one call of each in turn, after one round that warms up."""
+    times = [[] for _ in functions]
     for _ in range(repeats + 1):
-        started = timer()  # when the device has done what was asked of it before
-        function()
-        times.append(timer() - started)
-    return statistics.median(times[1:])
+        for function, of_function in zip(functions, times):
+            started = timer()  # when the device has done what was asked of it before
+            function()
+            of_function.append(timer() - started)
+    return [of_function[1:] for of_function in times]
 
 
 def peak_mib(device: torch.device) -> float:
@@ -111,7 +118,8 @@ def bench_mixed_sum(args: argparse.Namespace) -> None:
 def time_sums(stage: str, count: int, layout: str, dtype: str, device: torch.device,
               compiles: bool) -> Iterator[dict[str, Any]]:
     """A row for the forward pass, one with the backward. MB: those that must move, forward M reads, 1 write,
-    backward M + 2 reads (the gradient twice), M writes."""
+    backward M + 1 reads, M writes. speedup, to_compiled: time of the reference, and of the compiled one, in
+    times of the fused one, the medians over rounds in which they take turns."""
     like = torch.empty(STAGES[stage], device=device, dtype=getattr(torch, dtype),
                        memory_format=MEMORY_FORMATS[layout])
     terms = [torch.randn_like(like, requires_grad=True) for _ in range(count)]
@@ -133,14 +141,16 @@ def time_sums(stage: str, count: int, layout: str, dtype: str, device: torch.dev
     def both(function):
         torch.autograd.grad(function(weights, terms), [weights, *terms], grad)
 
-    for phase, run, sizes in (("forward", forward, count + 1), ("forward+backward", both, 3 * count + 3)):
+    for phase, run, sizes in (("forward", forward, count + 1), ("forward+backward", both, 3 * count + 2)):
         row = {"stage": stage, "terms": count, "layout": layout, "dtype": dtype, "phase": phase,
                "MB": sizes * size / 1e6, "copy_GBps": copied / 1e9}
-        for name, function in variants.items():
-            row[f"{name}_ms"] = 1e3 * seconds(lambda: run(function), 15)
+        times = dict(zip(variants, interleaved([partial(run, f) for f in variants.values()], 15)))
+        row |= {f"{name}_ms": 1e3 * statistics.median(of_one) for name, of_one in times.items()}
         row["fused_GBps"] = row["MB"] / row["fused_ms"]
         row["of_copy"] = row["fused_GBps"] / row["copy_GBps"]
-        row["speedup"] = row["reference_ms"] / row["fused_ms"]
+        for ratio, name in (("speedup", "reference"), ("to_compiled", "compiled")):
+            if name in times:
+                row[ratio] = statistics.median(map(operator.truediv, times[name], times["fused"]))
         yield row
 
 
@@ -202,7 +212,7 @@ def profile(run: Callable[[], object], on_gpu: bool) -> tuple[dict[str, float], 
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as profiler:
         run()
-    cost = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")  # in microseconds
+    cost = operator.attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")  # in microseconds
     kinds, operations = {}, []
     for event in sorted(profiler.key_averages(), key=cost, reverse=True):
         operations.append({"name": event.key, "ms": cost(event) / 1e3, "calls": event.count})

@@ -38,24 +38,31 @@ void fill(const Array<V>& to, int64_t m, int64_t from, int64_t end) {
 
 double at(const Array<T>& from, int64_t i) { return ldarts::widen(from.data[i]); }
 
-// All arrays of a case; `open` as in emulation::Array. Terms and outputs of scale are one list.
+// All arrays of a case; `open` as in emulation::Array. Terms and outputs of scale are one list; those of grads are two,
+// of which, where one array alone is misaligned, it is now a term, now an output.
 struct Data {
-  std::vector<Array<T>> terms;
+  std::vector<Array<T>> terms, outs;
   Array<T> single;  // grad, or sum's out
   Array<A> weight;
-  std::vector<T*> pointers;
+  std::vector<T*> pointers, out_pointers;
 
   Data(const Case& c, int64_t open) : single(c.n, c.M == 7 ? c.offset : 0, open), weight(c.M) {
+    const bool two_lists = c.what == std::string("grads");
     for (int64_t m = 0; m < c.M; ++m) {
       // One array alone is misaligned, so that an alignment check which forgets it is caught.
-      terms.emplace_back(c.n, c.M != 7 && m == c.M - 1 ? c.offset : 0, open);
+      const int64_t offset = c.M != 7 && m == c.M - 1 ? c.offset : 0;
+      terms.emplace_back(c.n, two_lists && c.M % 2 ? 0 : offset, open);
       pointers.push_back(terms.back().data);
+      if (!two_lists) continue;
+      outs.emplace_back(c.n, c.M % 2 ? offset : 0, open);
+      out_pointers.push_back(outs.back().data);
     }
     fill(weight, -1, 0, c.M);
   }
   void check(const Case& c) const {
     bool intact = single.intact() && weight.intact();
     for (const auto& t : terms) intact = intact && t.intact();
+    for (const auto& t : outs) intact = intact && t.intact();
     expect(intact, c, -1, 0, 0);
   }
 };
@@ -80,6 +87,8 @@ std::vector<char> run(const Case& c, unsigned order, int64_t open = 0) {
   if (what == "sum") ldarts::launch_sum<T>(d.weight.data, d.pointers.data(), c.M, carry.data, d.single.data, c.n, c.max_blocks, launch);
   if (what == "scale") ldarts::launch_scale<T>(d.single.data, d.weight.data, d.pointers.data(), c.M, c.n, c.max_blocks, launch);
   if (what == "dot") ldarts::launch_dot<T>(d.single.data, d.pointers.data(), c.M, partial.data, out.data, c.n, c.max_blocks, launch);
+  if (what == "grads") ldarts::launch_grads<T>(d.single.data, d.weight.data, d.pointers.data(), c.M, partial.data, out.data, d.out_pointers.data(), c.n, c.max_blocks, launch);
+  const auto& scaled = what == "grads" ? d.outs : d.terms;
   d.check(c);
   expect(out.intact() && partial.intact() && carry.intact(), c, -1, 0, 0);
 
@@ -95,13 +104,15 @@ std::vector<char> run(const Case& c, unsigned order, int64_t open = 0) {
         size += std::abs(w * term);
         dot[m] += single * term;
         dot_size[m] += std::abs(single * term);
-        const bool right = std::abs(term - w * single) <= 1.001 * kUnit * std::abs(w * single) + kStep;
-        if (what == "scale") expect(right, c, i, term, w * single), keep(d.terms[m].data[i]);
+        if (what != "scale" && what != "grads") continue;
+        const double product = at(scaled[m], i), error = std::abs(product - w * single);
+        expect(error <= 1.001 * kUnit * std::abs(w * single) + kStep, c, i, product, w * single);
+        keep(scaled[m].data[i]);
       }
       const bool right = std::abs(at(d.single, i) - sum) <= 1.001 * kUnit * std::abs(sum) + kStep + kUnitA * c.M * size;
       if (what == "sum") expect(right, c, i, at(d.single, i), sum), keep(d.single.data[i]);
     }
-  if (what == "dot" && c.n)
+  if ((what == "dot" || what == "grads") && c.n)
     for (int64_t m = 0; m < c.M; ++m)
       expect(std::abs(out.data[m] - dot[m]) <= 50 * kUnitA * dot_size[m], c, m, out.data[m], dot[m]), keep(out.data[m]);
   return bytes;
@@ -111,7 +122,7 @@ int main(int, char** arguments) {
   const std::string what = arguments[1];
   const char* name = arguments[1];
   if (what == "index") {  // the first and the last block of a grid that ends 5 elements beyond 2^31 (packs: 2^32)
-    for (const char* operation : {"sum", "scale", "dot"})
+    for (const char* operation : {"sum", "scale", "dot", "grads"})
       for (int64_t offset : {0, 1}) run({operation, (int64_t{1} << (offset ? 31 : 32)) + 5, 2, offset, INT32_MAX}, 1, 1 << 16);
     return 0;
   }

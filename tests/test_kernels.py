@@ -10,7 +10,7 @@ import pytest
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 OPERATORS = {  # the driver that runs them and the file that they are in
-    ("kernel_driver.cpp", "mixed_sum_kernels.cuh"): ["sum", "scale", "dot", "index"],
+    ("kernel_driver.cpp", "mixed_sum_kernels.cuh"): ["sum", "scale", "dot", "grads", "index"],
     ("normalised_sum_driver.cpp", "normalised_sum_kernels.cuh"):
         ["channel_sums", "affine_sums", "numbers", "normalised_index"],
 }  # fmt: skip
@@ -41,6 +41,17 @@ MUTATIONS = {
     "dot: partials of the second chunk over the first's": ("dot", "float32", "partial + first * blocks",
                                                            "partial"),
     "dot: index in 32 bits": ("index", "float16", "constexpr int64_t kTile", "constexpr int kTile"),
+    "grads: weights of the second chunk": ("grads", "float32", "weight ? weight + first : nullptr",
+                                           "weight"),
+    "grads: outputs of the second chunk": ("grads", "float32", "(weight) std::copy_n(outs + first",
+                                           "(weight) std::copy_n(outs"),
+    "grads: writes behind the end": ("grads", "float32", "if (i[v] < end) store_scaled", "store_scaled"),
+    "grads: another pack's gradient": ("grads", "float32", "a.weight[m + k], grad[v]",
+                                       "a.weight[m + k], grad[0]"),
+    "grads: alignment of the outputs not asked": ("grads", "float32", " && (!weight || aligned(outs, count))",
+                                                  ""),
+    "grads: only one lane writes": ("grads", "float32", "if (!a.weight) continue;",
+                                           "if (!a.weight || lane != (m + k) % kWarp) continue;"),
     "sum: index off by one": ("sum", "float32", "load<L>(a.term[m + k] + i)",
                               "load<L>(a.term[m + k] + i + 1)"),
     "sum: tail left out": ("sum", "float32", "i < a.n) sum_pack<T, 1>", "i < 0) sum_pack<T, 1>"),
@@ -58,7 +69,7 @@ MUTATIONS = {
                                       "inline int thread_number()"),
     "scale: index in 32 bits": ("index", "float16", "scale_pack(const ScaleArgs<T>& a, int64_t i)",
                                 "scale_pack(const ScaleArgs<T>& a, int i)"),
-    "scale: wrong output": ("scale", "float32", "store<T, L>(a.out[m] + i", "store<T, L>(a.out[m / 2] + i"),
+    "scale: wrong output": ("scale", "float32", "store_scaled(a.out[m] + i", "store_scaled(a.out[m / 2] + i"),
     "scale: alignment of the outputs not asked":
         ("scale", "float32", "aligned(outs, count) && aligned(&grad, 1)", "aligned(&grad, 1)"),
     "channel sums: no barrier":

@@ -72,7 +72,8 @@ def test_opcheck(device):
     weights, terms = sample((2, 3, 4, 5), 3, torch.float32, device, grad=True)
     ops = torch.ops.ldarts
     for op, arguments in ((ops.mixed_sum, (weights, terms)), (ops.mixed_scale, (terms[0], weights)),
-                          (ops.mixed_dot, (terms[0], terms))):
+                          (ops.mixed_dot, (terms[0], terms)),
+                          (ops.mixed_grads, (terms[0], weights, terms))):
         torch.library.opcheck(op.default, arguments)
 
 

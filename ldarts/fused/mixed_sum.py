@@ -1,10 +1,11 @@
 """The weighted sum of a mixed operation, Σ_m weights[m] · terms[m], on which every supernet here is built.
 
-Three operators of csrc/ are each other's derivatives, to any order:
+Four operators of csrc/ are each other's derivatives, to any order:
 
     mixed_sum(w, t)   = Σ_m w_m t_m         by w: mixed_dot(g, t)      by t: mixed_scale(g, w)
     mixed_scale(g, w) = (w_m g)_m           by g: mixed_sum(w, G)      by w: mixed_dot(g, G)
     mixed_dot(g, t)   = (⟨g, t_m⟩)_m        by g: mixed_sum(G, t)      by t: mixed_scale(g, G)
+    mixed_grads(g, w, t) = mixed_dot(g, t), mixed_scale(g, w)          in one pass over g
 
 where G is the gradient of the result. Without the compiled operators mixed_sum_ref runs.
 """
@@ -88,24 +89,34 @@ def _register() -> None:
                 for _ in range(weights.shape[0])]
 
     @torch.library.register_fake("ldarts::mixed_dot")
-    def _(grad, terms):
+    def dots(grad, terms):
         return grad.new_empty(len(terms), dtype=torch.promote_types(grad.dtype, torch.float32))
 
+    @torch.library.register_fake("ldarts::mixed_grads")
+    def _(grad, weights, terms):
+        check_terms(weights, terms)
+        return dots(grad, terms), [torch.empty_like(term) for term in terms]
+
+    def in_layout_of(like, grads):
+        layout = _dense(like)
+        return [(torch.zeros_like(like) if g is None else g).contiguous(memory_format=layout) for g in grads]
+
     def keep(ctx, inputs, output):
-        tensor, other = inputs
-        ctx.many = isinstance(other, (list, tuple))
-        ctx.save_for_backward(tensor, *(other if ctx.many else [other]))
+        *tensors, last = inputs
+        ctx.save_for_backward(*tensors, *(last if isinstance(last, (list, tuple)) else [last]))
 
     def sum_backward(ctx, grad):
         weights, *terms = ctx.saved_tensors
         by_weights, by_terms = ctx.needs_input_grad
+        if by_weights and any(by_terms):
+            found, scaled = ops.mixed_grads(grad, weights, terms)
+            return found.to(weights.dtype), scaled
         return (ops.mixed_dot(grad, terms).to(weights.dtype) if by_weights else None,
                 ops.mixed_scale(grad, weights) if any(by_terms) else [None] * len(terms))
 
     def scale_backward(ctx, grads):
         grad, weights = ctx.saved_tensors
-        layout = _dense(grad)
-        grads = [(torch.zeros_like(grad) if g is None else g).contiguous(memory_format=layout) for g in grads]
+        grads = in_layout_of(grad, grads)
         by_grad, by_weights = ctx.needs_input_grad
         return (ops.mixed_sum(weights, grads) if by_grad else None,
                 ops.mixed_dot(grad, grads).to(weights.dtype) if by_weights else None)
@@ -116,7 +127,17 @@ def _register() -> None:
         return (ops.mixed_sum(grad_dots, terms) if by_grad else None,
                 ops.mixed_scale(grad, grad_dots) if any(by_terms) else [None] * len(terms))
 
-    for name, backward in (("sum", sum_backward), ("scale", scale_backward), ("dot", dot_backward)):
+    def grads_backward(ctx, grad_dots, grads):
+        grad, weights, *terms = ctx.saved_tensors
+        by_grad, by_weights, by_terms = ctx.needs_input_grad
+        grads = in_layout_of(terms[0], grads)
+        weights_of_both = torch.cat([weights.to(grad_dots.dtype), grad_dots])
+        return (ops.mixed_sum(weights_of_both, [*grads, *terms]) if by_grad else None,
+                ops.mixed_dot(grad, grads).to(weights.dtype) if by_weights else None,
+                ops.mixed_scale(grad, grad_dots) if any(by_terms) else [None] * len(terms))
+
+    for name, backward in (("sum", sum_backward), ("scale", scale_backward), ("dot", dot_backward),
+                           ("grads", grads_backward)):
         torch.library.register_autograd(f"ldarts::mixed_{name}", backward, setup_context=keep)
 
 
