@@ -2,6 +2,7 @@
 
     python -m ldarts.bench mixed_sum [--json]   # fused, reference, compiled reference, against a plain copy
     python -m ldarts.bench step [--search_space darts --batch_size 16 --unrolled --lambda_grad exact --json]
+    python -m ldarts.bench work [--lambda_grad exact --json]   # launches and bytes of a step on a GPU, counted
     python -m ldarts.bench eval [--arch LAMBDA_DARTS --amp bf16 --compile --json]   # against the plain form
 """
 import argparse
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.benchmark import timer
 
+from .architect import METHODS
 from .fused.mixed_sum import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, pick_device, script
 
@@ -31,6 +33,7 @@ KINDS = {  # of operations, by what their names contain
                       "gradients_kernel", "NormalisedTerms", "NodeSum", "sum_kernel"),
     "pools": ("pool",), "ReLU": ("relu", "clamp_min", "threshold"), "optimizers": ("foreach", "SGD", "Adam"),
     "copies and zeros": ("copy", "cat", "fill", "zero", "empty", "clone", "Memcpy", "Memset"),
+    "other additions": ("add",),
 }
 
 
@@ -44,25 +47,33 @@ def main() -> None:
     sums.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     sums.add_argument("--no-compile", action="store_true", help="no torch.compile: minutes on a CPU")
     step = commands.add_parser("step", help="a search step: seconds, peak memory, the costliest operations")
-    step.add_argument("--search_space", default="darts")
-    step.add_argument("--layers", type=int, help="default 8, in nasbench201 5 a stage")
-    step.add_argument("--unrolled", action="store_true")
-    step.add_argument("--lambda_grad", choices=("none", "central", "forward", "exact"), default="central")
     step.add_argument("--graph", action=argparse.BooleanOptionalAction, help="default: on a GPU, but for s4")
     step.add_argument("--profile", type=int, default=10, metavar="N", help="list the N costliest; 0: none")
     train = commands.add_parser("eval", help="a derived network: images a second, against its plain form")
     train.add_argument("--arch", default="LAMBDA_DARTS")
     train.add_argument("--layers", type=int, default=20)
     train.add_argument("--compile", action="store_true")
-    for command, batch_size, channels in ((step, 16, 16), (train, 96, 36)):
+    work = commands.add_parser("work", help="kernel launches and bytes of a search step on a GPU, counted on "
+                               "shapes; LDARTS_FUSED=off in the environment: those of the plain form")
+    work.add_argument("--hessian", choices=("central", "exact"), default="central")
+    for command in (step, work):
+        command.add_argument("--search_space", default="darts")
+        command.add_argument("--layers", type=int, help="default 8, in nasbench201 5 a stage")
+        command.add_argument("--unrolled", action=argparse.BooleanOptionalAction, default=command is work)
+        command.add_argument("--lambda_grad", choices=("none", *METHODS), default="central")
+    for command, batch_size, channels in ((step, 16, 16), (work, 64, 16), (train, 96, 36)):
         command.add_argument("--batch_size", type=int, default=batch_size)
         command.add_argument("--init_channels", type=int, default=channels)
+    for command in (step, train):
         command.add_argument("--steps", type=int, default=3, help="timed after one that warms up")
         command.add_argument("--amp", choices=AMP, default="none")
     for command in (sums, step, train):
         command.add_argument("--device", default="auto")
+    for command in (sums, step, work, train):
         command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args()
+    if args.command == "work":
+        return bench_work(args)
     args.device = pick_device(args.device)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
@@ -216,10 +227,39 @@ def profile(run: Callable[[], object], on_gpu: bool) -> tuple[dict[str, float], 
     kinds, operations = {}, []
     for event in sorted(profiler.key_averages(), key=cost, reverse=True):
         operations.append({"name": event.key, "ms": cost(event) / 1e3, "calls": event.count})
-        matching = (kind for kind, words in KINDS.items() if any(word in event.key for word in words))
-        kind = next(matching, "other")
+        kind = kind_of(event.key)
         kinds[kind] = kinds.get(kind, 0.0) + cost(event) / 1e3
     return kinds, operations
+
+
+def bench_work(args: argparse.Namespace) -> None:
+    """A search step after a first one, which made the optimizers' state."""
+    from .work import Work, step_on_meta
+    step = step_on_meta(args.search_space, args.init_channels,
+                        args.layers or (5 if args.search_space == "nasbench201" else 8), args.batch_size)
+    method = None if args.lambda_grad == "none" else args.lambda_grad
+    for unrolled, of_lambda in ((False, None), (args.unrolled, method)):
+        with Work() as work:
+            step(unrolled=unrolled, hessian=args.hessian, kind="cosine", method=of_lambda)
+    launches, size, least = work.total()
+    kinds: dict[str, list[float]] = {}
+    for name, counts in sorted(work.calls.items(), key=lambda call: -call[1][3]):
+        of_kind = kinds.setdefault(kind_of(name), [0, 0, 0])
+        of_kind[:] = (a + b for a, b in zip(of_kind, counts[1:]))
+    if args.json:
+        print(json.dumps({"launches": launches, "bytes": size, "least_seconds": least, "kinds": kinds,
+                          "fused": compiled_for("meta"), "torch": torch.__version__}))
+        return
+    form = "fused" if compiled_for("meta") else "plain"
+    print(f"{form}, counted on shapes, not run: {launches} launches, {size / 1e9:.1f} GB, at least "
+          f"{1e3 * least:.0f} ms at 2 µs a launch and 3 TB/s")
+    for kind, (launches, size, least) in sorted(kinds.items(), key=lambda kind: -kind[1][2]):
+        print(f"{launches:8d} {size / 1e9:8.1f} GB {1e3 * least:7.1f} ms  {kind}")
+
+
+def kind_of(operation: str) -> str:
+    """Of an operation's name, in KINDS."""
+    return next((kind for kind, words in KINDS.items() if any(word in operation for word in words)), "other")
 
 
 def bench_eval(args: argparse.Namespace) -> None:

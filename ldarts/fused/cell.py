@@ -255,4 +255,4 @@ def conv_1x1(x: Tensor, weight: Tensor) -> Tensor:
     gradients of gradients copy nothing."""
     if not x.is_contiguous(memory_format=torch.channels_last):
         return F.conv2d(x, weight)
-    return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0]).permute(0, 3, 1, 2)
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)

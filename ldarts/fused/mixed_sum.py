@@ -21,8 +21,11 @@ from .normalised_sum import register_shapes
 
 @torch.compiler.assume_constant_result
 def compiled_for(device: str) -> bool:
-    """Whether the operators are compiled for devices of this type; the first call loads or compiles them."""
-    return device in ("cpu", "cuda") and _loaded() and load(device)
+    """Whether the operators are compiled for devices of this type; the first call loads or compiles them.
+
+    On `meta` they give the shapes of their results alone.
+    """
+    return device in ("cpu", "cuda", "meta") and _loaded() and (device == "meta" or load(device))
 
 
 @functools.cache
