@@ -5,6 +5,7 @@ that leave a state are one call; elsewhere the operations are those of the cell,
 the pixels of reductions of a state are computed once for all edges that leave it.
 """
 from functools import cache, cached_property
+from itertools import repeat
 from typing import Iterable, Iterator, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..operations import DilConv, FactorizedReduce, ReLUConvBN, ResNetBasicblock, SepConv, Zero
 from .mixed_sum import mixed_sum
-from .normalised_sum import Terms, node_sum, normalise, normalised_terms
+from .normalised_sum import Copies, Terms, node_sum, normalise, normalised_terms
 from .separable import separable_convolutions, takes
 
 Product = tuple[Tensor, nn.BatchNorm2d | None]  # what an operation computes, and the norm that it ends in
@@ -91,15 +92,21 @@ def shared_states(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -
 class State:
     """A state of a cell, and what depends on it alone."""
 
-    def __init__(self, x: Tensor):
-        self.x = x
+    def __init__(self, x: Tensor, readers: int = 0):
+        """readers: if positive, the most reads of `positive`, whose gradients are then added up at once"""
+        self.x, self.readers = x, readers
         self.pools: dict[type, Tensor] = {}
         self.normed: dict[type, tuple[Tensor, nn.BatchNorm2d]] = {}  # of the pools
         self.products: dict[nn.Module, Product] = {}
 
     @cached_property
+    def positives(self) -> Iterator[Tensor]:
+        x = relu(self.x)
+        return iter(Copies.apply(x, self.readers)) if self.readers else repeat(x)
+
+    @property
     def positive(self) -> Tensor:
-        return relu(self.x)
+        return next(self.positives)
 
     @cached_property
     def pixels(self) -> tuple[Tensor, Tensor]:
@@ -195,7 +202,8 @@ def outgoing_terms(state: Tensor, plan: Outgoing, p: Tensor) -> list[list[Terms]
         second = separable_convolutions(first.z[:count], first.rstd_mean[:count], pairs, p_separable,
                                         widths_of(plan.separable))
         share_out(second.terms, plan.separable)
-    shared = State(state)
+    readers = [op for edge in plan.others for op in edge if isinstance(op, (SepConv, DilConv, ReLUConvBN))]
+    shared = State(state, len(readers) + 2)  # two for the pixels of reductions
     shared.add_products([op for edge in plan.others for op in edge if isinstance(op, SepConv)])
     products = [[shared.product(op) for op in edge] for edge in plan.others]
     places: dict[int, int] = {}  # of each z in the order in which it is met

@@ -126,11 +126,11 @@ class NodeSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous(memory_format=torch.channels_last)
-        return None, None, None, *SameGradient.apply(grad, ctx.count)
+        return None, None, None, *Copies.apply(grad, ctx.count)
 
 
-class SameGradient(torch.autograd.Function):
-    """forward: `count` times x. backward: the sum of their gradients, in one pass."""
+class Copies(torch.autograd.Function):
+    """forward: `count` times x. backward: the sum of their gradients, in one pass, differentiable again."""
 
     @staticmethod
     def forward(ctx, x, count):
@@ -138,10 +138,22 @@ class SameGradient(torch.autograd.Function):
         return tuple(x.view_as(x) for _ in range(count))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         found = [grad for grad in grads if grad is not None]
-        return torch.ops.ldarts.node_sum([], [], found), None
+        return Total.apply(*found) if len(found) > 1 else found[0], None
+
+
+class Total(torch.autograd.Function):
+    """forward: the sum of tensors, in one pass. backward: its gradient to each."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.count = len(tensors)
+        return torch.ops.ldarts.node_sum([], [], tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Copies.apply(grad.contiguous(memory_format=torch.channels_last), ctx.count)
 
 
 class TermNorms:
