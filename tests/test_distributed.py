@@ -192,7 +192,7 @@ def test_two_processes_evaluate_and_continue_to_the_same_bits(images, forks):
     assert_same_bits(folder, whole)
     processes = pair(forks, whole, "train_eval.py", *EVAL, "--evaluate", "runs/one/checkpoint.pt")
     assert [forks.finish(process) for process in processes] == [0, 0], printed(whole)
-    assert printed(whole).count("checkpoint.pt: test loss") == 1  # by one of them
+    assert printed(whole).count("checkpoint.pt on cifar10: test loss") == 1  # by one of them
 
 
 @pytest.mark.parametrize("rank", [0, 1])
