@@ -16,7 +16,7 @@ from ldarts.fused import compiled_for
 from train_search import search_step
 
 SPACES = [space for space in spaces.SPACES if space != "s5"]  # the same as darts
-STEPS = {"nasbench201": 20, "s2": 20}  # elsewhere 8: slower steps that differ in operations alone
+STEPS = {"nasbench201": 20, "s2": 12}  # elsewhere 6: slower steps that differ in operations alone
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -33,7 +33,7 @@ def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=Tr
     with pytest.MonkeyPatch.context() as patch:
         if not engine:
             patch.setattr("ldarts.fused.takes", lambda x: False)
-        for step in range(STEPS.get(space, 8)):
+        for step in range(STEPS.get(space, 6)):
             order = torch.randperm(12)
             pick = [order[:4], order[4:8]]
             if permuted:
@@ -73,7 +73,7 @@ def test_what_changes_nothing(space, changed):
 @pytest.mark.parametrize("unrolled", [False, True], ids=["first order", "second order"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", [None, *METHODS])
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", ["s2", "s4", "nasbench201"])  # the others by the fused optimizer above
 def test_gradients_have_the_layout_of_their_parameters(space, method, layout, unrolled):
     net = ldarts.SearchNetwork(2, 10, 1 if space == "nasbench201" else 4, space).to(
         memory_format=LAYOUTS[layout])

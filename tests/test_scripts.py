@@ -31,7 +31,8 @@ def run(folder, script, *args, **environment):
 def searched(tmp_path_factory):
     """The folder and the output of one small search."""
     folder = tmp_path_factory.mktemp("search")
-    result = run(folder, "train_search.py", *TINY, "--epochs", 2, "--save", "one")
+    result = run(folder, "train_search.py", *TINY, "--train_portion", 0.1, "--batch_size", 100, "--epochs", 2,
+                 "--save", "one")
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -61,8 +62,8 @@ def test_a_search_leaves_a_whole_run_folder(searched):
 
 def test_the_genotype_of_a_search_is_trained_then_tested(searched):
     folder, _ = searched
-    small = ["--arch", "runs/one", "--dataset", "synthetic", "--init_channels", 2, "--layers", 3,
-             "--batch_size", 500]
+    small = ["--arch", "runs/one", "--data", write_cifar10(folder / "cifar", 20), "--init_channels", 2,
+             "--layers", 3, "--batch_size", 20]
     result = run(folder, "train_eval.py", *small, "--epochs", 1, "--save", "eval")
     assert result.returncode == 0, result.stderr
     metrics = json.loads((folder / "runs/eval/metrics.jsonl").read_text())
