@@ -85,7 +85,8 @@ def main():
     parameters, multiply_adds = count_parameters(net), count_multiply_adds(net, image)
     run = Run("eval", args, processes, {"model": net, "optimizer": optimizer, "scheduler": scheduler},
               len(train_batches), [train_set, test_set],
-              {"parameters": parameters, "multiply_adds": multiply_adds}, carried={"genotype": to_json(genotype)})
+              {"parameters": parameters, "multiply_adds": multiply_adds},
+              carried={"genotype": to_json(genotype)})
     run.write("genotype.json", to_json(genotype))
     for remark in remarks:
         run.log(remark)

@@ -108,7 +108,8 @@ Grads grads(const at::Tensor& grad, const std::optional<at::Tensor>& weights, at
   DISPATCH(g.scalar_type(), "mixed_grads", {
     kernels<T>().grads(static_cast<const T*>(g.const_data_ptr()),
                        weights ? static_cast<const Acc<T>*>(w.const_data_ptr()) : nullptr,
-                       read_pointers<T>(terms).data(), count, static_cast<Acc<T>*>(partial.mutable_data_ptr()),
+                       read_pointers<T>(terms).data(), count,
+                       static_cast<Acc<T>*>(partial.mutable_data_ptr()),
                        static_cast<Acc<T>*>(dots.mutable_data_ptr()), write_pointers<T>(outs).data(),
                        g.numel());
   });

@@ -305,7 +305,7 @@ void launch_scale(const T* grad, const Acc<T>* weight, T* const* outs, int64_t c
   });
 }
 
-// The gradients by the weights and, with `weight`, by the terms: outs. partial [count, max_blocks] is scratch.
+// The gradients by the weights and, with `weight`, by the terms: outs. partial [count, max_blocks]: scratch.
 // The order of additions follows from n, alignment and max_blocks.
 template <typename T, typename Launch>
 void launch_grads(const T* grad, const Acc<T>* weight, const T* const* terms, int64_t count, Acc<T>* partial,

@@ -2,7 +2,7 @@
 
     python -m ldarts.bench mixed_sum [--json]   # fused, reference, compiled reference, against a plain copy
     python -m ldarts.bench step [--search_space darts --batch_size 16 --unrolled --lambda_grad exact --json]
-    python -m ldarts.bench work [--lambda_grad exact --json]   # launches and bytes of a step on a GPU, counted
+    python -m ldarts.bench work [--lambda_grad exact --json]   # a step's launches and bytes on a GPU, counted
     python -m ldarts.bench eval [--arch LAMBDA_DARTS --amp bf16 --compile --json]   # against the plain form
 """
 import argparse
@@ -223,7 +223,7 @@ def profile(run: Callable[[], object], on_gpu: bool) -> tuple[dict[str, float], 
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as profiler:
         run()
-    cost = operator.attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")  # in microseconds
+    cost = operator.attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")  # microseconds
     kinds, operations = {}, []
     for event in sorted(profiler.key_averages(), key=cost, reverse=True):
         operations.append({"name": event.key, "ms": cost(event) / 1e3, "calls": event.count})

@@ -12,8 +12,8 @@ whose sums ΣG and ΣG z_m, per channel, are all that is needed beside G and z. 
 NormalisedTerms makes the terms of the edges that leave a state, NodeSum adds up those of the edges into a
 node. Between them goes one `link` an edge: a tensor like a z that nobody reads and whose gradient is G.
 
-The operators are those of csrc/norms.cpp and separable.cpp, on CUDA those of csrc/normalised_sum_cuda.cpp (not
-yet run on a GPU): there nothing is read back, so that a CUDA graph can hold them.
+The operators are those of csrc/norms.cpp and separable.cpp, on CUDA those of csrc/normalised_sum_cuda.cpp
+(not yet run on a GPU): there nothing is read back, so that a CUDA graph can hold them.
 """
 from typing import NamedTuple, Sequence
 

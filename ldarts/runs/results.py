@@ -71,7 +71,8 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
 
     Validation accuracy of a search, test accuracy of an evaluation. An evaluation of a run folder shows that
     search's time, Λ and, in nasbench201, the true accuracy of its cells, with the probability that as many
-    random cells have a mean rank as good. Unfinished runs, named below the table, enter it only by `with_unfinished`.
+    random cells have a mean rank as good. Unfinished runs, named below the table, enter it only by
+    `with_unfinished`.
     """
     rows, short = [], {}  # short: how far the unfinished ones have come, by their paths
 
@@ -82,7 +83,8 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
 
     for name, group in grouped(paths).items():
         members = [path for path in group if counts(path)]
-        columns = {column: [] for column in ("accuracy", "parameters", "multiply_adds", "minutes", "lambda", "true")}
+        columns = {column: [] for column in ("accuracy", "parameters", "multiply_adds", "minutes", "lambda",
+                                             "true")}
         ranks = []
         for config, metrics in map(read_run, members):
             columns["accuracy"].append(metrics[-1].get("test_accuracy", metrics[-1].get("valid_accuracy")))
@@ -105,8 +107,8 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
         seeds = f"{len(members)} ({apart} unfinished {'in' if with_unfinished else 'left out'})"
         rows.append([name, seeds if apart else len(members), *map(spread, columns.values()),
                      f"{better_than_random(ranks):.2g}" if ranks else "–"])
-    header = ["runs", "seeds", "accuracy, %", "parameters, M", "multiply-adds, M", "search, min", "Λ", "true accuracy, %",
-              "random cells as good, probability"]
+    header = ["runs", "seeds", "accuracy, %", "parameters, M", "multiply-adds, M", "search, min", "Λ",
+              "true accuracy, %", "random cells as good, probability"]
     if all(row[-1] == "–" for row in rows):  # none in nasbench201
         header, *rows = (line[:-2] for line in (header, *rows))
     return table(header, rows) + "".join(f"unfinished: {path}, {so_far}\n" for path, so_far in short.items())
