@@ -3,9 +3,10 @@
 The step runs on PyTorch's `meta` device, whose tensors have shapes and no values: to read one back, or to mix
 devices, is an error. Every operator call is counted by what a GPU has to do at least:
 
-    launches   1; views, empty tensors and metadata 0; the backward pass of a convolution 1 for each gradient;
-               a foreach call or a fused optimizer 1 for as many tensors as fit, or 1 for each where their
-               layouts differ, as in PyTorch 2.13 with CUDA 13; operators of csrc/ as LAUNCHES says
+    launches   1; views, metadata and calls whose results have no elements 0; the backward pass of a
+               convolution 1 for each gradient; a foreach call or a fused optimizer 1 for as many tensors as
+               fit, or 1 for each where their layouts differ, as in PyTorch 2.13 with CUDA 13; operators of
+               csrc/ as LAUNCHES says
     bytes      of the tensors that it reads and of those that it writes, each once; of an expanded tensor what
                is there
     seconds    of each call the longer of launches · 2 µs, as in a CUDA graph, and bytes / 3 TB/s
@@ -93,6 +94,8 @@ def launches_of(name: str, args: tuple, found: Any) -> int:
     if name.startswith(("_foreach_", "_fused_")):
         lists = [one for one in map(tensors, (*args, found)) if one]
         return foreach_launches([one for one in lists if one[0].shape == lists[0][0].shape])
+    if (results := tensors(found)) and not any(t.numel() for t in results):
+        return 0
     return len(tensors(found)) if name == "convolution_backward" else LAUNCHES.get(name, 1)
 
 

@@ -93,30 +93,30 @@ class State:
     """A state of a cell, and what depends on it alone."""
 
     def __init__(self, x: Tensor, readers: int = 0):
-        """readers: if positive, the most reads of `positive`, whose gradients are then added up at once"""
+        """readers: unless 0, how often relu(x) is read at most; its gradients are then added up at once"""
         self.x, self.readers = x, readers
         self.pools: dict[type, Tensor] = {}
         self.normed: dict[type, tuple[Tensor, nn.BatchNorm2d]] = {}  # of the pools
         self.products: dict[nn.Module, Product] = {}
 
     @cached_property
-    def positives(self) -> Iterator[Tensor]:
+    def _positives(self) -> Iterator[Tensor]:
         x = relu(self.x)
         return iter(Copies.apply(x, self.readers)) if self.readers else repeat(x)
 
-    @property
     def positive(self) -> Tensor:
-        return next(self.positives)
+        """relu(x), for one more reader."""
+        return next(self._positives)
 
     @cached_property
     def pixels(self) -> tuple[Tensor, Tensor]:
         """What the two convolutions of a FactorizedReduce read."""
-        return self.positive[:, :, ::2, ::2].clone(), self.positive[:, :, 1::2, 1::2].clone()
+        return self.positive()[:, :, ::2, ::2].clone(), self.positive()[:, :, 1::2, 1::2].clone()
 
     def add_products(self, ops: Sequence[SepConv]) -> None:
         """Those of some separable convolutions, the norms inside of which are normalised together."""
         if ops:
-            inner = normalise([op.op[1:3](self.positive) for op in ops], [op.op[3] for op in ops])
+            inner = normalise([op.op[1:3](self.positive()) for op in ops], [op.op[3] for op in ops])
             self.products = {op: (op.op[5:7](relu(x)), op.op[7]) for op, x in zip(ops, inner)}
 
     def product(self, op: nn.Module) -> Product:
@@ -134,9 +134,9 @@ class State:
         if isinstance(op, ReLUConvBN):
             conv = op.op[1]
             is_1x1 = conv.kernel_size == conv.stride == (1, 1)
-            return conv_1x1(self.positive, conv.weight) if is_1x1 else conv(self.positive), op.op[2]
+            return conv_1x1(self.positive(), conv.weight) if is_1x1 else conv(self.positive()), op.op[2]
         if isinstance(op, (SepConv, DilConv)):
-            return op.op[1:-1](self.positive), op.op[-1]
+            return op.op[1:-1](self.positive()), op.op[-1]
         return op(self.x), None
 
     def term(self, op: nn.Module) -> Tensor:

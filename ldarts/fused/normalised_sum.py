@@ -15,6 +15,7 @@ node. Between them goes one `link` an edge: a tensor like a z that nobody reads 
 The operators are those of csrc/norms.cpp and separable.cpp, on CUDA those of csrc/normalised_sum_cuda.cpp
 (not yet run on a GPU): there nothing is read back, so that a CUDA graph can hold them.
 """
+from functools import cache
 from typing import NamedTuple, Sequence
 
 import torch
@@ -62,11 +63,16 @@ def node_sum(terms: Sequence[Terms]) -> Tensor:
 
 def normalise(z: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> list[Tensor]:
     """norm(z) of each z [N, C, H, W] in training, as a node of one term."""
-    p = z[0].new_ones(len(z), dtype=torch.promote_types(z[0].dtype, torch.float32))
+    p = ones(len(z), torch.promote_types(z[0].dtype, torch.float32), z[0].device)
     terms = normalised_terms(z, [[norm] for norm in norms], [[k] for k in range(len(z))], p)
     found = [node_sum([term]) for term in terms]
     return [(y * norm.weight[:, None, None] + norm.bias[:, None, None]).to(y.dtype) if norm.affine else y
             for y, norm in zip(found, norms)]
+
+
+@cache  # nothing to launch in a step
+def ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(count, dtype=dtype, device=device)
 
 
 @torch.no_grad()
