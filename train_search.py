@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ldarts import Architect, InputError, SearchNetwork, nasbench201, visualize
+from ldarts.architect import search_step
 from ldarts.capture import Captured, optimizer_tensors
 from ldarts.data import Batches, eval_batches, halves, load
 from ldarts.distributed import Processes
@@ -22,34 +23,6 @@ from ldarts.fused import compiled_for
 from ldarts.genotypes import to_json
 from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, evaluate, parse_search_args, pick_device,
                          require_passage, script, seed_everything, set_deterministic)
-
-
-def search_step(arch, optimizer, train, valid, *, unrolled, alpha_first, hessian="central", **of_weights):
-    """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
-
-    of_weights: see weight_step. Waits for the device nowhere; numbers that change from step to step, lambda_t
-    and the learning rate, may be tensors. Returns the WeightGrads of the training batch.
-    """
-    def alpha_step():
-        rate = optimizer.param_groups[0]["lr"]
-        arch.step(arch.alpha_grads(train, valid, rate, optimizer, unrolled, hessian))
-
-    if alpha_first:
-        alpha_step()
-    grads = weight_step(arch, optimizer, train, **of_weights)
-    if not alpha_first:
-        alpha_step()
-    return grads
-
-
-def weight_step(arch, optimizer, train, *, lambda_t, kind, epsilon, method, grad_clip):
-    """The step of w alone, which minimises L_train - λ_t Λ. method: how ∇Λ is computed, None: without Λ"""
-    grads = arch.weight_grads(train, kind, epsilon, method, lambda_t)
-    for p, grad in zip(arch.weights, grads.dw):
-        p.grad = grad
-    norm = nn.utils.clip_grad_norm_(arch.weights, grad_clip)
-    optimizer.step()
-    return grads._replace(clipped=(norm > grad_clip).to(norm).view(1))
 
 
 def skip_connections(genotype) -> int:

@@ -1,4 +1,4 @@
-"""`Architect`: the gradients with respect to α, and the gradient of Λ with respect to the weights."""
+"""`Architect`: the gradients by α, and the gradient of Λ by the weights; `search_step`: a step along them."""
 from contextlib import contextmanager, nullcontext
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -237,6 +237,36 @@ class Architect:
         if optimizer is None or optimizer.state.get(w[0], {}).get("momentum_buffer") is None:
             return None
         return [optimizer.state[p]["momentum_buffer"] for p in w]
+
+
+def search_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch, valid: Batch, *,
+                unrolled: bool, alpha_first: bool, hessian: str = "central", **of_weights) -> WeightGrads:
+    """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
+
+    of_weights: see weight_step. Waits for the device nowhere; numbers that change from step to step, lambda_t
+    and the learning rate, may be tensors. Returns the WeightGrads of the training batch.
+    """
+    def alpha_step():
+        rate = optimizer.param_groups[0]["lr"]
+        arch.step(arch.alpha_grads(train, valid, rate, optimizer, unrolled, hessian))
+
+    if alpha_first:
+        alpha_step()
+    grads = weight_step(arch, optimizer, train, **of_weights)
+    if not alpha_first:
+        alpha_step()
+    return grads
+
+
+def weight_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch, *, lambda_t: float | Tensor,
+                kind: str, epsilon: float, method: str | None, grad_clip: float) -> WeightGrads:
+    """The step of w alone, which minimises L_train - λ_t Λ. method: how ∇Λ is computed, None: without Λ"""
+    grads = arch.weight_grads(train, kind, epsilon, method, lambda_t)
+    for p, grad in zip(arch.weights, grads.dw):
+        p.grad = grad
+    norm = nn.utils.clip_grad_norm_(arch.weights, grad_clip)
+    optimizer.step()
+    return grads._replace(clipped=(norm > grad_clip).to(norm).view(1))
 
 
 def in_layout_of(parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.benchmark import timer
 
-from .architect import METHODS
+from .architect import METHODS, search_step, weight_step
 from .fused.mixed_sum import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, pick_device, script
 
@@ -167,8 +167,6 @@ def time_sums(stage: str, count: int, layout: str, dtype: str, device: torch.dev
 
 def bench_step(args: argparse.Namespace) -> None:
     """A search step on random images, and its step of w alone; a profile is of the step outside its graph."""
-    from train_search import search_step, weight_step
-
     from . import Architect, SearchNetwork
     from .capture import Captured, optimizer_tensors
     device, space, on_gpu = args.device, args.search_space, args.device.type == "cuda"

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .architect import Architect
+from .architect import Architect, search_step
 from .model_search import SearchNetwork
 
 LAUNCH_SECONDS, BYTES_PER_SECOND = 2e-6, 3e12
@@ -126,7 +126,6 @@ def foreach_launches(lists: Sequence[Sequence[Tensor]]) -> int:
 def step_on_meta(space: str, C: int, layers: int, batch_size: int, size: int = 32) -> Callable[..., None]:
     """-> a function that takes the step of train_search.py, on images of size x size, with further arguments
     of search_step: unrolled, hessian, kind, method."""
-    from train_search import search_step
     net = SearchNetwork(C, 10, layers, space).to("meta", memory_format=torch.channels_last)
     with torch.device("meta"):
         x = torch.empty(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ldarts import Architect, SearchNetwork
+from ldarts.architect import search_step
 from ldarts.distributed import Processes
-from train_search import search_step
 
 GRADIENTS = {
     "first order": lambda arch, train, valid: arch.alpha_grads(train, valid, 0.025, None, False),

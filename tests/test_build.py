@@ -1,4 +1,5 @@
 """How the libraries of csrc/ are built, checked and loaded; most compilers here are small scripts."""
+import json
 import os
 import re
 import shutil
@@ -266,3 +267,8 @@ def test_setup_puts_the_libraries_into_the_package(tmp_path):
                    env=os.environ | environment)
     (folder,) = (tmp_path / "lib" / "ldarts" / "built").glob("cpu-*")
     assert build.sound(folder) and len(list(folder.iterdir())) == 2
+    counted = subprocess.run(
+        [sys.executable, "-m", "ldarts.bench", "work", "--search_space", "nasbench201", "--layers", "1",
+         "--init_channels", "4", "--no-unrolled", "--json"], cwd=tmp_path, check=True, capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "lib"), "LDARTS_FUSED": "off"})
+    assert json.loads(counted.stdout)["launches"] > 1000  # the package stands without the scripts beside it

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import ldarts
+from ldarts.architect import search_step
 from ldarts.capture import Captured, optimizer_tensors
-from train_search import search_step
 
 
 class Stream:

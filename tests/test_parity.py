@@ -139,7 +139,7 @@ def test_exact_second_order_equals_central_at_a_small_radius(case, monkeypatch):
 
 def run_steps(case, lambda_sign=1, alpha_first=True, unrolled=None):
     """Three search steps as the training script takes them."""
-    from train_search import search_step
+    from ldarts.architect import search_step
     c = case.config
     net, arch = supernet(case)
     optimizer = torch.optim.SGD(net.weight_parameters(), c["learning_rate"], c["momentum"],

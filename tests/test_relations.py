@@ -11,9 +11,8 @@ import torch.nn.functional as F
 
 import ldarts
 from ldarts import spaces
-from ldarts.architect import METHODS
+from ldarts.architect import METHODS, search_step
 from ldarts.fused import compiled_for
-from train_search import search_step
 
 SPACES = [space for space in spaces.SPACES if space != "s5"]  # the same as darts
 STEPS = {"nasbench201": 20, "s2": 12}  # elsewhere 6: slower steps that differ in operations alone

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 import ldarts
 from ldarts import genotypes, spaces
+from ldarts.architect import search_step
 from ldarts.model_search import derive, frozen_statistics
 from ldarts.operations import OPS
-from train_search import search_step
 
 
 def batch(seed=1, n=4):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import nasbench201
-from ..architect import Architect, Batch, WeightGrads
+from ..architect import Architect, Batch, WeightGrads, search_step
 from ..data import Batches, ImageSet, eval_batches, load
 from ..distributed import Processes
 from ..model_search import SearchNetwork, frozen_statistics
@@ -103,7 +103,6 @@ def search(args: argparse.Namespace, space: str, variant: Variant, seed: int, tr
     Every line has the cell and what α says; the lines of every args.every-th epoch and of the last have what
     costs time: Λ, the eigenvalue, the supernet's accuracy and the length of the term of Λ beside that of ∇L.
     """
-    from train_search import search_step
     layout = torch.channels_last
     halves = torch.arange(len(train_set.labels)).tensor_split(2)
     train_batches, valid_batches = (

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..architect import Architect, Batch
+from ..architect import Architect, Batch, search_step
 from ..data import Batches, load
 from ..model_search import SearchNetwork
 from ..runs import seed_everything, spread, table
@@ -32,7 +32,6 @@ def case(args, space: str, seed: int, device: torch.device) -> list[dict[str, An
 def search(args, space: str, seed: int, num_classes: int, streams: list[Batches],
            device: torch.device) -> Iterator[tuple[int, SearchNetwork]]:
     """(steps taken, supernet) at each of args.steps and at the end of a first-order search as published."""
-    from train_search import search_step
     seed_everything(seed)
     net = SearchNetwork(args.init_channels, num_classes, args.layers, space).to(
         device, memory_format=torch.channels_last)
