@@ -284,7 +284,7 @@ def test_the_findings_are_those_of_the_results_beside_them(folder, tmp_path, mon
 
 
 def test_the_first_command_is_what_the_evidence_says():
-    """The README's command: its ten cells, now and before, have the ranks and probabilities that are stated."""
+    """Ranks and probabilities of the README's command, now and before, and of other settings are those stated."""
     evidence = Path(__file__).parent / "evidence"
     found = json.loads((evidence / "first_command.json").read_text())
     text = " ".join((evidence / "README.md").read_text().split())
@@ -293,6 +293,12 @@ def test_the_first_command_is_what_the_evidence_says():
         assert ranks == [run["rank"] for run in runs_of] and len(ranks) == 10
         assert f"ranks {', '.join(f'{rank:,}' for rank in ranks)}" in text
         assert f"probability {nasbench201.better_than_random(ranks):.2g}" in text
+    for other in found["others"]:
+        ranks = [nasbench201.look_up(run["cell"]).rank for run in other["runs"]]
+        seeds = [run["seed"] for run in other["runs"]]
+        assert (f"- `{other['flags']}`, seeds {seeds[0]} to {seeds[-1]}: ranks "
+                f"{', '.join(f'{rank:,}' for rank in ranks)}, "
+                f"probability {nasbench201.better_than_random(ranks):.2g}") in text
     assert found["command"] in (evidence.parents[1] / "README.md").read_text()
 
 
