@@ -39,7 +39,9 @@ std::vector<T*> write_pointers(at::TensorList tensors) {
   return pointers;
 }
 
-// Four times what the processors hold at once: enough for the last ones to finish together.
+// Four times as many blocks as the threads of the processors make. The sum takes 66 to 78 registers a thread:
+// of the 16 blocks for which a processor has threads it holds 6 or 7 at once, so these are about ten rounds,
+// enough for the last ones to finish together.
 int64_t max_blocks() {
   int processors = 0, threads = 0;
   const int device = c10::cuda::current_device();
@@ -76,6 +78,7 @@ at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
 }
 
 std::vector<at::Tensor> mixed_scale(const at::Tensor& grad, const at::Tensor& weights) {
+  check_dtype("mixed_scale: grad", grad);
   const c10::cuda::CUDAGuard guard(grad.device());
   const int64_t count = weights.numel();
   const auto w = check_weights(weights, count, grad);

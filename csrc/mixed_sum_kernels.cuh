@@ -57,6 +57,18 @@ __device__ inline Pack<T, L> load(const T* from) {
   return *reinterpret_cast<const Pack<T, L>*>(from);
 }
 
+// 16 bytes of global memory in one plain store: an assignment in a loop comes out as stores of one word each,
+// __stwb as a strong store.
+__device__ inline void store_quad(void* to, uint4 quad) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :: "l"(__cvta_generic_to_global(to)), "r"(quad.x), "r"(quad.y), "r"(quad.z), "r"(quad.w)
+               : "memory");
+#else  // emulated
+  *static_cast<uint4*>(to) = quad;
+#endif
+}
+
 template <typename T, int L>
 __device__ inline void store(T* to, const Acc<T> (&values)[L]) {
   T narrowed[L];
@@ -64,12 +76,12 @@ __device__ inline void store(T* to, const Acc<T> (&values)[L]) {
   for (int l = 0; l < L; ++l) narrow(values[l], narrowed[l]);
   if constexpr (L == 1) {
     *to = narrowed[0];
-  } else {  // by name, because assignments in a loop come out as stores of one word each
+  } else {
 #pragma unroll
     for (size_t q = 0; q < sizeof(narrowed) / 16; ++q) {
       uint4 quad;
       memcpy(&quad, narrowed + q * kLanes<T>, 16);
-      __stwb(reinterpret_cast<uint4*>(to) + q, quad);
+      store_quad(to + q * kLanes<T>, quad);
     }
   }
 }

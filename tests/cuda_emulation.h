@@ -36,7 +36,6 @@
 #define __shfl_down_sync(mask, value, lanes) emulation::shuffle(mask, value, threadIdx.x % 32 + (lanes), __LINE__)
 
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
-inline void __stwb(uint4* to, uint4 value) { *to = value; }
 
 constexpr size_t kSharedBytes = 48 << 10;
 alignas(16) double shared_memory[kSharedBytes / sizeof(double)];
