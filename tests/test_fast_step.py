@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import ldarts
 from ldarts import bench, fused
 from ldarts.fused import compiled_for
-from ldarts.fused.cell import State, run_cell
-from ldarts.fused.normalised_sum import node_sum, normalised_terms
+from ldarts.fused.cell import State, indices, run_cell
+from ldarts.fused.normalised_sum import node_sum, normalised_terms, ones
 from ldarts.fused.separable import separable_convolutions
 from ldarts.operations import DilConv, SepConv
 
@@ -256,3 +256,14 @@ def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
     assert 0 < found["seconds_per_weight_step"] < 2 * found["seconds_per_step"] and found["peak_mib"] > 50
     assert len(found["operations"]) == 10 and found["operations"][0]["ms"] >= found["operations"][9]["ms"] > 0
     assert sum(found["kinds"].values()) > sum(e["ms"] for e in found["operations"]) * 0.99
+
+
+@pytest.mark.parametrize("space, layers", [("s2", 4), ("nasbench201", 1)])
+def test_a_pass_in_inference_mode_leaves_nothing_that_training_cannot_read(space, layers):
+    net = ldarts.SearchNetwork(4, 10, layers, space).to(memory_format=torch.channels_last)
+    x = images(4, 3, 16, 16, dtype=torch.float32)
+    indices.cache_clear()
+    ones.cache_clear()
+    with torch.inference_mode():
+        net(x)
+    F.cross_entropy(net(x), torch.arange(4)).backward()

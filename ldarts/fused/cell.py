@@ -72,7 +72,8 @@ def normalised_states(cell: nn.Module, inputs: Sequence["State"], weights: Tenso
     return states
 
 
-@cache  # a copy to the device is no part of a CUDA graph: made before its capture
+@cache  # a copy to the device is no part of a CUDA graph: made before its capture; also for training, as ones
+@torch.inference_mode(False)
 def indices(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, device=device)
 

@@ -70,7 +70,8 @@ def normalise(z: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> list[Tens
             for y, norm in zip(found, norms)]
 
 
-@cache  # nothing to launch in a step
+@cache  # made once, before a CUDA graph is captured; in inference mode too for training
+@torch.inference_mode(False)
 def ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(count, dtype=dtype, device=device)
 
