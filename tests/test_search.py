@@ -53,6 +53,20 @@ def test_every_space_searches_and_derives(space):
         ldarts.Network(4, 10, 3, False, genotype)
 
 
+@pytest.mark.parametrize("eps, same_length", [(1e-8, True), (0.1, False)])
+def test_epsilon_of_adam_decides_whether_the_length_of_a_gradient_counts(eps, same_length):
+    net, _, _ = make("nasbench201")
+    arch = ldarts.Architect(net, F.cross_entropy, lr=1e-3, weight_decay=0.0, eps=eps)
+    before = [alpha.clone() for alpha in net.arch_parameters()]
+    grads = arch.alpha_grads(double(batch()), double(batch(2)), 0.025, None, False)
+    arch.step(grads)
+    for alpha, old, grad in zip(net.arch_parameters(), before, grads):
+        expected = -1e-3 * (grad / (grad.abs() + eps))  # Adam's first step
+        torch.testing.assert_close(alpha - old, expected)
+        lengths = (alpha - old).abs()
+        assert (lengths.max() < 1.1 * lengths.median()) == same_length
+
+
 def test_derivation_takes_the_two_strongest_edges_and_never_none():
     names = (("none", "skip_connect", "sep_conv_3x3"),) * 5
     p = [[0.1, 0.2, 0.7], [0.8, 0.15, 0.05],  # node 0 has two edges: both, the stronger first

@@ -4,15 +4,17 @@ from torch import Tensor
 
 from .batches import ImageSet, generator_of
 
-# Where a pixel's partner lies, x to either side. All are four pixels away along the longer axis: outside the
+# Where a pixel's partner lies, x to either side. All are three pixels away along the longer axis: outside the
 # 3x3 of a stem, and at one distance to a square pool, which then can't tell one from another. Within 3x3 the
 # pixels are independent.
-PARTNERS = torch.tensor([[4, 0], [4, 2], [4, 4], [2, 4], [0, 4]])
+DISTANCE = 3
+PARTNERS = torch.tensor([[3, 0], [3, 2], [3, 3], [2, 3], [0, 3]])
 
 
 def synthetic(seed: int, n_train: int = 5000, n_test: int = 1000) -> tuple[ImageSet, ImageSet]:
-    """Ten classes of grain, 32x32, in random colours, balanced: two of contrast, times five of which way a
-    pixel's partner lies. Pools see the contrast (2 of 10 classes right); the rest takes convolutions."""
+    """Ten classes of grain, 32x32, nearly gray, balanced: two of contrast, times five of which way a pixel's
+    partner lies. Pools see the contrast (2 of 10 classes right); the rest takes convolutions. Farther partners
+    and stronger colours take longer to learn, and a search says little before its weights have learnt."""
     generator = generator_of(seed, "synthetic")
     labels = torch.arange(n_train + n_test) % 10
     images = torch.cat([_draw(part, generator) for part in labels.split(500)])
@@ -28,11 +30,12 @@ def _draw(labels: Tensor, generator: torch.Generator) -> Tensor:
 
     dx, dy = PARTNERS[labels % 5].unbind(1)
     dx = torch.where(uniform(0, 1) < 0.5, dx, -dx)  # training flips are no other class
-    at = torch.arange(32) + 4
+    at = torch.arange(32) + DISTANCE
     rows, columns = (at + dy[:, None])[:, :, None], (at + dx[:, None])[:, None]  # [B, 32, 1], [B, 1, 32]
-    noise = torch.randn(n, 40, 40, generator=generator)
+    size = 32 + 2 * DISTANCE
+    noise = torch.randn(n, size, size, generator=generator)
     partners = noise[torch.arange(n)[:, None, None], rows, columns]
-    grain = (noise[:, 4:36, 4:36] + partners) / 2**0.5  # [B, 32, 32]
+    grain = (noise[:, DISTANCE:-DISTANCE, DISTANCE:-DISTANCE] + partners) / 2**0.5  # [B, 32, 32]
     contrast = uniform(0.08, 0.12, 1, 1, 1) * (1 + labels // 5)[:, None, None, None]
-    image = uniform(0.4, 0.6, 3, 1, 1) + contrast * uniform(0.4, 1, 3, 1, 1) * grain[:, None]
+    image = uniform(0.49, 0.51, 3, 1, 1) + contrast * uniform(0.8, 1, 3, 1, 1) * grain[:, None]
     return image.clamp_(0, 1).mul_(255).round_().byte()

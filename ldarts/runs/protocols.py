@@ -18,7 +18,7 @@ RULES = {  # for the numbers of both scripts
     "must be at least 1": (lambda value: value >= 1, (
         "batch_size", "epochs", "report_freq", "init_channels", "layers", "cutout_length")),
     "must be positive": (lambda value: 0 < value < math.inf, (
-        "learning_rate", "arch_learning_rate", "epsilon", "grad_clip")),
+        "learning_rate", "arch_learning_rate", "arch_epsilon", "epsilon", "grad_clip")),
     "must not be negative": (lambda value: 0 <= value < math.inf, (
         "learning_rate_min", "momentum", "weight_decay", "arch_weight_decay", "lambda_reg", "warmup_epochs",
         "workers")),
@@ -54,6 +54,8 @@ def parse_search_args() -> Namespace:
     add("--hessian", choices=("central", "exact"), default="central", help="the second order's product")
     add("--arch_learning_rate", type=float, help="default 3e-4, in nasbench201 1e-4")
     add("--arch_weight_decay", type=float, default=1e-3)
+    add("--arch_epsilon", type=float, default=1e-8,
+        help="ε of Adam on α; 0.1, above the gradient: steps follow its length, not its sign alone")
     add("--lambda_reg", type=float, help="λ, reached in the last epoch; 0: plain DARTS "
                                          "(default 0.125, 0.25 on SVHN and in nasbench201)")
     add("--lambda_kind", choices=KINDS, default="cosine")
