@@ -1,20 +1,20 @@
-"""Images drawn from a seed, with nothing to download, whose classes take convolutions to tell apart."""
+"""Images drawn from a seed, with nothing to download, whose classes convolutions tell apart soonest."""
 import torch
 from torch import Tensor
 
 from .batches import ImageSet, generator_of
 
 # Where a pixel's partner lies, x to either side. All are three pixels away along the longer axis: outside the
-# 3x3 of a stem, and at one distance to a square pool, which then can't tell one from another. Within 3x3 the
-# pixels are independent.
+# 3x3 of a stem, within which the pixels are independent.
 DISTANCE = 3
 PARTNERS = torch.tensor([[3, 0], [3, 2], [3, 3], [2, 3], [0, 3]])
 
 
 def synthetic(seed: int, n_train: int = 5000, n_test: int = 1000) -> tuple[ImageSet, ImageSet]:
     """Ten classes of grain, 32x32, nearly gray, balanced: two of contrast, times five of which way a pixel's
-    partner lies. Pools see the contrast (2 of 10 classes right); the rest takes convolutions. Farther partners
-    and stronger colours take longer to learn, and a search says little before its weights have learnt."""
+    partner lies. Colour tells nothing; convolutions learn them in an epoch or two, pools behind a stem later.
+    Farther partners and stronger colours take longer, and a search says little before w has learnt them.
+    """
     generator = generator_of(seed, "synthetic")
     labels = torch.arange(n_train + n_test) % 10
     images = torch.cat([_draw(part, generator) for part in labels.split(500)])
