@@ -60,7 +60,8 @@ def main():
                                 fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, args.learning_rate_min)
     arch = Architect(net, criterion, args.arch_learning_rate, (0.5, 0.999), args.arch_weight_decay,
-                     args.momentum, args.weight_decay, processes.average, amp, args.graph, args.arch_epsilon)
+                     args.momentum, args.weight_decay, processes.average, amp, capturable=args.graph,
+                     eps=args.arch_epsilon)
 
     def state():
         changed_by = optimizer_tensors(optimizer) + optimizer_tensors(arch.optimizer)

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import train_search
 from ldarts import InputError, nasbench201, visualize
@@ -60,7 +61,8 @@ def test_a_search_logs_the_truth_and_ends_with_it(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [
         "x", "--dataset", "synthetic", "--search_space", "nasbench201", "--init_channels", "2",
-        "--layers", "1", "--batch_size", "500", "--epochs", "2", "--lambda_reg", "0", "--save", "one"])
+        "--layers", "1", "--batch_size", "500", "--epochs", "2", "--lambda_reg", "0", "--save", "one",
+        "--arch_epsilon", "0.1"])
     train_search.main()
     output = capsys.readouterr().out.splitlines()
     lines = [json.loads(line) for line in (tmp_path / "runs/one/metrics.jsonl").read_text().splitlines()]
@@ -70,3 +72,5 @@ def test_a_search_logs_the_truth_and_ends_with_it(tmp_path, monkeypatch, capsys)
     assert lines[-1]["true_rank"] == truth.rank
     assert output[-2] == nasbench201.describe(arch) and f"{truth.cifar10:.2f} % on CIFAR-10" in output[-2]
     assert "true_cifar10" in visualize.CURVES
+    saved = torch.load(tmp_path / "runs/one/checkpoint.pt")
+    assert saved["arch"]["param_groups"][0]["eps"] == 0.1

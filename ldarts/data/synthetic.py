@@ -6,8 +6,8 @@ from .batches import ImageSet, generator_of
 
 # Where a pixel's partner lies, x to either side. All are three pixels away along the longer axis: outside the
 # 3x3 of a stem, within which the pixels are independent.
-DISTANCE = 3
 PARTNERS = torch.tensor([[3, 0], [3, 2], [3, 3], [2, 3], [0, 3]])
+DISTANCE = int(PARTNERS.max())
 
 
 def synthetic(seed: int, n_train: int = 5000, n_test: int = 1000) -> tuple[ImageSet, ImageSet]:
