@@ -10,11 +10,14 @@
 Writes runs/<name>/ and prints the genotype and the command that trains it. Movahedi et al., ICLR 2023.
 """
 import shlex
+from itertools import chain, islice
+from statistics import fmean
 
 import torch
 from torch import nn
 
 from ldarts import Architect, InputError, SearchNetwork, nasbench201, visualize
+from ldarts.alignment import cell_shares
 from ldarts.architect import search_step
 from ldarts.capture import Captured, optimizer_tensors
 from ldarts.data import Batches, eval_batches, halves, load
@@ -30,6 +33,26 @@ def skip_connections(genotype) -> int:
     return str(genotype if isinstance(genotype, str) else genotype.normal).count("skip_connect")
 
 
+def measure_cells(arch, probes, kind):
+    """What the normal cells' gradients g_l = ∂L/∂p_l say: values for a line of metrics.jsonl.
+
+    probes: "train" and "valid" -> batches of that half. On each half Λ, its mean over the batches. On the
+    second, whose gradient moves α, by the mean of g_l over the batches: the share of each cell in it, from
+    input to output, and of each operation the mean of ∂L/∂p over cells and edges; where it is lowest, p grows.
+    """
+    values, net = {}, arch.net
+    for half, batches in probes.items():
+        by_batch = [arch.cell_gradients(batch) for batch in batches]
+        values[f"lambda_{half}"] = fmean(float(arch.alignment(grads, kind)[0]) for grads in by_batch)
+    g = torch.stack([torch.stack(of_cell).mean(0) for of_cell, cell in zip(zip(*by_batch), net.searched_cells())
+                     if not cell.reduction])  # [n, edges, ops]
+    values["cell_shares"] = cell_shares(g, torch.softmax(net.arch_parameters()[0].detach(), -1)).tolist()
+    by_edge = [*zip(chain(*net.primitives.normal), g.mean(0).flatten().tolist())]  # (operation, mean of g)
+    values["operation_grads"] = {op: fmean(grad for name, grad in by_edge if name == op)
+                                 for op in dict.fromkeys(name for name, _ in by_edge)}
+    return values
+
+
 def main():
     args = parse_search_args()
     if args.deterministic:
@@ -37,7 +60,7 @@ def main():
     device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
     amp = amp_dtype(args.amp, device)
     processes = Processes(device)
-    train_set, _ = load(args.dataset, args.data, device, args.seed)
+    train_set, _ = load(args.dataset, args.data, device, args.seed, size=args.image_size)
     for_w, for_alpha = halves(len(train_set.labels), args.train_portion, args.seed)
     train_batches, valid_batches = (
         Batches(train_set, part, args.batch_size, args.seed, tag=tag, augment=True,
@@ -53,6 +76,9 @@ def main():
     if args.lambda_reg and normal_cells < 2:
         raise InputError(f"--lambda_reg {args.lambda_reg} with {args.layers} cells: Λ compares normal cells "
                          f"and here is {normal_cells}; use --layers 4 or more, or --lambda_reg 0")
+    most = min(len(train_batches), len(valid_batches))
+    if args.probe_batches and args.probe_batches > most:
+        raise InputError(f"--probe_batches {args.probe_batches}: an epoch has {most}; use at most as many")
     criterion = nn.CrossEntropyLoss()
     # In a graph, numbers that change have to be tensors.
     rate = torch.tensor(args.learning_rate, device=device) if args.graph else args.learning_rate
@@ -107,8 +133,11 @@ def main():
         last_train, last_valid = (next(batches.epoch(epoch, grown, last % len(batches)))
                                   for batches in (train_batches, valid_batches))
         loss_norm, lambda_norm = arch.gradient_norms(last_train, args.lambda_kind, args.epsilon, method)
-        alignment = {f"lambda_{name}": float(arch.batch_alignment(batch, args.lambda_kind))
-                     for name, batch in (("train", last_train), ("valid", last_valid)) if normal_cells > 1}
+        probes = {"train": [last_train], "valid": [last_valid]}
+        if args.probe_batches:  # of an epoch that no step is taken on: new crops of the same images
+            probes = {half: islice(batches.epoch(args.epochs + epoch, grown), args.probe_batches)
+                      for half, batches in (("train", train_batches), ("valid", valid_batches))}
+        of_cells = measure_cells(arch, probes, args.lambda_kind) if normal_cells > 1 else {}
         curvature = {"alpha_eigenvalue": arch.alpha_eigenvalue(probe)} if args.eigenvalue else {}
         net.eval()
         processes.take_from_first(net.buffers())
@@ -119,15 +148,16 @@ def main():
         p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in alphas])
         values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
                   "valid_loss": valid_loss, "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t,
-                  **alignment, **curvature, "lambda_grad_norm": lambda_t * float(lambda_norm),
+                  **of_cells, **curvature, "lambda_grad_norm": lambda_t * float(lambda_norm),
                   "loss_grad_norm": float(loss_norm), "clipped": clipped,
                   "entropy": float(torch.special.entr(p).sum(-1).mean()),
+                  "gini": float((1 - p.square().sum(-1)).mean()),  # 1 − Σ p²: 0 where p is saturated
                   "skip_connections": skip_connections(genotype),
                   "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in alphas]}
         if args.search_space == "nasbench201":
             truth = nasbench201.look_up(genotype)._asdict()
             values |= {f"true_{name}": value for name, value in truth.items()}
-        shown = ", ".join(f"Λ {name[7:]} {value:+.3f}" for name, value in alignment.items())
+        shown = ", ".join(f"Λ {half} {of_cells[f'lambda_{half}']:+.3f}" for half in probes if of_cells)
         run.log(f"epoch {epoch}: valid loss {valid_loss:.4f}, accuracy {valid_accuracy:.2f} %, "
                 f"{shown or 'no Λ'}, entropy {values['entropy']:.3f}, "
                 f"{values['skip_connections']} skip connections")

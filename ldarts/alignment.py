@@ -1,4 +1,4 @@
-"""Λ and Λ±: how far the cells agree on which operations matter, as functions of their gradients."""
+"""Λ and Λ±: how far the cells agree on which operations matter; cell_shares: which of them decide."""
 from typing import Sequence
 
 import torch
@@ -28,3 +28,14 @@ def layer_alignment(grads: Sequence[Tensor], kind: str = "cosine") -> Tensor:
         raise InputError(f"unknown alignment {kind!r}: use one of {', '.join(KINDS)}")
     n = len(grads)
     return (pairs.sum() - pairs.diagonal().sum()) / (n * (n - 1))
+
+
+def cell_shares(grads: Tensor, p: Tensor) -> Tensor:
+    """Each cell's share in the gradient by α -> a [n], which sum to 1; negative for a cell that pulls against it.
+
+    grads: g_l = ∂L/∂p_l of n cells of one type [n, edges, ops]; p: their softmax(α) [edges, ops].
+    a_l = ⟨h_l, Σ_k h_k⟩ / ‖Σ_k h_k‖², with h_l = p ⊙ (g_l − ⟨p, g_l⟩ on each edge), what cell l adds to ∂L/∂α.
+    """
+    h = (p * (grads - (p * grads).sum(-1, keepdim=True))).flatten(1)  # [n, edges * ops]
+    total = h.sum(0)
+    return h @ total / total.dot(total)

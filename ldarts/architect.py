@@ -11,7 +11,7 @@ from .model_search import SearchNetwork, frozen_statistics
 from .operations import NoiseOp
 
 Batch = tuple[Tensor, Tensor]  # x [N, 3, H, W], y [N]
-METHODS = ("central", "forward", "exact")
+METHODS = ("central", "forward", "exact", "random")
 
 
 class WeightGrads(NamedTuple):
@@ -104,7 +104,8 @@ class Architect:
         kind: `cosine` or `sign`, see layer_alignment. With g_l = ∂L/∂p_l and u_l = ∂Λ/∂g_l over the normal
         cells, ∇_w Λ = Σ_l ∂²L/∂w∂p_l · u_l, by the method `central`, a difference of ∇_w L at p ± ε u with
         ε = epsilon / ‖u‖, as published (Movahedi et al., 2023, section 4); `forward`, between p + ε u and p;
-        or `exact`, by double backward.
+        or `exact`, by double backward. `random` is no gradient but the control of an experiment: a direction
+        drawn anew in every call, as long as what `central` gives on this batch.
         """
         if method not in METHODS:
             raise InputError(f"unknown method {method!r} for the gradient of Λ: "
@@ -156,6 +157,8 @@ class Architect:
         else:
             d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), shifted(-1)), 2 * eps)
         d_lambda = self.average(d_lambda)
+        if method == "random":
+            d_lambda = self._random_direction(d_lambda)
         if lambda_t is None:
             return result(dw, d_lambda, value)
         dw = torch._foreach_sub(dw, torch._foreach_mul(d_lambda, lambda_t))  # w minimises L - λ Λ
@@ -194,11 +197,15 @@ class Architect:
         u = iter(torch.autograd.grad(value, normal))
         return value.detach(), [None if cell.reduction else next(u) for cell in self.net.searched_cells()]
 
-    def batch_alignment(self, batch: Batch, kind: str = "cosine") -> Tensor:
-        """Λ on one batch, changing nothing."""
+    def cell_gradients(self, batch: Batch) -> list[Tensor]:
+        """g_l = ∂L/∂p_l [edges, ops] of every searched cell on one batch, changing nothing."""
         with frozen_statistics(self._norms), without_grad(self.weights):
             p = self.cell_leaves()
-            return self.alignment(self.average(torch.autograd.grad(self._loss(batch, p), p)), kind)[0]
+            return self.average(torch.autograd.grad(self._loss(batch, p), p))
+
+    def batch_alignment(self, batch: Batch, kind: str = "cosine") -> Tensor:
+        """Λ on one batch, changing nothing."""
+        return self.alignment(self.cell_gradients(batch), kind)[0]
 
     def gradient_norms(self, batch: Batch, kind: str, epsilon: float,
                        method: str | None) -> tuple[Tensor, Tensor]:
@@ -207,6 +214,12 @@ class Architect:
             grads = self.weight_grads(batch, kind, epsilon, method)
         norm = nn.utils.get_total_norm(grads.dw)
         return norm, nn.utils.get_total_norm(grads.d_lambda) if method else torch.zeros_like(norm)
+
+    def _random_direction(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Normal random numbers, scaled to the norm of `like` as a whole."""
+        # Every process draws its own; their mean is the same direction on all of them.
+        noise = self.average([torch.randn_like(t) for t in like])
+        return torch._foreach_mul(noise, nn.utils.get_total_norm(like) / nn.utils.get_total_norm(noise))
 
     def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None, rng: Tensor | None = None,
               amp: torch.dtype | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Cells, α and curves as pictures (extra `plot`: matplotlib).
 
     python -m ldarts.visualize LAMBDA_DARTS DARTS --format svg   # LAMBDA_DARTS.svg, DARTS.svg: the two cells
-    python -m ldarts.visualize runs/one                          # cells, alphas and curves, into runs/one
+    python -m ldarts.visualize runs/one                          # cells, alphas, shares, curves, into runs/one
     python -m ldarts.visualize runs/a runs/b --out seeds         # … of each; seeds/curves.png: mean and band
 """
 import math
@@ -240,17 +240,46 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
     save(figure, path)
 
 
+def draw_shares(groups: dict[str, list[list[dict]]], path: Path) -> None:
+    """Each cell's share in the gradient by α over the epochs, a panel a group, its runs averaged.
+
+    groups: name -> metrics of each run. Cells lie from input (below) to output; white is the equal share 1/n.
+    """
+    means = {label: torch.tensor([[line["cell_shares"] for line in run[: min(map(len, runs))]] for run in runs])
+             .mean(0) for label, runs in groups.items()}  # of each [epochs, cells]
+    equal = 1 / next(iter(means.values())).shape[1]
+    # Where cells cancel each other, a share may be far from all others: it should not fade the rest.
+    reach = float(torch.cat([share.flatten() for share in means.values()]).sub(equal).abs().quantile(0.95))
+    figure, axes = pyplot().subplots(1, len(means), squeeze=False, sharey=True, layout="constrained",
+                                     figsize=(1.4 + 3.2 * len(means), 3.2))
+    for ax, (label, share) in zip(axes[0], means.items()):
+        image = ax.imshow(share.T.numpy(), vmin=equal - reach, vmax=equal + reach, cmap="RdBu_r",
+                          aspect="auto", interpolation="nearest", origin="lower")
+        ax.set_title(f"{label} (n = {len(groups[label])})", fontsize=9)
+        ax.set_xlabel("epoch", fontsize=8)
+        ax.tick_params(labelsize=8)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel("normal cell, from input to output", fontsize=8)
+    figure.colorbar(image, ax=axes, extend="both").set_label("share in the gradient by α", fontsize=8)
+    save(figure, path)
+
+
 def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
-    """cells, alphas (of a search) and curves of one run, into its folder -> what was written."""
+    """cells, and of a search alphas and shares, and curves of one run, into its folder -> what was written."""
     config, metrics = read_run(path)
     genotype, folder = genotypes.load(str(path)), Path(path)
-    cells, curves, alphas = (folder / f"{name}.{suffix}" for name in ("cells", "curves", "alphas"))
+    cells, curves, alphas, shares = (folder / f"{name}.{suffix}" for name in
+                                     ("cells", "curves", "alphas", "shares"))
     draw_cells(genotype, cells)
     draw_curves({folder.name: [metrics]}, curves)
     if "alphas" not in metrics[-1]:
         return [cells, curves]
     draw_alphas(config["search_space"], [line["alphas"] for line in metrics], genotype, alphas)
-    return [cells, curves, alphas]
+    if "cell_shares" not in metrics[-1]:
+        return [cells, curves, alphas]
+    draw_shares({folder.name: [metrics]}, shares)
+    return [cells, curves, alphas, shares]
 
 
 def file_names(cells: list[str]) -> dict[str, str]:

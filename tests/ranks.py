@@ -60,10 +60,18 @@ def gradients(average, seed):
             for name, call in GRADIENTS.items()}
 
 
+def random_direction(average, rank):
+    """The control's direction, with other random numbers on each rank."""
+    _, arch = make(average)
+    torch.manual_seed(rank)
+    return arch.lambda_grads(batch(0), "cosine", 1e-3, "random")[2]
+
+
 if __name__ == "__main__":
     processes = Processes(torch.device("cpu"))
     own = 10 * processes.rank
-    torch.save({"same": gradients(processes.average, 0), "different": gradients(processes.average, own),
+    torch.save({"random": random_direction(processes.average, processes.rank),
+                "same": gradients(processes.average, 0), "different": gradients(processes.average, own),
                 "steps, same": three_steps(processes.average, 0),
                 "steps, different": three_steps(processes.average, own)},
                Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")

@@ -173,7 +173,7 @@ def write_run(path, seed, accuracy, **config):
     (path / "config.json").write_text(json.dumps(config))
     (path / "genotype.json").write_text(genotypes.to_json(genotypes.PUBLISHED["c10_s2_lambdadarts_corr"]))
     line = {"epoch": 0, "valid_accuracy": accuracy, "lambda_train": 0.25, "seconds": 90, "entropy": 0.6,
-            "alphas": [[[0.1, 0.2]] * 14] * 2}
+            "alphas": [[[0.1, 0.2]] * 14] * 2, "cell_shares": [0.3, -0.1, 0.8]}
     if config.get("kind") == "eval":
         line = {"epoch": 0, "test_accuracy": accuracy, "seconds": 10}
     (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -189,7 +189,7 @@ def test_pictures_of_runs_and_names(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, visualize, "runs/s0", "runs/s1", "DARTS", ARCH, text, "--out", "pictures",
              "--format", "svg")
     written = capsys.readouterr().out.split()
-    assert {"runs/s0/cells.svg", "runs/s1/alphas.svg", "runs/s0/curves.svg", "pictures/curves.svg",
+    assert {"runs/s0/cells.svg", "runs/s1/alphas.svg", "runs/s1/shares.svg", "runs/s0/curves.svg", "pictures/curves.svg",
             "pictures/DARTS.svg", "pictures/cell.svg", "pictures/cell-2.svg"} <= set(written)
     assert all(Path(path).read_text().rstrip().endswith("</svg>") for path in written)
 

@@ -33,7 +33,7 @@ def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=Tr
         if not engine:
             patch.setattr("ldarts.fused.takes", lambda x: False)
         for step in range(STEPS.get(space, 6)):
-            order = torch.randperm(12)
+            order = torch.randperm(12, generator=torch.Generator().manual_seed(step))
             pick = [order[:4], order[4:8]]
             if permuted:
                 pick = [part.flip(0) for part in pick]

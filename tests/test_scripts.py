@@ -32,7 +32,7 @@ def searched(tmp_path_factory):
     """The folder and the output of one small search."""
     folder = tmp_path_factory.mktemp("search")
     result = run(folder, "train_search.py", *TINY, "--train_portion", 0.1, "--batch_size", 100, "--epochs", 2,
-                 "--save", "one")
+                 "--image_size", 16, "--probe_batches", 2, "--save", "one")
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -49,8 +49,10 @@ def test_a_search_leaves_a_whole_run_folder(searched):
     assert [line["epoch"] for line in metrics] == [0, 1]
     assert [line["lambda_reg"] for line in metrics] == [0, 0.125]
     for name in ("lambda_train", "lambda_valid", "entropy", "skip_connections", "valid_accuracy", "seconds",
-                 "lambda_grad_norm", "loss_grad_norm", "clipped"):
+                 "lambda_grad_norm", "loss_grad_norm", "clipped", "gini"):
         assert name in metrics[1]
+    assert len(metrics[1]["cell_shares"]) == 2 and sum(metrics[1]["cell_shares"]) == pytest.approx(1)
+    assert set(metrics[1]["operation_grads"]) == {"skip_connect", "sep_conv_3x3"}
     assert metrics[0]["lambda_grad_norm"] == 0 < metrics[1]["lambda_grad_norm"]
     alphas = [torch.tensor(line["alphas"]) for line in metrics]  # of each type of cell [14, 2]
     assert alphas[0].shape == (2, 14, 2) and not torch.equal(*alphas)
@@ -93,6 +95,9 @@ BAD_SEARCH = {
     "not a number": (["--lambda_reg", "nan"], "--lambda_reg"),
     "bf16 on a CPU": (["--amp", "bf16", "--device", "cpu"], "--amp bf16"),
     "bf16 in a forward difference": (["--amp", "bf16", "--lambda_grad", "forward"], "--lambda_grad forward"),
+    "a size that is no divisor": (["--image_size", "5"], "images of 5 pixels: those of this set have 32"),
+    "no probe": (["--probe_batches", "0"], "--probe_batches 0: must be at least 1"),
+    "more probes than batches": (["--probe_batches", "99"], "--probe_batches 99: an epoch has "),
     "a graph without a GPU": (["--graph", "--device", "cpu"], "--graph: needs a GPU"),
     "unknown flag": (["--lambda", "1"], "--lambda"),
     "no data": (["--dataset", "svhn", "--data", "/nonexistent/x"], "/nonexistent/x"),

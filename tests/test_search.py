@@ -5,7 +5,8 @@ import torch.nn.functional as F
 
 import ldarts
 from ldarts import genotypes, spaces
-from ldarts.architect import search_step
+from ldarts.alignment import cell_shares
+from ldarts.architect import METHODS, search_step
 from ldarts.model_search import derive, frozen_statistics
 from ldarts.operations import OPS
 
@@ -23,6 +24,10 @@ def make(space, layers=4, dtype=torch.float64):
 
 def double(images):
     return images[0].double(), images[1]
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
 
 
 def test_s1_has_the_table_of_the_paper():
@@ -90,11 +95,11 @@ CALLS = {
         lambda arch, o: arch.alpha_grads(double(batch()), double(batch(2)), 0.025, o, True, "exact"),
     **{f"Λ, {method}":
        lambda arch, o, method=method: arch.lambda_grads(double(batch()), "cosine", 1e-4, method)
-       for method in ("central", "forward", "exact")},
+       for method in METHODS},
 }
 
 
-@pytest.mark.parametrize("method", ["central", "forward", "exact"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last],
                          ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("space, kind", [("darts", "cosine"), ("s2", "sign"), ("nasbench201", "cosine")])
@@ -103,13 +108,39 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_less_that_of_alignment(space
     x = x.contiguous(memory_format=layout)
     net, arch, _ = make(space)
     net.to(memory_format=layout)
+    torch.manual_seed(3)  # of the random direction
     apart = arch.weight_grads((x, y), kind, 1e-4, method)
+    torch.manual_seed(3)
     together = arch.weight_grads((x, y), kind, 1e-4, method, 0.3)
     assert together.d_lambda is None
     assert float(apart.alignment) == pytest.approx(float(together.alignment), rel=1e-9)
     for both, dw, d_lambda in zip(together.dw, apart.dw, apart.d_lambda, strict=True):
         atol = 1e-10 * (1 + float(dw.abs().max()))
         torch.testing.assert_close(both, dw - 0.3 * d_lambda, rtol=1e-7, atol=atol)
+
+
+def test_the_control_is_as_long_as_the_published_estimate_and_points_nowhere():
+    _, arch, _ = make("s2")
+    central, first, second = (flat(arch.lambda_grads(double(batch()), "cosine", 1e-4, method)[2])
+                              for method in ("central", "random", "random"))
+    for direction, other in ((first, central), (second, first)):
+        assert float(direction.norm()) == pytest.approx(float(central.norm()), rel=1e-9)
+        assert abs(float(torch.cosine_similarity(direction, other, 0))) < 0.1
+
+
+def test_the_share_of_a_cell_is_that_of_its_own_alpha():
+    net, arch, _ = make("nasbench201", layers=2)
+    x, y = double(batch())
+    of_all, = torch.autograd.grad(F.cross_entropy(net(x), y), net.arch_parameters())
+    alphas = [net.arch_parameters()[0].detach().clone().requires_grad_() for _ in net.searched_cells()]
+    h = torch.autograd.grad(F.cross_entropy(net(x, [alpha.softmax(-1) for alpha in alphas]), y), alphas)
+    torch.testing.assert_close(sum(h), of_all)
+    before = [t.clone() for t in net.state_dict().values()]
+    shares = cell_shares(torch.stack(arch.cell_gradients((x, y))), net.cell_weights()[0].detach())
+    assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values()))
+    expected = torch.stack([(own * of_all).sum() for own in h]) / of_all.square().sum()
+    torch.testing.assert_close(shares, expected)
+    assert float(shares.sum()) == pytest.approx(1) and float(shares.max() - shares.min()) > 0.01
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -185,7 +216,7 @@ def test_a_checkpoint_without_alpha_loads_and_comes_back_out(space):
 def test_unknown_ways_name_the_known_ones():
     net, arch, _ = make("s2")
     for call, named in (
-            (lambda: arch.lambda_grads(batch(), "cosine", 1e-4, "magic"), "central, forward, exact"),
+            (lambda: arch.lambda_grads(batch(), "cosine", 1e-4, "magic"), "central, forward, exact, random"),
             (lambda: arch.alpha_grads(batch(), batch(), 0.1, None, True, "magic"), "central or exact"),
             (lambda: ldarts.layer_alignment([torch.ones(2)] * 2, "magic"), "cosine")):
         with pytest.raises(ValueError, match=named):

@@ -123,8 +123,9 @@ class Run:
         self.history.append(values | {"seconds": round(time.perf_counter() - self.epoch_started, 3)})
         self._write_metrics()
         if self.board:
-            for name in values.keys() - {"epoch", "alphas"}:
-                self.board.add_scalar(name, values[name], self.epoch)
+            for name, value in values.items():
+                if name != "epoch" and isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, self.epoch)
             self.board.flush()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.processes, self.means)
         self.epoch_started = time.perf_counter()

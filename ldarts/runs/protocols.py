@@ -16,7 +16,8 @@ from .machine import pick_device
 
 RULES = {  # for the numbers of both scripts
     "must be at least 1": (lambda value: value >= 1, (
-        "batch_size", "epochs", "report_freq", "init_channels", "layers", "cutout_length")),
+        "batch_size", "epochs", "report_freq", "init_channels", "layers", "cutout_length",
+        "image_size", "probe_batches")),
     "must be positive": (lambda value: 0 < value < math.inf, (
         "learning_rate", "arch_learning_rate", "arch_epsilon", "epsilon", "grad_clip")),
     "must not be negative": (lambda value: 0 <= value < math.inf, (
@@ -32,6 +33,7 @@ def parse_search_args() -> Namespace:
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     add("--data", default="data", help="folder of the data set, or its archive")
     add("--dataset", type=any_case(DATASETS), default="cifar10", help=", ".join(DATASETS))
+    add("--image_size", type=int, help="pixels a side, a divisor of the set's (default: the set's own)")
     add("--search_space", type=any_case(spaces.SPACES), default="darts", help=", ".join(spaces.SPACES))
     add("--batch_size", type=int, default=64)
     add("--learning_rate", type=float, default=0.025,
@@ -59,8 +61,11 @@ def parse_search_args() -> Namespace:
     add("--lambda_reg", type=float, help="λ, reached in the last epoch; 0: plain DARTS "
                                          "(default 0.125, 0.25 on SVHN and in nasbench201)")
     add("--lambda_kind", choices=KINDS, default="cosine")
-    add("--lambda_grad", choices=METHODS, default="central", help="how ∇Λ is computed")
+    add("--lambda_grad", choices=METHODS, default="central",
+        help="how ∇Λ is computed; random: a control, a random direction as long as central's")
     add("--epsilon", type=float, help="ε₀ of central and forward (default 1e-4, 1e-3 on SVHN)")
+    add("--probe_batches", type=int, help="fresh batches of each half, over which the metrics average Λ and the "
+                                          "cells' gradients every epoch (default: the last batch of the epoch)")
     flag("--eigenvalue", help="log the dominant eigenvalue of ∂²L_valid/∂α² every epoch")
     flag("--plot", help="draw the cells, α and the curves anew every epoch (needs matplotlib)")
     flag("--tensorboard", help="write TensorBoard's event files into the run folder (needs tensorboard)")
@@ -100,6 +105,8 @@ def graph_hindrance(args: Namespace) -> str | None:
         return "needs a GPU"
     if args.search_space == "s4":
         return "the noise of s4 is drawn again for every pass of a difference, which a graph can't do"
+    if args.lambda_grad == "random" and args.lambda_reg:
+        return "--lambda_grad random draws a direction in every step, and a resumed run has to draw the same"
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return "several processes exchange gradients within the step" if several else None
 
@@ -181,5 +188,6 @@ def check_numbers(args: Namespace) -> None:
     """Raises InputError for the first number of which its rule does not hold."""
     for rule, (holds, names) in RULES.items():
         for name in names:
-            if name in args and not holds(value := getattr(args, name)):
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
                 raise InputError(f"--{name} {value}: {rule}")
