@@ -1,10 +1,9 @@
-"""Package of ldarts. Where a compiler is, the fused operators are compiled here; else on their first use.
+"""Package of ldarts. If there is a compiler, the fused operators are compiled here; else on first use.
 
-`pip install --no-build-isolation .` compiles against the PyTorch that is installed; an isolated build sees
-another one or none and leaves the compiling to the first use.
+`pip install --no-build-isolation .` compiles for the installed PyTorch. An isolated build has another PyTorch or
+none; it leaves the compilation to the first use.
 """
 import importlib.util
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ if not any(importlib.util.find_spec(name) for name in ("setuptools.command.bdist
 
 
 class Libraries(build_ext):
-    """Puts the libraries of ldarts.fused.build into the package; the first use compiles one that fails."""
+    """Compiles the libraries of ldarts.fused.build into the package."""
 
     def run(self) -> None:
         if self.inplace or self.editable_mode:
@@ -26,16 +25,12 @@ class Libraries(build_ext):
         import torch
 
         from ldarts.fused import build
-        root = Path(self.build_lib, "ldarts", "built").absolute()
-        shutil.rmtree(root, ignore_errors=True)  # of other sources
         for part in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
             try:
-                build.compile_into(root, part)
+                library = build.compile_into(Path(self.build_lib, "ldarts", "built").absolute(), part)
+                library.with_suffix(".lock").unlink()
             except Exception as error:
                 print(f"ldarts: no fused operators for {part.upper()} yet: {error}", file=sys.stderr)
-        for path in root.glob("*/*"):
-            if path.name not in (build.LIBRARY, "manifest.json"):
-                path.unlink()
 
     def get_outputs(self) -> list[str]:
         return []
@@ -44,14 +39,12 @@ class Libraries(build_ext):
 setup(
     name="ldarts",
     version="0.1.0",
-    description="Λ-DARTS (ICLR 2023): differentiable architecture search whose cells agree on their "
-                "operations",
+    description="Λ-DARTS (ICLR 2023): architecture search whose cells agree on their operations",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     packages=["ldarts", "ldarts.data", "ldarts.fused", "ldarts.runs", "ldarts.study", "ldarts.csrc"],
-    package_dir={"ldarts.csrc": "csrc"},
-    # csrc, because the first use compiles it where this did not
+    package_dir={"ldarts.csrc": "csrc"},  # the sources, because the first use may have to compile them
     package_data={"ldarts": ["nasbench201.npz"], "ldarts.csrc": ["*"]},
     ext_modules=[Extension("ldarts.built", [])] if importlib.util.find_spec("torch") else [],
     cmdclass={"build_ext": Libraries},

@@ -1,11 +1,17 @@
-"""Genotypes: the derived cells, by their published names, and as files in and out."""
+"""Genotypes: the published cells by name, and cells read from text and files without running any of it.
+
+A text is JSON, DARTS's `Genotype(normal=[('sep_conv_3x3', 1), …], normal_concat=range(2, 6), …)`, or an arch
+string of NAS-Bench-201. A file is a genotype.json, a log (its last genotype counts), or a Python module.
+"""
+import ast
 import json
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import genotype_text, published
-from .errors import InputError
+from .errors import InputError, brief
 from .operations import OPS
+from .spaces import SHORT
 
 
 class Genotype(NamedTuple):
@@ -17,22 +23,86 @@ class Genotype(NamedTuple):
     reduce_concat: tuple[int, ...]
 
 
-PUBLISHED = {name: Genotype(*fields) for name, fields in published.CELLS.items()}
+# Published cells: Λ-DARTS (Movahedi et al., 2023; corr: Λ, sign: Λ±; a number is the seed, other names have
+# data set and space), NASNet-A (Zoph et al., 2018), AmoebaNet-A (Real et al., 2019), DARTS (Liu et al.,
+# 2019). A row has the edges of the normal and of the reduction cell, two a node, each an operation and the
+# state that it reads; then the states that each cell concatenates, if they are not 2 to 5.
+_TABLE = {
+    "c100_s1_lambdadarts_corr": ("dil3.0 dil5.1 dil5.0 sep3.1 dil3.3 skip.0 sep3.0 dil3.3",
+                                 "max.1 max.0 dil5.2 max.1 dil5.3 sep3.1 dil5.4 dil5.3"),
+    "c100_s2_lambdadarts_corr": ("sep3.0 skip.1 sep3.2 sep3.0 sep3.0 sep3.3 sep3.4 sep3.3",
+                                 "sep3.0 sep3.1 sep3.2 sep3.1 sep3.3 sep3.2 sep3.3 sep3.4"),
+    "c100_s3_lambdadarts_corr": ("sep3.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.1 sep3.2 sep3.1",
+                                 "sep3.1 sep3.0 sep3.2 sep3.1 sep3.0 sep3.3 sep3.3 sep3.4"),
+    "c100_s4_lambdadarts_corr": ("sep3.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.2 sep3.0 sep3.1",
+                                 "sep3.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.2"),
+    "c10_s1_lambdadarts_corr":  ("skip.1 dil3.0 dil5.0 sep3.1 sep3.1 sep3.2 max.1 dil5.4",
+                                 "max.0 max.1 max.0 dil5.2 max.0 max.1 max.0 dil5.2"),
+    "c10_s2_lambdadarts_corr":  ("skip.1 skip.0 sep3.2 skip.1 sep3.2 sep3.1 sep3.4 sep3.1",
+                                 "sep3.0 skip.1 sep3.0 sep3.1 sep3.0 sep3.1 sep3.4 sep3.1"),
+    "c10_s3_lambdadarts_corr":  ("skip.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.3 sep3.0 sep3.4",
+                                 "sep3.1 sep3.0 skip.1 skip.0 sep3.0 sep3.1 sep3.1 skip.2"),
+    "c10_s4_lambdadarts_corr":  ("sep3.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.1",
+                                 "sep3.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.1"),
+    "lambdadarts_corr_0":       ("sep5.0 skip.1 sep3.2 sep5.1 sep3.1 max.0 dil3.2 max.0",
+                                 "skip.1 skip.0 max.0 dil3.2 dil5.3 dil5.1 skip.1 sep5.2"),
+    "lambdadarts_corr_1":       ("sep3.0 sep5.1 sep3.1 sep3.0 sep3.1 skip.0 skip.0 sep3.1",
+                                 "max.0 max.1 max.0 max.1 max.0 dil5.3 dil5.4 dil5.3"),
+    "lambdadarts_corr_2":       ("sep3.0 sep3.1 sep3.1 skip.0 sep3.1 skip.0 sep3.4 dil3.3",
+                                 "skip.0 max.1 max.0 sep5.1 dil5.3 max.0 dil5.3 dil5.4"),
+    "lambdadarts_corr_3":       ("sep3.0 sep3.1 sep3.0 skip.1 sep3.1 sep3.0 dil5.4 max.1",
+                                 "skip.0 skip.1 dil5.2 sep3.1 dil5.3 avg.0 skip.1 dil5.4"),
+    "lambdadarts_sign_0":       ("sep5.1 sep3.0 dil5.2 dil3.0 dil3.3 sep3.0 dil3.4 skip.0",
+                                 "sep3.0 max.1 skip.0 skip.2 sep5.3 dil3.2 dil5.4 sep5.3"),
+    "lambdadarts_sign_1":       ("sep3.1 sep5.0 sep3.1 skip.0 sep3.2 sep3.1 max.0 dil5.4",
+                                 "max.0 sep3.1 max.0 skip.2 dil5.3 max.0 dil5.2 sep5.0"),
+    "lambdadarts_sign_2":       ("sep3.1 skip.0 sep3.2 sep3.1 dil5.3 sep3.1 dil3.3 sep5.2",
+                                 "max.0 skip.1 max.0 dil5.2 max.0 dil5.3 dil5.4 dil5.3"),
+    "lambdadarts_sign_3":       ("sep3.1 skip.0 sep3.1 sep3.2 sep3.1 dil5.3 dil3.3 dil3.2",
+                                 "avg.1 max.0 skip.2 max.0 dil5.3 skip.2 skip.2 skip.3"),
+    "svhn_s1_lambdadarts_corr": ("dil3.0 dil5.1 dil5.0 dil3.2 dil3.3 sep3.2 sep3.0 max.1",
+                                 "max.1 max.0 dil5.2 max.1 dil5.3 dil3.2 dil5.3 dil5.4"),
+    "svhn_s2_lambdadarts_corr": ("skip.1 sep3.0 sep3.2 sep3.1 sep3.1 sep3.0 sep3.3 sep3.1",
+                                 "skip.0 skip.1 sep3.2 skip.1 skip.0 skip.1 sep3.2 sep3.4"),
+    "svhn_s3_lambdadarts_corr": ("sep3.1 sep3.0 sep3.1 sep3.2 sep3.2 sep3.1 sep3.3 sep3.4",
+                                 "sep3.0 sep3.1 sep3.2 sep3.0 sep3.3 sep3.2 sep3.3 sep3.4"),
+    "svhn_s4_lambdadarts_corr": ("sep3.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.1 sep3.0 sep3.1",
+                                 "sep3.0 sep3.1 sep3.0 sep3.2 sep3.0 sep3.1 sep3.0 sep3.3"),
+    "NASNet":                   ("sep5.1 sep3.0 sep5.0 sep3.0 avg.1 skip.0 avg.0 avg.0 sep3.1 skip.1",
+                                 "sep5.1 sep7.0 max.1 sep7.0 avg.1 sep5.0 skip.3 avg.2 sep3.2 max.1",
+                                 (2, 3, 4, 5, 6), (4, 5, 6)),
+    "AmoebaNet":                ("avg.0 max.1 sep3.0 sep5.2 sep3.0 avg.3 sep3.1 skip.1 skip.0 avg.1",
+                                 "avg.0 sep3.1 max.0 sep7.2 sep7.0 avg.1 max.0 max.1 c71.0 sep3.5",
+                                 (4, 5, 6), (3, 4, 6)),
+    "DARTS_V1":                 ("sep3.1 sep3.0 skip.0 sep3.1 skip.0 sep3.1 sep3.0 skip.2",
+                                 "max.0 max.1 skip.2 max.0 max.0 skip.2 skip.2 avg.0"),
+    "DARTS_V2":                 ("sep3.0 sep3.1 sep3.0 sep3.1 sep3.1 skip.0 skip.0 dil3.2",
+                                 "max.0 max.1 skip.2 max.1 max.0 skip.2 skip.2 max.1"),
+}
+
+
+def _published(normal: str, reduce: str, normal_concat=(2, 3, 4, 5), reduce_concat=(2, 3, 4, 5)) -> Genotype:
+    def edges(text: str) -> tuple[tuple[str, int], ...]:
+        pairs = [edge.split(".") for edge in text.split()]
+        return tuple((SHORT[name], int(state)) for name, state in pairs)
+    return Genotype(edges(normal), normal_concat, edges(reduce), reduce_concat)
+
+
+PUBLISHED = {name: _published(*row) for name, row in _TABLE.items()}
+PUBLISHED["LAMBDA_DARTS"] = PUBLISHED["lambdadarts_corr_3"]
+PUBLISHED["DARTS"] = PUBLISHED["DARTS_V2"]
 
 
 def parse_arch(arch: str) -> list[list[tuple[str, int]]]:
     """NAS-Bench-201's `|op~0|+|op~0|op~1|+…` -> [(operation, input node), …] of each node after the first."""
-    nodes = [re.findall(r"\|(\w+)~(\d)(?=\|)", node) for node in arch.split("+")]
-    parsed = [[(op, int(source)) for op, source in node] for node in nodes]
-    if format_arch(parsed) != arch or [len(node) for node in parsed] != [1, 2, 3]:
-        raise InputError(f"{arch!r} is not an arch string of NAS-Bench-201: "
-                         "expected |op~0|+|op~0|op~1|+|op~0|op~1|op~2|")
-    for node in parsed:
-        for position, (op, source) in enumerate(node):
-            if op not in OPS or source != position:
-                raise InputError(f"arch string {arch!r}: {op}~{source} names no operation "
-                                 "or not the node in its place")
-    return parsed
+    nodes = [[(op, int(source)) for op, source in re.findall(r"\|(\w+)~(\d)(?=\|)", node)]
+             for node in arch.split("+")]
+    sources = [[source for _, source in node] for node in nodes]
+    if (format_arch(nodes) != arch or sources != [[0], [0, 1], [0, 1, 2]]
+            or not all(op in OPS for node in nodes for op, _ in node)):
+        raise InputError(f"{arch!r} is not an arch string of NAS-Bench-201: expected "
+                         "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|")
+    return nodes
 
 
 def format_arch(nodes: list[list[tuple[str, int]]]) -> str:
@@ -40,55 +110,120 @@ def format_arch(nodes: list[list[tuple[str, int]]]) -> str:
     return "+".join("|" + "".join(f"{op}~{source}|" for op, source in node) for node in nodes)
 
 
-def to_json(genotype: "Genotype | str") -> str:
+def to_json(genotype: Genotype | str) -> str:
     """A Genotype, or the arch string of NAS-Bench-201, as the content of a genotype.json."""
     content = {"arch": genotype} if isinstance(genotype, str) else genotype._asdict()
     return json.dumps(content, indent=1) + "\n"
 
 
-def from_fields(content: dict[str, Any], where: str) -> "Genotype | str":
-    """The inverse of to_json, of its fields. Raises InputError, beginning with `where`, for anything else."""
-    if set(content) == {"arch"} and isinstance(content["arch"], str):
-        parse_arch(content["arch"])
-        return content["arch"]
-    if not {"normal", "reduce"} <= set(content) <= set(Genotype._fields):
-        raise InputError(f"{where}: not a genotype; expected {', '.join(Genotype._fields)}, or arch")
-    return Genotype(*_cell(content, "normal", where), *_cell(content, "reduce", where))
-
-
-def _cell(content: dict[str, Any], part: str, where: str) -> tuple[tuple, tuple]:
-    """The edges and the concatenated states, by default all of its nodes, of one type of cell."""
-    edges = content[part]
-    if not isinstance(edges, list) or not edges or len(edges) % 2:
-        raise InputError(f"{where}: {part!r} must list two [operation, state] pairs a node")
-    for position, edge in enumerate(edges):
-        states = 2 + position // 2  # those that exist before this node
-        if not _is_edge(edge, states):
-            raise InputError(f"{where}: {part}[{position}] is {json.dumps(edge)[:80]}; expected "
-                             f"[operation, state] with a state below {states} and one of {', '.join(OPS)}")
-    nodes = range(2, 2 + len(edges) // 2)
-    concat = content.get(part + "_concat", list(nodes))
-    if not isinstance(concat, list) or not concat or not all(type(s) is int and s in nodes for s in concat):
-        raise InputError(f"{where}: {part}_concat must list states from 2 to {nodes[-1]}")
-    return tuple(map(tuple, edges)), tuple(concat)
-
-
-def _is_edge(edge: Any, states: int) -> bool:
-    if not isinstance(edge, list) or len(edge) != 2:
-        return False
-    op, source = edge
-    return isinstance(op, str) and op in OPS and type(source) is int and 0 <= source < states
-
-
-def load(name: str) -> "Genotype | str":
-    """A published cell by its name, or the genotype that a text, a run folder or a file holds.
+def load(name: str) -> Genotype | str:
+    """A published cell by its name, or the genotype in a text, a run folder, a file, or `module.py:CELL`.
 
     Returns a Genotype, or an arch string for NAS-Bench-201. Raises InputError that lists the known names.
     """
     if name in PUBLISHED:
         return PUBLISHED[name]
+    if is_text(name):
+        return parse(name, "--arch")
+    path, cell = re.fullmatch(r"(.*?)(?:(?<=\.py):(\w+))?", name, re.DOTALL).groups()
+    path = Path(path)
     try:
-        return from_fields(*genotype_text.read(name))
+        if path.is_dir() and not (path := path / "genotype.json").is_file():
+            raise InputError(f"{path}: no such file; a search writes it at the end of its first epoch")
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"unknown architecture {name[:100]!r}: neither a genotype ({error.strerror}) "
                          f"nor one of {', '.join(PUBLISHED)}") from error
+    return parse(content.decode(json.detect_encoding(content), errors="replace"), str(path), cell)
+
+
+def is_text(name: str) -> bool:
+    """Whether this is the text of a genotype and not a path."""
+    return bool(re.match(r"\s*[\ufeff{|]", name) or re.search(r"Genotype\s*\(|~0\|\+", name))
+
+
+def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
+    """The genotype in a text, the last if there are several; in a module (where: *.py) the one called `cell`.
+
+    Raises InputError, beginning with `where`, if there is none.
+    """
+    try:
+        text = named_in_module(text, cell, where) if where.endswith(".py") else text.strip("\ufeff \t\r\n")
+        if text.startswith("{"):
+            fields = json.loads(text)
+        elif calls := list(filter(None, (call_at(text, match.start())
+                                         for match in re.finditer(r"\bGenotype\s*\(", text)))):
+            fields = arguments(calls[-1])
+        else:
+            archs = [text] if text.startswith("|") else re.findall(r"\|\w+~0\|(?:\+\|[\w~|]+\|){2}", text)
+            fields = {"arch": archs[-1]} if archs else {}
+    except InputError:
+        raise
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise InputError(f"{where}: not a genotype ({brief(error)})") from error
+    if set(fields) == {"arch"} and isinstance(fields["arch"], str):
+        parse_arch(fields["arch"])
+        return fields["arch"]
+    if not {"normal", "reduce"} <= set(fields) <= set(Genotype._fields):
+        raise InputError(f"{where}: no genotype; expected {', '.join(Genotype._fields)}, or arch")
+    return Genotype(*checked_cell(fields, "normal", where), *checked_cell(fields, "reduce", where))
+
+
+def call_at(text: str, start: int) -> str:
+    """The text from `start` to its closing parenthesis; empty if that is missing."""
+    depth = 0
+    for match in re.compile("[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return text[start : match.end()]
+    return ""
+
+
+def arguments(call: str) -> dict[str, Any]:
+    """The arguments of `Genotype(…)` by name; tuples become lists, as in JSON."""
+    def value(node: ast.expr) -> Any:
+        """The value of a literal, or of a call of range, list or tuple."""
+        if not isinstance(node, ast.Call):
+            return ast.literal_eval(node)
+        name = getattr(node.func, "id", "")
+        if name == "range":
+            return list(range(*map(value, node.args))[:100])
+        if name in ("list", "tuple"):
+            return list(*map(value, node.args))
+        raise ValueError(f"{ast.unparse(node)} is neither a literal nor a range")
+
+    node = ast.parse(call, mode="eval").body
+    by_name = dict(zip(Genotype._fields, node.args)) | {each.arg: each.value for each in node.keywords}
+    return json.loads(json.dumps({name: value(argument) for name, argument in by_name.items()}))
+
+
+def named_in_module(text: str, cell: str | None, where: str) -> str:
+    """The text of the genotype called `cell` in a module's text; of the only one if cell is None."""
+    assigned = [statement for statement in ast.parse(text).body if isinstance(statement, ast.Assign)]
+    values = {ast.unparse(target): ast.unparse(each.value) for each in assigned for target in each.targets}
+    values = {name: values.get(value, value) for name, value in values.items()}  # DARTS = DARTS_V2
+    cells = {name: value for name, value in values.items() if re.match(r"(\w+\.)?Genotype\(", value)}
+    if cell is None and len(cells) == 1:
+        return next(iter(cells.values()))
+    if cell not in cells:
+        raise InputError(f"{where}: name one of its genotypes, as in genotypes.py:NAME: "
+                         f"{', '.join(cells) or 'it has none'}")
+    return cells[cell]
+
+
+def checked_cell(fields: dict[str, Any], part: str, where: str) -> tuple[tuple, tuple]:
+    """The edges and the concatenated states (default: all nodes) of one type of cell."""
+    edges = fields[part]
+    if not isinstance(edges, list) or not edges or len(edges) % 2:
+        raise InputError(f"{where}: {part!r} must list two [operation, state] pairs a node")
+    for position, edge in enumerate(edges):
+        states = range(2 + position // 2)  # those before this node
+        if not (isinstance(edge, list) and len(edge) == 2 and isinstance(edge[0], str) and edge[0] in OPS
+                and type(edge[1]) is int and edge[1] in states):
+            raise InputError(f"{where}: {part}[{position}] is {json.dumps(edge)[:80]}; expected [operation, "
+                             f"state] with a state below {len(states)} and one of {', '.join(OPS)}")
+    nodes = range(2, 2 + len(edges) // 2)
+    concat = fields.get(part + "_concat", list(nodes))
+    if not isinstance(concat, list) or not concat or not all(type(s) is int and s in nodes for s in concat):
+        raise InputError(f"{where}: {part}_concat must list states from 2 to {nodes[-1]}")
+    return tuple(map(tuple, edges)), tuple(concat)

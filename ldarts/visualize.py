@@ -14,8 +14,7 @@ from torch import Tensor
 
 from . import genotypes, spaces
 from .errors import require
-from .genotype_text import is_typed
-from .genotypes import Genotype
+from .genotypes import Genotype, is_text
 from .operations import OPS
 from .runs import Parser, grouped, read_run, script
 
@@ -284,7 +283,7 @@ def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
 
 def file_names(cells: list[str]) -> dict[str, str]:
     """The name of each cell's picture without suffix; where two share one, the folder's too, or a number."""
-    paths = [Path("cell" if is_typed(cell) else cell.replace(".py:", "/")) for cell in cells]
+    paths = [Path("cell" if is_text(cell) else cell.replace(".py:", "/")) for cell in cells]
     stems = [path.stem for path in paths]
     taken = ["curves"]
     for path in paths:
@@ -304,7 +303,7 @@ def main() -> None:
     args = parser.parse_args()
     pyplot()
     what = list(dict.fromkeys(args.what))
-    runs = [name for name in what if not is_typed(name) and Path(name, "config.json").is_file()]
+    runs = [name for name in what if not is_text(name) and Path(name, "config.json").is_file()]
     names = file_names([name for name in what if name not in runs])
     written = []
     for name in what:

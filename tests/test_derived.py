@@ -62,7 +62,7 @@ def test_a_genotype_is_read_as_it_stands(name, cell, tmp_path, monkeypatch):
     (TEXT.replace("range(2, 6)", "range(10**12)"), "not a genotype"),
     (TEXT.replace("range(2, 6)", "range(0, 1000000000000)"), "normal_concat"),
     (TEXT.replace("sep_conv_3x3", "sep_conv_9x9"), "normal[0]"), (TEXT[:99], "no genotype"),
-    ("Genotype(normal=[])", "normal_concat"), ("Genotype(**{})", "not a genotype"),
+    ("Genotype(normal=[])", "normal_concat"), ("Genotype(**{})", "no genotype"),
     ("Genotype({1})", "not a genotype"),
     ("{" * 99999, "not a genotype"), (f"Genotype({'(' * 9999}{')' * 9999})", "not a genotype"),
     ("|none~0|", "arch string"), (".", "end of its first epoch"), ("x" * 300, "File name too long")],
@@ -202,7 +202,7 @@ def test_a_checkpoint_knows_its_network_and_its_data(trained, tmp_path, monkeypa
     moved.write_bytes(one.read_bytes())
     old.parent.mkdir()
     state = load_checkpoint(str(one))
-    assert genotypes.from_fields(json.loads(state.pop("genotype")), "") == CELL
+    assert genotypes.parse(state.pop("genotype"), "") == CELL
     torch.save(state, old)
     (old.parent / "genotype.json").write_text(to_json(CELL))
     given = "--data", folder, "--batch_size", 8

@@ -1,67 +1,63 @@
 """Compiles csrc/ into two libraries and loads them: `cpu`, the operators, and `cuda`, their kernels for GPUs.
 
-Each is compiled once, by `pip install` or on its first use, in a folder of its own that holds it with the
-compiler's output and, written last, its size and SHA-256:
-
-    PACKAGE/built or ~/.cache/ldarts   cpu-DIGEST   cuda-DIGEST-8.0_9.0+PTX   DIGEST: sources, flags, PyTorch
-
-Where one cannot be compiled, or with LDARTS_FUSED=off in the environment, the plain form runs on its device.
+Each is compiled once, by `pip install` or on first use, in a temporary folder. The finished library is moved
+to PACKAGE/built or ~/.cache/ldarts as PART-DIGEST.so; the digest covers sources, flags, PyTorch, processor.
+Where a library cannot be compiled, or with LDARTS_FUSED=off in the environment, the plain form runs.
 """
 import fcntl
 import functools
 import hashlib
-import json
 import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import torch
 
-from .toolkit import (ARCHITECTURES, BuildError, architecture_flags, covers, cuda_toolkit, cxx_compiler,
-                      ninja, vector_flags, wanted_architectures)
+from ..errors import InputError
+from .toolkit import BuildError, architecture_flags, cxx, ninja, nvcc, vector_flags
 
 PACKAGE = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
-LIBRARY = "operators.so"
-NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]
+OFF = ("off", "0", "false", "no")
 
 
 def switched_off() -> bool:
-    """Whether the environment chooses the plain form. LDARTS_MIXED_SUM=reference is its older name."""
-    return os.environ.get("LDARTS_FUSED") == "off" or os.environ.get("LDARTS_MIXED_SUM") == "reference"
+    """Whether LDARTS_FUSED in the environment chooses the plain form. Raises InputError for other values."""
+    value = os.environ.get("LDARTS_FUSED", "")
+    if value.lower() not in ("", "on", "1", "true", "yes", *OFF):
+        raise InputError(f"LDARTS_FUSED={value}: use off for the plain form, on for the engine")
+    return value.lower() in OFF
 
 
 @functools.cache
 def load(part: str) -> bool:
-    """Load the library "cpu" or "cuda", compiled now where it is not; False, with a warning, if it fails."""
+    """Load the library "cpu" or "cuda"; compile it first if needed. False, with a warning, if that fails."""
     if switched_off():
         return False
     try:
         torch.ops.load_library(library(part))
     except Exception as error:  # a build fails in more ways than can be listed
-        remedy = getattr(error, "remedy", "Deleted from ~/.cache/ldarts it is compiled again")
+        remedy = getattr(error, "remedy", f"Delete {cache()} to compile again")
         reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
         device = " for CUDA" if part == "cuda" else ""  # the CPU's library has the operators of both
         warnings.warn(f"ldarts: no fused operators{device} ({reason}); the slower plain form runs. {remedy}; "
-                      "LDARTS_FUSED=off chooses it silently", stacklevel=3)
+                      "LDARTS_FUSED=off chooses it without this warning", stacklevel=3)
         return False
     return True
 
 
 def library(part: str) -> Path:
-    """The library of a part, found or compiled. BuildError where it cannot be."""
-    wanted = wanted_architectures() if part == "cuda" else []
-    for root in (PACKAGE / "built", cache()):
-        for folder in sorted(root.glob(f"{part}-{digest(part)}*")):
-            built_for = folder.name.split("-")[-1].split("_")
-            if sound(folder) and all(covers(built_for, architecture) for architecture in wanted):
-                return folder / LIBRARY
+    """The path of a part's library, compiled now if there is none. Raises BuildError if that fails."""
+    for folder in (PACKAGE / "built", cache()):
+        if (path := folder / file_name(part)).exists():
+            return path
     return compile_into(cache(), part)
 
 
@@ -69,8 +65,8 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldarts"
 
 
-def files(part: str) -> list[Path]:
-    """What a part is made of: headers and checks are in both."""
+def sources(part: str) -> list[Path]:
+    """The files of csrc/ that a part depends on. Headers and checks.cpp belong to both."""
     csrc = PACKAGE.parent / "csrc" if (PACKAGE.parent / "csrc").is_dir() else PACKAGE / "csrc"
 
     def belongs(path: Path) -> bool:
@@ -80,104 +76,86 @@ def files(part: str) -> list[Path]:
     return [path for path in sorted(csrc.glob("*.*")) if belongs(path)]
 
 
-def cxx_flags() -> list[str]:
+def compile_flags(part: str) -> list[str]:
+    """The flags of the compiler, which is nvcc for all files of the part "cuda"."""
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    return ["-O3", "-std=c++20", "-fPIC", *vector_flags(), *openmp,
+    host = ["-fPIC", *vector_flags(), *openmp,
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    if part == "cpu":
+        return ["-O3", "-std=c++20", *host]
+    return ["-O3", "-std=c++20", "--expt-relaxed-constexpr", *architecture_flags(),
+            "-Xcompiler", ",".join(host)]
 
 
-def digest(part: str) -> str:
-    """Of all that a library is made of; a GPU's architectures are in the folder's name beside it."""
-    machine = torch.__version__, sys.platform, platform.machine()
-    key = hashlib.sha256(repr((machine, cxx_flags(), NVCC_FLAGS if part == "cuda" else [])).encode())
-    for path in files(part):
-        key.update(path.name.encode() + path.read_bytes())
-    return key.hexdigest()[:16]
+def file_name(part: str) -> str:
+    """The library's name, with a digest of all that the library is made from."""
+    environment = torch.__version__, sys.platform, platform.machine(), compile_flags(part)
+    digest = hashlib.sha256(repr(environment).encode())
+    for path in sources(part):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"{part}-{digest.hexdigest()[:16]}.so"
 
 
-def identity(path: Path) -> dict:
-    data = path.read_bytes()
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def sound(folder: Path) -> bool:
-    """Whether the library is the one that was compiled: to load half of one kills the process."""
-    try:
-        return json.loads((folder / "manifest.json").read_text()) == identity(folder / LIBRARY)
-    except (OSError, ValueError):
-        return False
-
-
-def compile_into(root: Path, part: str) -> Path:
-    """Compile a part in a folder under `root` -> the library. Concurrent processes wait for the first."""
-    architectures = (wanted_architectures() or ARCHITECTURES) if part == "cuda" else []
-    folder = root / "-".join([part, digest(part), "_".join(architectures)]).rstrip("-")
-    plan = ninja_file(part, architectures)
+def compile_into(folder: Path, part: str) -> Path:
+    """Compile a part into a folder and return the library's path. Other processes wait for the first one."""
+    path = folder / file_name(part)
+    plan = ninja_file(part, path.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".flock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel even when its holder is killed
-            if not sound(folder):
-                for left in set(folder.iterdir()) - {folder / ".flock"}:  # by a build that did not end
-                    left.unlink()
-                (folder / "build.ninja").write_text(plan)
-                run_ninja(folder, part)
-                manifest = folder / "manifest.new"
-                manifest.write_text(json.dumps(identity(folder / LIBRARY)))
-                manifest.replace(folder / "manifest.json")
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it even if this process is killed
+            if not path.exists():
+                with tempfile.TemporaryDirectory(dir=folder) as work:
+                    Path(work, "build.ninja").write_text(plan)
+                    run_ninja(Path(work), part, path.with_suffix(".log"))
+                    os.replace(Path(work, path.name), path)
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}",
                          "Set XDG_CACHE_HOME to a folder that can be written") from error
-    return folder / LIBRARY
+    return path
 
 
-def ninja_file(part: str, architectures: list[str]) -> str:
-    """A build.ninja of one command an object file and one that links them."""
-    command, compiler = cxx_compiler()
-    cxx = [*command, *cxx_flags(), f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
-    libraries, nvcc = [f"-L{TORCH}/lib", "-lc10", "-ltorch_cpu", "-ltorch"], []
-    if part == "cuda":
-        toolkit = cuda_toolkit()
-        cxx += [f"-I{path}" for path in toolkit.includes]
-        libraries += ["-lc10_cuda", "-ltorch_cuda", toolkit.cudart,
-                      f"-Wl,-rpath,{Path(toolkit.cudart).parent}"]
-        host = ["-ccbin", compiler] if os.environ.get("CXX") else []
-        nvcc = [toolkit.nvcc, *host, *NVCC_FLAGS, *architecture_flags(architectures)]
+def ninja_file(part: str, name: str) -> str:
+    """The text of a build.ninja: one command for each object file, and one that links them to `name`."""
+    compiler = [*(nvcc() if part == "cuda" else cxx()), *compile_flags(part)]
+    includes = [f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
+    libraries = [f"-L{TORCH}/lib", "-lc10", "-ltorch_cpu", "-ltorch"]
+    if part == "cuda":  # PyTorch's libraries bring the CUDA runtime
+        libraries += ["-lc10_cuda", "-ltorch_cuda", "-cudart=none"]
     if sys.platform == "darwin":
         libraries += ["-undefined", "dynamic_lookup"]
-    lines = {f"{path.name}.o": [*(nvcc if path.suffix == ".cu" else cxx), "-c", str(path)]
-             for path in files(part) if path.suffix in (".cpp", ".cu")}
-    edges = [(name, "", line) for name, line in lines.items()]
-    edges += [(LIBRARY, " ".join(lines), [*cxx, "-shared", *lines, *libraries])]
+    objects = {f"{path.name}.o": [*compiler, *includes, "-c", str(path)]
+               for path in sources(part) if path.suffix in (".cpp", ".cu")}
+    builds = [(target, "", command) for target, command in objects.items()]
+    builds.append((name, " ".join(objects), [*compiler, "-shared", *objects, *libraries]))
     return "rule run\n  command = $line\n" + "".join(
-        f"build {name}: run {needs}\n  line = {shlex.join([*line, '-o', name]).replace('$', '$$')}\n"
-        for name, needs, line in edges)
+        f"build {target}: run {needs}\n  line = {shlex.join([*command, '-o', target]).replace('$', '$$')}\n"
+        for target, needs, command in builds)
 
 
-def run_ninja(folder: Path, part: str) -> None:
+def run_ninja(work: Path, part: str, log: Path) -> None:
+    """Run work/build.ninja. Raises BuildError if it fails, and leaves the compiler's output in `log`."""
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    print(f"ldarts: compiling the fused operators for {part.upper()}, once, for up to a minute ({folder})",
+    print(f"ldarts: compiling the fused operators for {part.upper()}, once, in about a minute ({log.parent})",
           file=sys.stderr, flush=True)
     started = time.perf_counter()
-    done = subprocess.run([ninja(), *jobs], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    done = subprocess.run([ninja(), *jobs], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, errors="replace", env=os.environ | {"LC_ALL": "C"})
-    (folder / "log.txt").write_text(done.stdout)
     if done.returncode:
-        raise BuildError(*diagnosis(done.stdout, folder / "log.txt"))
-    for path in folder.glob("*.o"):
-        path.unlink()
+        log.write_text(done.stdout)
+        raise BuildError(*diagnosis(done.stdout, log))
     print(f"ldarts: compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 def diagnosis(output: str, log: Path) -> tuple[str, str]:
-    """(the first error of a compiler or a linker, what to do) from what ninja printed."""
+    """(the first error of a compiler or a linker, its remedy) from what ninja printed."""
     failed = output[max(output.find("FAILED:"), 0) :].splitlines()
     lines = [line.strip() for line in failed[2:] if not re.match(r"collect2:|ninja:|\s*$", line)]
     lines = lines or failed[-1:]
-    telling = r"\b(error|fatal)\b[^/]*:|undefined reference|cannot find|not found|No space left"
-    reason = next((line for line in lines if re.search(telling, line)), lines[-1])
+    says_error = r"\b(error|fatal)\b[^/]*:|undefined reference|cannot find|not found|No space left"
+    reason = next((line for line in lines if re.search(says_error, line)), lines[-1])
     remedies = {"No space left": "Make room, or set XDG_CACHE_HOME to a folder on another disk",
                 "Unsupported gpu arch": "Set TORCH_CUDA_ARCH_LIST to what GPU and nvcc know, as 8.0;9.0+PTX",
-                "-std=c++20": "Name a newer compiler by CXX: g++ 11 or clang 14 or later"}
+                "-std=c++20": "Name a newer compiler in CXX: g++ 11 or clang 14 or later"}
     return reason, next((remedy for text, remedy in remedies.items() if text in reason),
-                        f"Its whole output is in {log}")
+                        f"The compiler's whole output is in {log}")

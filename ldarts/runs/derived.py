@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import genotype_text, genotypes
+from .. import genotypes
 from ..errors import InputError, brief
 from .checkpoints import CHECKPOINT, load_checkpoint
 from .results import read_config, run_folder, unfinished
@@ -79,7 +79,7 @@ def read_trained(path: str, arch: str | None) -> tuple[dict[str, Tensor], Cell]:
         raise InputError(f"{path}: weights of a search; train its cell first: --arch {Path(path).parent}")
     given = None if arch is None else genotypes.load(arch)
     if "genotype" in state:
-        trained = genotypes.from_fields(genotype_text.fields(str(state["genotype"]), path), path)
+        trained = genotypes.parse(str(state["genotype"]), path)
     else:
         trained = genotypes.load(str(beside)) if beside.is_file() else given
     if trained is None:
