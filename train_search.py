@@ -38,14 +38,15 @@ def measure_cells(arch, probes, kind):
 
     probes: "train" and "valid" -> batches of that half. On each half Λ, its mean over the batches. On the
     second, whose gradient moves α, by the mean of g_l over the batches: the share of each cell in it, from
-    input to output, and of each operation the mean of ∂L/∂p over cells and edges; where it is lowest, p grows.
+    input to output; and of each operation the mean of ∂L/∂p over cells and edges: p of the lowest grows.
     """
     values, net = {}, arch.net
     for half, batches in probes.items():
         by_batch = [arch.cell_gradients(batch) for batch in batches]
         values[f"lambda_{half}"] = fmean(float(arch.alignment(grads, kind)[0]) for grads in by_batch)
-    g = torch.stack([torch.stack(of_cell).mean(0) for of_cell, cell in zip(zip(*by_batch), net.searched_cells())
-                     if not cell.reduction])  # [n, edges, ops]
+    by_cell = zip(zip(*by_batch), net.searched_cells())
+    g = torch.stack([torch.stack(grads).mean(0) for grads, cell in by_cell if not cell.reduction])
+    # g: [n, edges, ops]
     values["cell_shares"] = cell_shares(g, torch.softmax(net.arch_parameters()[0].detach(), -1)).tolist()
     by_edge = [*zip(chain(*net.primitives.normal), g.mean(0).flatten().tolist())]  # (operation, mean of g)
     values["operation_grads"] = {op: fmean(grad for name, grad in by_edge if name == op)

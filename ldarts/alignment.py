@@ -31,10 +31,10 @@ def layer_alignment(grads: Sequence[Tensor], kind: str = "cosine") -> Tensor:
 
 
 def cell_shares(grads: Tensor, p: Tensor) -> Tensor:
-    """Each cell's share in the gradient by α -> a [n], which sum to 1; negative for a cell that pulls against it.
+    """Each cell's share in the gradient by α -> a [n], of sum 1; negative for a cell that pulls against it.
 
     grads: g_l = ∂L/∂p_l of n cells of one type [n, edges, ops]; p: their softmax(α) [edges, ops].
-    a_l = ⟨h_l, Σ_k h_k⟩ / ‖Σ_k h_k‖², with h_l = p ⊙ (g_l − ⟨p, g_l⟩ on each edge), what cell l adds to ∂L/∂α.
+    a_l = ⟨h_l, Σ_k h_k⟩ / ‖Σ_k h_k‖², with h_l = p ⊙ (g_l − ⟨p, g_l⟩ on each edge), its part of ∂L/∂α.
     """
     h = (p * (grads - (p * grads).sum(-1, keepdim=True))).flatten(1)  # [n, edges * ops]
     total = h.sum(0)

@@ -1,7 +1,7 @@
 """Cells, α and curves as pictures (extra `plot`: matplotlib).
 
     python -m ldarts.visualize LAMBDA_DARTS DARTS --format svg   # LAMBDA_DARTS.svg, DARTS.svg: the two cells
-    python -m ldarts.visualize runs/one                          # cells, alphas, shares, curves, into runs/one
+    python -m ldarts.visualize runs/one                          # cells, α, shares, curves, into runs/one
     python -m ldarts.visualize runs/a runs/b --out seeds         # … of each; seeds/curves.png: mean and band
 """
 import math
@@ -244,8 +244,10 @@ def draw_shares(groups: dict[str, list[list[dict]]], path: Path) -> None:
 
     groups: name -> metrics of each run. Cells lie from input (below) to output; white is the equal share 1/n.
     """
-    means = {label: torch.tensor([[line["cell_shares"] for line in run[: min(map(len, runs))]] for run in runs])
-             .mean(0) for label, runs in groups.items()}  # of each [epochs, cells]
+    means = {}  # of each group [epochs, cells]
+    for label, runs in groups.items():
+        length = min(map(len, runs))
+        means[label] = torch.tensor([[line["cell_shares"] for line in run[:length]] for run in runs]).mean(0)
     equal = 1 / next(iter(means.values())).shape[1]
     # Where cells cancel each other, a share may be far from all others: it should not fade the rest.
     reach = float(torch.cat([share.flatten() for share in means.values()]).sub(equal).abs().quantile(0.95))
@@ -265,7 +267,7 @@ def draw_shares(groups: dict[str, list[list[dict]]], path: Path) -> None:
 
 
 def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
-    """cells, and of a search alphas and shares, and curves of one run, into its folder -> what was written."""
+    """cells, curves, and of a search alphas and shares, into the run's folder -> what was written."""
     config, metrics = read_run(path)
     genotype, folder = genotypes.load(str(path)), Path(path)
     cells, curves, alphas, shares = (folder / f"{name}.{suffix}" for name in

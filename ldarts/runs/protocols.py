@@ -64,8 +64,8 @@ def parse_search_args() -> Namespace:
     add("--lambda_grad", choices=METHODS, default="central",
         help="how ∇Λ is computed; random: a control, a random direction as long as central's")
     add("--epsilon", type=float, help="ε₀ of central and forward (default 1e-4, 1e-3 on SVHN)")
-    add("--probe_batches", type=int, help="fresh batches of each half, over which the metrics average Λ and the "
-                                          "cells' gradients every epoch (default: the last batch of the epoch)")
+    add("--probe_batches", type=int, help="fresh batches of each half, over which the metrics average Λ and "
+                                          "the cells' gradients (default: the last batch of the epoch)")
     flag("--eigenvalue", help="log the dominant eigenvalue of ∂²L_valid/∂α² every epoch")
     flag("--plot", help="draw the cells, α and the curves anew every epoch (needs matplotlib)")
     flag("--tensorboard", help="write TensorBoard's event files into the run folder (needs tensorboard)")
