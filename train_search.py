@@ -19,13 +19,13 @@ from torch import nn
 from ldarts import Architect, InputError, SearchNetwork, nasbench201, visualize
 from ldarts.alignment import cell_shares
 from ldarts.architect import search_step
-from ldarts.capture import Captured, optimizer_tensors
+from ldarts.capture import Captured
 from ldarts.data import Batches, eval_batches, halves, load
 from ldarts.distributed import Processes
 from ldarts.fused import compiled_for
 from ldarts.genotypes import to_json
 from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, evaluate, parse_search_args, pick_device,
-                         require_passage, script, seed_everything, set_deterministic)
+                         require_passage, script, seed_everything, set_deterministic, uses_graph)
 
 
 def skip_connections(genotype) -> int:
@@ -59,7 +59,7 @@ def main():
     if args.deterministic:
         set_deterministic()
     device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
-    amp = amp_dtype(args.amp, device)
+    amp, graph = amp_dtype(args.amp, device), uses_graph(args)
     processes = Processes(device)
     train_set, _ = load(args.dataset, args.data, device, args.seed, size=args.image_size)
     for_w, for_alpha = halves(len(train_set.labels), args.train_portion, args.seed)
@@ -81,18 +81,11 @@ def main():
     if args.probe_batches and args.probe_batches > most:
         raise InputError(f"--probe_batches {args.probe_batches}: an epoch has {most}; use at most as many")
     criterion = nn.CrossEntropyLoss()
-    # In a graph, numbers that change have to be tensors.
-    rate = torch.tensor(args.learning_rate, device=device) if args.graph else args.learning_rate
-    optimizer = torch.optim.SGD(net.weight_parameters(), rate, args.momentum, weight_decay=args.weight_decay,
-                                fused=True)
+    optimizer = torch.optim.SGD(net.weight_parameters(), args.learning_rate, args.momentum,
+                                weight_decay=args.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, args.learning_rate_min)
     arch = Architect(net, criterion, args.arch_learning_rate, (0.5, 0.999), args.arch_weight_decay,
-                     args.momentum, args.weight_decay, processes.average, amp, capturable=args.graph,
-                     eps=args.arch_epsilon)
-
-    def state():
-        changed_by = optimizer_tensors(optimizer) + optimizer_tensors(arch.optimizer)
-        return [*net.parameters(), *net.buffers(), *changed_by]
+                     args.momentum, args.weight_decay, processes.average, amp, eps=args.arch_epsilon)
 
     def step_by(method):
         def take(x, y, valid_x, valid_y, lambda_t):
@@ -101,7 +94,7 @@ def main():
                                lambda_t=lambda_t, kind=args.lambda_kind, epsilon=args.epsilon, method=method,
                                grad_clip=args.grad_clip)
 
-        return Captured(take, state) if args.graph else take
+        return Captured(take, net, [optimizer, arch.optimizer], run.log) if graph else take
 
     compiled_for(device.type)  # a first compilation is no time of the run's steps
     parts = {"model": net, "optimizer": optimizer, "arch": arch.optimizer, "scheduler": scheduler}

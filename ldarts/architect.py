@@ -30,8 +30,8 @@ class Architect:
     w_momentum, w_weight_decay: those of the SGD on w, which the unrolled step imitates; average: tensors ->
     their means over the processes. A gradient is averaged before anything that is not linear in it: results,
     loss included, are those of the global batch (logits: of the process). amp: the dtype to which autocast
-    lowers the passes that no difference is taken of. capturable: of Adam, for CUDA graphs. eps: of Adam; far
-    below the gradient every α takes steps of one length, far above it steps of lr / eps times its gradient.
+    lowers the passes that no difference is taken of. eps: of Adam; far below the gradient every α
+    takes steps of one length, far above it steps of lr / eps times its gradient.
     No method changes a weight, a buffer or a momentum, but lambda_grads, a training pass, moves the
     batch-norm statistics once.
     """
@@ -40,11 +40,11 @@ class Architect:
                  betas: tuple[float, float] = (0.5, 0.999), weight_decay: float = 1e-3,
                  w_momentum: float = 0.9, w_weight_decay: float = 3e-4,
                  average: Callable[[Sequence[Tensor]], list[Tensor]] = list, amp: torch.dtype | None = None,
-                 capturable: bool = False, eps: float = 1e-8):
+                 eps: float = 1e-8):
         self.net, self.criterion, self.average, self.amp = net, criterion, average, amp
         self.w_momentum, self.w_weight_decay = w_momentum, w_weight_decay
         self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas,
-                                          weight_decay=weight_decay, eps=eps, capturable=capturable)
+                                          weight_decay=weight_decay, eps=eps)
         # Lists, because a walk through the thousands of modules of a supernet takes milliseconds.
         self.weights = net.weight_parameters()
         self._norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]

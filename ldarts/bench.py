@@ -168,16 +168,15 @@ def time_sums(stage: str, count: int, layout: str, dtype: str, device: torch.dev
 def bench_step(args: argparse.Namespace) -> None:
     """A search step on random images, and its step of w alone; a profile is of the step outside its graph."""
     from . import Architect, SearchNetwork
-    from .capture import Captured, optimizer_tensors
+    from .capture import Captured
     device, space, on_gpu = args.device, args.search_space, args.device.type == "cuda"
     in_201 = space == "nasbench201"
     graph = on_gpu and space != "s4" if args.graph is None else args.graph
     torch.manual_seed(0)
     net = SearchNetwork(args.init_channels, 10, args.layers or (5 if in_201 else 8), space)
     net.to(device, memory_format=torch.channels_last)
-    rate = torch.tensor(0.025, device=device) if graph else 0.025
-    optimizer = torch.optim.SGD(net.weight_parameters(), rate, 0.9, weight_decay=3e-4, fused=True)
-    arch = Architect(net, F.cross_entropy, amp=amp_dtype(args.amp, device), capturable=graph)
+    optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4, fused=True)
+    arch = Architect(net, F.cross_entropy, amp=amp_dtype(args.amp, device))
     method = None if args.lambda_grad == "none" else args.lambda_grad
     options = dict(lambda_t=0.125, kind="cosine", epsilon=1e-4, grad_clip=5.0, method=method)
     batch = [*random_batch(args.batch_size, device), *random_batch(args.batch_size, device)]
@@ -189,12 +188,8 @@ def bench_step(args: argparse.Namespace) -> None:
     def of_weights(x, y, *valid):
         return weight_step(arch, optimizer, (x, y), **options)
 
-    def state():
-        optimizers = optimizer_tensors(optimizer) + optimizer_tensors(arch.optimizer)
-        return [*net.parameters(), *net.buffers(), *optimizers]
-
     def timed(function):
-        take = Captured(function, state) if graph else function
+        take = Captured(function, net, [optimizer, arch.optimizer]) if graph else function
         return seconds(lambda: take(*batch), args.steps)
 
     result = {"seconds_per_step": timed(step), "peak_mib": peak_mib(device),

@@ -1,48 +1,111 @@
 """A training step as one CUDA graph: thousands of kernels of a few microseconds each, launched at once."""
-from typing import Any, Callable, Sequence
+import warnings
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Captured:
     """Calls step(*inputs), captured on its first call as a CUDA graph that later calls replay.
 
-    step: from tensors that keep their shapes to any structure of tensors, without waiting for the device; it
-    changes no tensors but those that `state` lists. Numbers that change between calls have to be tensors.
-    state: () -> those tensors, of which an optimizer may add some, all zero, in its first step
+    step: from tensors to any structure of tensors, without waiting for the device; it changes nothing but the
+    parameters and buffers of `net` and the state of `optimizers`, which starts as zeros. Numbers that change
+    from call to call are inputs; learning rates are read from the optimizers. A graph holds addresses and
+    numbers: where one has changed since the capture (a tensor replaced, inputs of another shape, another
+    momentum) the step is captured anew. warn: told once if a capture fails; then step runs without a graph.
     The result lies in the same memory after every call.
     """
 
-    def __init__(self, step: Callable[..., Any], state: Callable[[], Sequence[Tensor]]):
-        self.step, self.state = step, state
-        self.graph: torch.cuda.CUDAGraph | None = None
+    def __init__(self, step: Callable[..., Any], net: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
+                 warn: Callable[[str], object] = warnings.warn):
+        self.step, self.optimizers, self.warn = step, optimizers, warn
+        self.net_tensors = [*net.parameters(), *net.buffers()]
+        self.rates = self.held = self.graph = None
+        self.failed = False
 
     def __call__(self, *inputs: Tensor) -> Any:
-        if self.graph is None:
-            self._capture(inputs)
-        for held, given in zip(self.inputs, inputs):
-            held.copy_(given)
-        self.graph.replay()
-        return self.result
+        with self._numbers_on_device(inputs[0].device):
+            if self.failed:
+                return self.step(*inputs)
+            if self.held != self._holds(inputs):
+                self._capture(inputs)
+                self.held = self._holds(inputs)
+            if self.failed:
+                return self.step(*inputs)
+            for own, given in zip(self.inputs, inputs):
+                own.copy_(given)
+            self.graph.replay()
+            return self.result
+
+    @contextmanager
+    def _numbers_on_device(self, device: torch.device) -> Iterator[None]:
+        """Within, learning rates are tensors of the device, as is the number of Adam's steps ("capturable").
+
+        Outside the schedulers have their numbers, in double precision, and checkpoints do not depend on this.
+        """
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        if self.rates is None:
+            self.rates = [torch.zeros((), device=device) for _ in groups]
+        before = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in groups]
+        for group, numbers, rate in zip(groups, before, self.rates, strict=True):
+            group |= {name: rate.fill_(value) if name == "lr" else True for name, value in numbers.items()}
+        try:
+            yield
+        finally:
+            for group, numbers in zip(groups, before):
+                group |= numbers
+
+    def _holds(self, inputs: Sequence[Tensor]) -> tuple:
+        """What a graph captured now would hold of memory and numbers."""
+        groups = [{name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+                  for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [t.data_ptr() for t in self._state()], groups, [(t.shape, t.dtype) for t in inputs]
+
+    def _state(self) -> list[Tensor]:
+        """The tensors that a step may change."""
+        states = [values for optimizer in self.optimizers for values in optimizer.state.values()]
+        return self.net_tensors + [t for values in states for t in values.values() if isinstance(t, Tensor)]
 
     def _capture(self, inputs: Sequence[Tensor]) -> None:
+        self.graph = self.result = None  # the memory of a graph before
+        for optimizer in self.optimizers:
+            for p, values in optimizer.state.items():
+                if "step" in values:  # on the host where no graph was used before
+                    values["step"] = values["step"].to(p.device)
         self.inputs = [t.clone() for t in inputs]
-        before = {id(t): t.detach().clone() for t in self.state()}
-        stream = torch.cuda.Stream()
+        before = {id(t): t.detach().clone() for t in self._state()}
+        operations, stream = LastOperation(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose and load their kernels, which a capture may not do
-                self.step(*self.inputs)
+        try:
+            with torch.cuda.stream(stream):  # a capture that fails does not leave its own
+                for _ in range(3):  # libraries choose and load their kernels, which a capture may not do
+                    self.step(*self.inputs)
+                with torch.no_grad():  # as if nothing had been
+                    for t in self._state():
+                        t.copy_(before[id(t)]) if id(t) in before else t.zero_()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream), operations:
+                    self.result = self.step(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            if operations.last is None:  # before the capture
+                raise
+            while error.__context__:  # the end of a failed capture hides its reason behind another
+                error = error.__context__
+            self.failed = True
+            self.warn(f"warning: the step can't be a CUDA graph ({operations.last}: "
+                      f"{str(error).splitlines()[0]}); it runs without one, slower")
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.no_grad():  # as if nothing had been
-            for t in self.state():
-                t.copy_(before[id(t)]) if id(t) in before else t.zero_()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = self.step(*self.inputs)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What a step of the optimizer changes beside the parameters."""
-    return [t for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
+class LastOperation(TorchDispatchMode):
+    """Notes which operation of PyTorch was called last."""
+
+    last = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.last = func
+        return func(*args, **(kwargs or {}))

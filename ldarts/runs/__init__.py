@@ -12,5 +12,5 @@ from .limits import require_passage
 from .machine import (AMP, MEMORY_FORMATS, amp_dtype, device_name, pick_device, seed_everything,
                       set_deterministic, versions)
 from .meters import evaluate
-from .protocols import parse_eval_args, parse_search_args
+from .protocols import parse_eval_args, parse_search_args, uses_graph
 from .results import grouped, main, read_metrics, read_run, spread, table

@@ -3,6 +3,7 @@ import hashlib
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,17 +18,24 @@ AMP = ("none", "bf16")
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: a GPU where there is one; `cuda`: that of the process. Raises InputError if it is missing."""
+    """`auto`: a GPU where there is one; `cuda`: that of the process, with its number. Raises InputError for a
+    device that is missing, and for one that several processes of this machine would share."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif name.startswith("cuda") and (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+        raise InputError(f"--device {name} with {local} processes here: each needs a GPU of its own; "
+                         "use cuda")
+    if not re.fullmatch(r"cpu|cuda:\d+", name):
+        raise InputError(f"--device {name}: this code runs on no such device; use cpu, cuda, cuda:N or auto")
     try:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
+        here = f"{torch.cuda.device_count()} GPUs are visible here"
         reason = str(error).splitlines()[0][:120]
-        raise InputError(f"--device {name}: {reason}; use cpu, cuda or auto") from error
+        raise InputError(f"--device {name}: {reason} ({here}); use cpu, cuda, cuda:N or auto") from error
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:

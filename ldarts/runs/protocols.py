@@ -92,23 +92,28 @@ def parse_search_args() -> Namespace:
     if args.amp != "none" and args.lambda_grad == "forward" and args.lambda_reg:
         raise InputError("--amp bf16 with --lambda_grad forward: it is the difference of two passes of one "
                          "precision; use central or exact")
-    hindrance = graph_hindrance(args)
-    if args.graph and hindrance:
-        raise InputError(f"--graph: {hindrance}; use --no-graph")
-    fill_in(args, graph=hindrance is None)
+    uses_graph(args)
     return args
 
 
-def graph_hindrance(args: Namespace) -> str | None:
-    """Why the step can't be a CUDA graph."""
+def uses_graph(args: Namespace) -> bool:
+    """Whether a step is a CUDA graph: as --graph says, by default where nothing hinders it.
+
+    Not recorded with the arguments of a run, which may be continued on another device. Raises InputError for
+    a --graph that can't be.
+    """
+    hindrance = ""
     if pick_device(args.device).type != "cuda":
-        return "needs a GPU"
-    if args.search_space == "s4":
-        return "the noise of s4 is drawn again for every pass of a difference, which a graph can't do"
-    if args.lambda_grad == "random" and args.lambda_reg:
-        return "--lambda_grad random draws a direction in every step, and a resumed run has to draw the same"
+        hindrance = "needs a GPU"
+    elif args.search_space == "s4":
+        hindrance = "the noise of s4 is drawn again for every pass of a difference, which a graph can't do"
+    elif args.lambda_grad == "random" and args.lambda_reg:
+        hindrance = ("--lambda_grad random draws a direction in every step, and a resumed run has to draw "
+                     "the same")
+    if args.graph and hindrance:
+        raise InputError(f"--graph: {hindrance}; use --no-graph")
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return "several processes exchange gradients within the step" if several else None
+    return not (hindrance or several) if args.graph is None else args.graph
 
 
 def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str, list[str]]:
