@@ -17,8 +17,8 @@ from ldarts import Network, NetworkImageNet, NetworkNAS201
 from ldarts.data import Batches, eval_batches, folder_batches, load
 from ldarts.distributed import Processes
 from ldarts.genotypes import to_json
-from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, count_multiply_adds, count_parameters, evaluate,
-                         load_weights, parse_eval_args, pick_device, require_passage, script, seed_everything,
+from ldarts.runs import (Run, amp_dtype, check_images, count_multiply_adds, count_parameters, evaluate,
+                         load_weights, parse_eval_args, pick_device, safe_layout, script, seed_everything,
                          set_deterministic)
 
 
@@ -26,20 +26,23 @@ def main():
     args, genotype, remarks = parse_eval_args()
     if args.deterministic:
         set_deterministic()
-    device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
+    device = pick_device(args.device)
     amp = amp_dtype(args.amp, device)
     processes = Processes(device)
-    imagenet = args.dataset == "imagenet"
+    imagenet, image = args.dataset == "imagenet", (3, 224, 224)
+    if not imagenet:
+        train_set, test_set = load(args.dataset, args.data, device, args.seed)
+        image = train_set.images.shape[1:]
+    check_images(*image[1:], args.batch_size // processes.world, args.auxiliary)
+    layout, layout_remarks = safe_layout(args.memory_format, device, args.init_channels, *image[1:])
     options = dict(memory_format=layout, rank=processes.rank, world=processes.world)
     if imagenet:
         train_batches, test_batches = folder_batches(args.data, args.batch_size, args.seed, device=device,
                                                      workers=args.workers, **options)
-        train_set, test_set, image = train_batches.images, test_batches.images, (3, 224, 224)
+        train_set, test_set = train_batches.images, test_batches.images
     else:
-        train_set, test_set = load(args.dataset, args.data, device, args.seed)
         train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True,
                                 cutout_length=args.cutout_length if args.cutout else 0, **options)
-        image = train_set.images.shape[1:]
     images, num_classes = len(train_set.labels), train_set.num_classes
     seed_everything(args.seed)
     if isinstance(genotype, str):
@@ -47,7 +50,6 @@ def main():
     else:
         build = NetworkImageNet if imagenet else Network
         net = build(args.init_channels, num_classes, args.layers, args.auxiliary, genotype)
-    require_passage(net, args.batch_size // processes.world, image)
     net.to(device, memory_format=layout)
     run_net = torch.compile(net) if args.compile else net
 
@@ -88,7 +90,7 @@ def main():
               {"parameters": parameters, "multiply_adds": multiply_adds},
               carried={"genotype": to_json(genotype)})
     run.write("genotype.json", to_json(genotype))
-    for remark in remarks:
+    for remark in remarks + layout_remarks:
         run.log(remark)
     run.log(f"{run.path}: {args.arch} on {args.dataset}, {images} images, {parameters:,} parameters, "
             f"{multiply_adds / 1e6:.1f} M multiply-adds, on {device}")

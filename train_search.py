@@ -24,8 +24,8 @@ from ldarts.data import Batches, eval_batches, halves, load
 from ldarts.distributed import Processes
 from ldarts.fused import compiled_for
 from ldarts.genotypes import to_json
-from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, evaluate, parse_search_args, pick_device,
-                         require_passage, script, seed_everything, set_deterministic, uses_graph)
+from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, check_images, evaluate, parse_search_args,
+                         pick_device, script, seed_everything, set_deterministic, uses_graph)
 
 
 def skip_connections(genotype) -> int:
@@ -69,9 +69,9 @@ def main():
                 rank=processes.rank, world=processes.world)
         for part, tag in ((for_w, "train"), (for_alpha, "valid")))
 
+    check_images(*train_set.images.shape[2:], args.batch_size // processes.world)
     seed_everything(args.seed)
     net = SearchNetwork(args.init_channels, train_set.num_classes, args.layers, args.search_space)
-    require_passage(net, args.batch_size // processes.world, train_set.images.shape[1:])
     net.to(device, memory_format=layout)
     normal_cells = sum(not cell.reduction for cell in net.searched_cells())
     if args.lambda_reg and normal_cells < 2:

@@ -1,10 +1,15 @@
 """What the scripts print as one line."""
 import importlib.util
+import os
+import sys
 import textwrap
+from typing import Callable
+
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")  # CUDA, CPU, C++, cuDNN
 
 
 class InputError(ValueError):
-    """Input that the user can put right; the scripts print it as one line and exit with status 2."""
+    """Input that the user can correct; the scripts print it as one line and exit with status 2."""
 
 
 class NotFinite(ArithmeticError):
@@ -12,12 +17,44 @@ class NotFinite(ArithmeticError):
 
 
 def brief(error: BaseException) -> str:
-    """One line of a message that may be long, for use within ours."""
+    """A message that may be long, as one short line."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 120)
 
 
 def require(module: str, purpose: str, package: str = "") -> None:
-    """Raises InputError, beginning with `purpose`, where a module is missing. package: its name for pip"""
+    """Raises InputError, beginning with `purpose`, if a module is missing. package: its name for pip"""
     if importlib.util.find_spec(module) is None:
         package = package or module
         raise InputError(f"{purpose} needs {package}, which is not installed: pip install {package}")
+
+
+def script(main: Callable[[], None], less_memory: str = "smaller batches") -> None:
+    """Run a script's main. InputError and a lack of memory are one line on standard error and exit status 2,
+    NotFinite is one line and exit status 3. less_memory: the remedy that is printed for a lack of memory
+
+    Characters that the terminal's encoding lacks, such as Λ in ASCII, are printed as escapes.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            main()
+        except (RuntimeError, MemoryError) as error:
+            if reason := out_of_memory(error):
+                raise InputError(f"out of memory ({reason}); use {less_memory}") from error
+            raise
+    except (InputError, NotFinite) as error:
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, InputError) else 3)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def out_of_memory(error: BaseException | None) -> str:
+    """The message of a lack of memory, "" for other errors; it may be the cause of another error."""
+    while error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+            return brief(error)
+        error = error.__cause__ or error.__context__
+    return ""

@@ -26,7 +26,7 @@ import train_search
 from ldarts import InputError, genotypes, runs
 from ldarts.data.archives import SOURCES, locate, read_cifar
 from ldarts.distributed import Processes
-from ldarts.runs.checkpoints import CHECKPOINT, FORMAT, PREVIOUS, SEAL, load_checkpoint
+from ldarts.runs.checkpoints import CHECKPOINT, PREVIOUS, SEAL, load_checkpoint
 from test_archives import Exploit, python2_pickle, rows, write_cifar10
 
 ROOT = Path(__file__).parent.parent
@@ -396,7 +396,7 @@ def test_other_arguments_are_refused_with_both_values(stopped, folder, monkeypat
     assert "--cutout True: runs/one was started with False" in refused(
         train_search, ["--resume", "runs/one", "--cutout"], monkeypatch, capsys)
     for value in ("-1", "nan", "soon"):
-        assert "--checkpoint_minutes: invalid minutes" in refused(
+        assert f"--checkpoint_minutes: '{value}': expected a number from 0" in refused(
             train_search, ["--resume", "runs/one", "--checkpoint_minutes", value], monkeypatch, capsys)
     assert "not a run of this script" in refused(train_eval, ["--resume", "runs/one"], monkeypatch, capsys)
     assert "runs/two/config.json: no configuration of a run" in refused(
@@ -445,7 +445,7 @@ def resumable(tmp_path, monkeypatch):
         (folder / CHECKPOINT).write_bytes(content)
         return runs.Run("search", args, Processes(torch.device("cpu")), {"model": net}, 5, [])
 
-    state = {"model": net.state_dict(), "format": FORMAT, "processes": 1, "epoch": 0, "step": 1,
+    state = {"model": net.state_dict(), "processes": 1, "epoch": 0, "step": 1,
              "seconds": 0.5, "meters": torch.ones(1, 3, dtype=torch.float64), "history": [{"epoch": 0}],
              "data": []}
     attempt.state = state
@@ -453,18 +453,16 @@ def resumable(tmp_path, monkeypatch):
     return attempt
 
 
-def test_another_format_and_another_number_of_processes_are_named(resumable):
-    for changed, said in (({"format": 1}, "format 1, this version reads 2"),
-                          ({"processes": 3}, "by 3 processes, not 1")):
-        with pytest.raises(InputError, match=said):
-            resumable(sealed(resumable.state | changed))
+def test_another_number_of_processes_is_named(resumable):
+    with pytest.raises(InputError, match="by 3 processes, not 1"):
+        resumable(sealed(resumable.state | {"processes": 3}))
 
 
 def test_checkpoints_of_other_content(resumable):
     for changed in ({"model": {}}, {"model": 1}, {"model": {"weight": "x", "bias": torch.zeros(3)}},
                     {"epoch": "x"}, {"step": []}, {"seconds": None}, {"history": 3},
                     {"history": [torch.ones(1)]}, {"meters": torch.ones(0)}, {"meters": "x"},
-                    {"format": torch.ones(2)}, {"processes": []}, {"data": 3}, {"data": [{"images": "x"}]}):
+                    {"processes": []}, {"data": 3}, {"data": [{"images": "x"}]}):
         with pytest.raises(InputError, match="not a checkpoint of this run|by \\[\\] processes"):
             resumable(sealed(resumable.state | changed))
     for missing in resumable.state:
@@ -546,19 +544,16 @@ def test_mutated_checkpoints_raise_nothing_but_input_error(resumable, tmp_path, 
     figures["mutated files"] += 1500
 
 
-def test_mutated_genotypes_and_configs_raise_nothing_but_input_error(tmp_path, figures):
+def test_mutated_genotypes_and_configs_raise_nothing_but_input_error(tmp_path, monkeypatch, figures):
     numbers = random.Random(0)
     (tmp_path / "run").mkdir()
-    parser = runs.Parser("search")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--cutout", action=argparse.BooleanOptionalAction)
-    runs.add_run_arguments(parser.add_argument)
+    monkeypatch.setattr(sys, "argv", ["train_search.py", "--resume", str(tmp_path / "run")])
     for name, good, read in (
             ("genotype.json", CONVS.read_bytes(), lambda: genotypes.load(str(tmp_path / "run"))),
             ("config.json", json.dumps({"kind": "search", "epochs": 3, "cutout": False, "device": "cpu",
                                         "resume": None, "memory_format": "contiguous",
                                         "checkpoint_minutes": 2.5}).encode(),
-             lambda: parser.parse_args(["--resume", str(tmp_path / "run")]))):
+             runs.parse_search_args)):
         refusals = 0
         for _ in range(500):
             (tmp_path / "run" / name).write_bytes(mutated(good, numbers))

@@ -14,7 +14,7 @@ import torch
 import train_eval
 import train_search
 from ldarts import Genotype, Network, data, genotypes
-from ldarts.runs import load_checkpoint
+from ldarts.runs import load_checkpoint, parse_search_args
 from test_archives import python2_pickle, rows, write_cifar10
 
 ROOT = Path(__file__).parent.parent
@@ -94,9 +94,11 @@ BAD_SEARCH = {
     "no such device": (["--device", "gpu"], "--device gpu"),
     "not a number": (["--lambda_reg", "nan"], "--lambda_reg"),
     "bf16 on a CPU": (["--amp", "bf16", "--device", "cpu"], "--amp bf16"),
-    "bf16 in a forward difference": (["--amp", "bf16", "--lambda_grad", "forward"], "--lambda_grad forward"),
+    "zero steps": (["--report_freq", "0"], "--report_freq: '0': expected a whole number from 1"),
+    "no share": (["--cutout_prob", "2"], "--cutout_prob: '2': expected a number from 0 to 1"),
+    "a seed too large": (["--seed", str(2**64)], "--seed"),
     "a size that is no divisor": (["--image_size", "5"], "images of 5 pixels: those of this set have 32"),
-    "no probe": (["--probe_batches", "0"], "--probe_batches 0: must be at least 1"),
+    "no probe": (["--probe_batches", "0"], "--probe_batches: '0'"),
     "more probes than batches": (["--probe_batches", "99"], "--probe_batches 99: an epoch has "),
     "a graph without a GPU": (["--graph", "--device", "cpu"], "--graph: needs a GPU"),
     "unknown flag": (["--lambda", "1"], "--lambda"),
@@ -152,6 +154,15 @@ def test_cells_that_leave_weights_without_a_gradient_are_trained(tmp_path, arch,
         "--epochs", "1", "--batch_size", "500", "--no-auxiliary", "--save", "one"])
     train_eval.main()
     assert json.loads((tmp_path / "runs/one/metrics.jsonl").read_text())["epoch"] == 0
+
+
+def test_the_demo_is_the_search_that_it_prints(tmp_path, monkeypatch, capsys):
+    found = []
+    for flags in (["--demo", "--epochs", "7"], None):
+        flags = flags or capsys.readouterr().out.partition(": ")[2].split() + ["--epochs", "7"]
+        monkeypatch.setattr(sys, "argv", ["train_search.py", *flags])
+        found.append(parse_search_args())
+    assert found[0] == found[1] and (found[0].dataset, found[0].epochs) == ("synthetic", 7)
 
 
 def assert_refused(script, args, named, folder, monkeypatch, capsys, before=()):
@@ -234,7 +245,7 @@ def test_both_halves_of_a_search_have_all_classes_of_a_sorted_set(monkeypatch):
 
     train, test = data.synthetic(0, 100, 10)
     train = train._replace(labels=train.labels.sort().values)
-    for name, other in (("load", lambda *_: (train, test)), ("Batches", note), ("seed_everything", stop)):
+    for name, other in (("load", lambda *_, **options: (train, test)), ("Batches", note), ("seed_everything", stop)):
         monkeypatch.setattr(train_search, name, other)
     with pytest.raises(SystemExit):
         in_process(train_search, "--batch_size", 10)

@@ -1,16 +1,16 @@
-"""A run: its command line, its folder, and what comes of it.
+"""A run: its command line, its folder, and its results.
 
-machine: device, precision, seeds; checkpoints: files that appear whole; signals: how a run is stopped, its
-lock; meters: losses and accuracies; limits: of images and memory; folder: Run; arguments: what command lines
-share; protocols: those of the two scripts; derived: the network of train_eval.py; results: the table of runs.
+arguments: the flags of both scripts; folder: Run; checkpoints: files that appear whole; signals: stopping a
+run, its lock; meters: losses and accuracies; machine: device, precision, seeds; derived: the network of
+train_eval.py; records: reading run folders; results: the table of runs.
 """
-from .arguments import Parser, add_run_arguments, read_config, script
+from ..errors import script
+from .arguments import Parser, one_of, parse_eval_args, parse_search_args, uses_graph
 from .checkpoints import load_checkpoint, write_atomically
-from .derived import count_multiply_adds, count_parameters, load_weights, size_of
+from .derived import check_images, count_multiply_adds, count_parameters, load_weights, safe_layout
 from .folder import Run
-from .limits import require_passage
 from .machine import (AMP, MEMORY_FORMATS, amp_dtype, device_name, pick_device, seed_everything,
                       set_deterministic, versions)
 from .meters import evaluate
-from .protocols import parse_eval_args, parse_search_args, uses_graph
-from .results import grouped, main, read_metrics, read_run, spread, table
+from .records import read_config, read_metrics, read_run
+from .results import grouped, main, spread, table

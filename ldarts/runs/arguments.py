@@ -1,136 +1,270 @@
-"""What the command lines have in common: bad input is one line, a resumed run keeps its arguments."""
+"""The flags of train_search.py and train_eval.py as tables: DARTS's names, the published defaults."""
 import argparse
-import json
+import contextlib
+import math
 import os
 import sys
+from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
-from ..errors import InputError, NotFinite, brief
-from .limits import out_of_memory
-from .machine import AMP, MEMORY_FORMATS
+from .. import genotypes
+from ..alignment import KINDS
+from ..data import DATASETS
+from ..errors import InputError, require
+from ..spaces import SPACES
+from .derived import checkpoint_file, read_trained, unfinished_search, usual_size
+from .machine import AMP, MEMORY_FORMATS, pick_device
+from .records import read_config
 
+
+def checked(convert: Callable, expected: str, holds: Callable[[Any], bool] = lambda value: True) -> Callable:
+    """A type for argparse: text -> converted value, or a message that says what is expected."""
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if holds(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+    return parse
+
+
+def one_of(names: Iterable[str]) -> Callable:
+    """A type for argparse: one of these names, in upper or lower case."""
+    by_lower_case = {name.lower(): name for name in names}
+    return checked(lambda text: by_lower_case.get(text.lower()), f"one of {', '.join(names)}", bool)
+
+
+COUNT = checked(int, "a whole number from 1", lambda value: value >= 1)
+COUNT_OR_0 = checked(int, "a whole number from 0", lambda value: value >= 0)
+SEED = checked(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+POSITIVE = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
+NUMBER = checked(float, "a number from 0", lambda value: 0 <= value < math.inf)
+SHARE = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+BELOW_1 = checked(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+INSIDE_1 = checked(float, "a number above 0 and below 1", lambda value: 0 < value < 1)
+SWITCH, YES_OR_NO = "store_true", BooleanOptionalAction
+
+
+class Default:
+    """A default that depends on the search space or else the data set: Default(8, nasbench201=5)."""
+
+    def __init__(self, usual: Any, **others: Any):
+        self.usual, self.others = usual, others
+
+    def __str__(self) -> str:
+        return ", ".join([str(self.usual), *(f"{name} {value}" for name, value in self.others.items())])
+
+    def resolve(self, args: Namespace) -> Any:
+        names = getattr(args, "search_space", None), args.dataset
+        return next((self.others[name] for name in names if name in self.others), self.usual)
+
+
+# Each row: a flag, its default, what it takes, its meaning.
+BOTH = [
+    ("--data", "data", str, "folder of the data set, or its archive"),
+    ("--save", None, str, "name of the run (default: search- or eval- and the time)"),
+    ("--resume", None, str, "continue the run in this folder; the arguments are those of the run"),
+    ("--seed", 0, SEED, "of all random numbers"),
+    ("--momentum", 0.9, NUMBER, "of SGD"),
+    ("--grad_clip", 5.0, POSITIVE, "largest norm of the weights' gradient"),
+    ("--cutout_length", 16, COUNT, "pixels a side of the square that cutout removes"),
+    ("--report_freq", 50, COUNT, "steps between two lines of the log"),
+    ("--checkpoint_minutes", 10.0, NUMBER, "between two checkpoints within an epoch; 0: after every step"),
+    ("--device", "auto", str.lower, "auto, cpu, cuda or cuda:N; auto is a GPU if there is one"),
+    ("--memory_format", "channels_last", one_of(MEMORY_FORMATS), "layout of tensors: channels_last, contiguous"),
+    ("--amp", "none", one_of(AMP), "none, bf16: autocast, but not for the passes of a finite difference"),
+    ("--deterministic", False, SWITCH, "bit-identical runs on a GPU too; slower"),
+]
+SEARCH = [
+    ("--demo", False, SWITCH, "a search of minutes on built-in images; prints the flags that it stands for"),
+    ("--dataset", "cifar10", one_of(DATASETS), ", ".join(DATASETS)),
+    ("--image_size", None, COUNT, "pixels a side, a divisor of the data set's (default: the data set's)"),
+    ("--search_space", "darts", one_of(SPACES), ", ".join(SPACES)),
+    ("--batch_size", 64, COUNT, "images of a step"),
+    ("--epochs", 50, COUNT, "over which the schedules run"),
+    ("--init_channels", 16, COUNT, "channels of the first cell"),
+    ("--layers", Default(8, nasbench201=5), COUNT, "cells; in nasbench201 cells per stage"),
+    ("--train_portion", 0.5, INSIDE_1, "share of the training set for w; the rest is for α"),
+    ("--learning_rate", 0.025, POSITIVE, "of SGD on w at the start; falls along a cosine"),
+    ("--learning_rate_min", 0.001, NUMBER, "of SGD on w at the end"),
+    ("--weight_decay", 3e-4, NUMBER, "of SGD on w"),
+    ("--cutout", False, SWITCH, "cutout, with a probability that grows to --cutout_prob"),
+    ("--cutout_prob", 1.0, SHARE, "probability of cutout in the last epoch"),
+    ("--unrolled", False, SWITCH, "second-order gradients by α"),
+    ("--hessian", "central", one_of(("central", "exact")), "second-order product: central, exact"),
+    ("--arch_learning_rate", Default(3e-4, nasbench201=1e-4), POSITIVE, "of Adam on α"),
+    ("--arch_weight_decay", 1e-3, NUMBER, "of Adam on α"),
+    ("--arch_epsilon", 1e-8, POSITIVE, "ε of Adam on α; with 0.1 steps follow the gradient's length, not its "
+                                       "sign alone"),
+    ("--lambda_reg", Default(0.125, nasbench201=0.25, svhn=0.25), NUMBER,
+     "λ of the last epoch; 0: plain DARTS"),
+    ("--lambda_kind", "cosine", one_of(KINDS), f"kind of Λ: {', '.join(KINDS)}"),
+    ("--lambda_grad", "central", one_of(("central", "exact", "random")),
+     "how ∇Λ is computed: central, exact; random: a control, a random direction as long as central's"),
+    ("--epsilon", Default(1e-4, nasbench201=1e-4, svhn=1e-3), POSITIVE, "ε₀ of central"),
+    ("--probe_batches", None, COUNT,
+     "fresh batches of each half over which the metrics average Λ and the cells' gradients (default: the "
+     "last batch of the epoch)"),
+    ("--eigenvalue", False, SWITCH, "log the dominant eigenvalue of ∂²L_valid/∂α² every epoch"),
+    ("--plot", False, SWITCH, "draw the cells, α and the curves every epoch (needs matplotlib)"),
+    ("--tensorboard", False, SWITCH, "write TensorBoard's event files (needs tensorboard)"),
+    ("--graph", None, YES_OR_NO, "a step as one CUDA graph (default: on a GPU, if nothing prevents it)"),
+    *BOTH,
+]
+EVAL_SETS = (*DATASETS, "imagenet")
+EVAL = [
+    ("--arch", None, str,
+     "a published name (default LAMBDA_DARTS), a search's run folder, a genotype.json, a log of DARTS, its "
+     "genotypes.py:NAME, or the text of a genotype or an arch string"),
+    ("--evaluate", None, checkpoint_file, "test a run or the weights in this file, and stop"),
+    ("--dataset", "cifar10", one_of(EVAL_SETS), ", ".join(EVAL_SETS)),
+    ("--batch_size", Default(96, imagenet=1024), COUNT, "images of a step"),
+    ("--epochs", Default(600, imagenet=250), COUNT, "over which the schedules run"),
+    ("--init_channels", None, COUNT,
+     "channels of the first cell (default 36, imagenet 48; 16 for cells of S1 to S4 on CIFAR-100 and SVHN, "
+     "and of nasbench201)"),
+    ("--layers", None, COUNT,
+     "cells (default 20, imagenet 14; 8 where channels are 16); in nasbench201 cells per stage (default 5)"),
+    ("--learning_rate", Default(0.025, imagenet=0.5), POSITIVE,
+     "at the start; falls to 0 along a cosine, on imagenet linearly"),
+    ("--weight_decay", Default(3e-4, imagenet=3e-5), NUMBER, "of SGD"),
+    ("--warmup_epochs", 5, COUNT_OR_0, "epochs in which imagenet's learning rate grows"),
+    ("--auxiliary", None, YES_OR_NO, "auxiliary tower (default: on, in nasbench201 off)"),
+    ("--auxiliary_weight", 0.4, NUMBER, "of the auxiliary tower's loss"),
+    ("--cutout", Default(True, imagenet=False), YES_OR_NO, "cutout"),
+    ("--drop_path_prob", Default(0.2, imagenet=0.0), BELOW_1, "probability to drop a path in the last epoch"),
+    ("--label_smoothing", Default(0.0, imagenet=0.1), BELOW_1, "of the training loss"),
+    ("--workers", 4, COUNT_OR_0, "processes that read imagenet"),
+    ("--compile", False, SWITCH, "torch.compile the network"),
+    *BOTH,
+]
+DEMO = ("--dataset synthetic --search_space nasbench201 --init_channels 4 --layers 1 --batch_size 32 "
+        "--epochs 3 --lambda_grad exact --lambda_reg 0.02 --arch_learning_rate 0.01 --arch_epsilon 0.1")
 MAY_CHANGE = ("data", "device", "graph", "report_freq", "checkpoint_minutes", "workers", "plot",
-              "tensorboard", "resume")  # when a run is continued
-OF_IMAGES = ("dataset", "data", "seed", "batch_size")
-
-
-def script(main: Callable[[], None], less_memory: str = "smaller batches") -> None:
-    """Run a script's main: bad input is one line on standard error and status 2, a value not finite is 3.
-
-    less_memory: what to use where memory is wanting, which is status 2 as well. What the terminal's encoding
-    lacks, as ASCII lacks Λ, is printed by its number.
-    """
-    if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        try:
-            main()
-        except (RuntimeError, MemoryError) as error:
-            if reason := out_of_memory(error):
-                raise InputError(f"out of memory ({reason}); use {less_memory}") from error
-            raise
-    except (InputError, NotFinite) as error:
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, InputError) else 3)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The configuration of a run. Raises InputError where there is none."""
-    path = Path(folder, "config.json")
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no configuration of a run ({brief(error)}); "
-                         "a run is a folder runs/<name>") from error
-    if not isinstance(config, dict) or "kind" not in config:
-        raise InputError(f"{path}: no configuration of a run: expected an object with a kind")
-    return config
+              "tensorboard")  # with --resume
+FROM_RUN = ("dataset", "data", "seed", "batch_size", "init_channels", "layers")  # with --evaluate
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that complains by InputError. With --resume, what is not given is as in the run; with
-    --evaluate, OF_IMAGES are.
+    """argparse that raises InputError."""
 
-    kind: `search` or `eval`, what config.json says the run is.
-    """
-
-    def __init__(self, kind: str = "", **kwargs):
-        super().__init__(**kwargs)
-        self.kind = kind
-
-    def add_argument(self, *names, **options):
-        if "choices" in options:
-            options.setdefault("type", any_case(options["choices"]))
-        return super().add_argument(*names, **options)
+    def add_flag(self, name: str, default: Any, takes: Any, meaning: str) -> None:
+        """A row of the tables above."""
+        if default not in (None, False) and "(default" not in meaning:
+            meaning = f"{meaning} (default {default})".strip()
+        kind = {"action": takes} if takes in (SWITCH, YES_OR_NO) else {"type": takes}
+        default = None if isinstance(default, Default) else default
+        self.add_argument(name, default=default, help=meaning, **kind)
 
     def error(self, message: str):
-        raise InputError(message)
+        raise InputError(message.removeprefix("argument "))
 
-    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        argv = sys.argv[1:] if argv is None else argv
-        args = super().parse_args(argv)
-        if getattr(args, "evaluate", None):
-            try:
-                recorded = self._recorded(Path(args.evaluate).parent, OF_IMAGES)
-            except InputError:  # weights that do not lie in a run's folder
-                return args
-            return super().parse_args([*recorded, *argv])
-        if not getattr(args, "resume", None):
-            return args
-        path = Path(args.resume) / "config.json"
-        recorded = self._recorded(args.resume)
+
+def recorded_flags(folder: str | Path, kind: str, parser: Parser, names: Sequence[str] = ()) -> list[str]:
+    """The arguments of a run of a kind, or those in `names`, as they are typed."""
+    config, argv = read_config(folder), []
+    if config["kind"] != kind:
+        raise InputError(f"{folder}: not a run of this script; --resume takes one of kind {kind!r}")
+    for action in parser._actions:
+        value = config.get(action.dest) if not names or action.dest in names else None
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise InputError(f"{folder}/config.json: {action.dest} is neither a number nor text")
+        if isinstance(value, bool):
+            argv += action.option_strings[not value :][:1]  # --x; for False --no-x if there is one
+        elif value is not None and action.dest != "resume":
+            argv.append(f"{action.option_strings[0]}={value}")
+    return argv
+
+
+def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
+    """The arguments of a script, from the command line; with --resume and --evaluate also from the run.
+
+    kind: `search` or `eval`, as in the run's config.json.
+    """
+    parser, argv = Parser(description=description), sys.argv[1:]
+    for row in table:
+        parser.add_flag(*row)
+    args = parser.parse_args(argv)
+    if getattr(args, "demo", False):
+        print(f"--demo stands for: {DEMO}", flush=True)
+        argv = [*DEMO.split(), *argv]
+    if getattr(args, "evaluate", None):
+        with contextlib.suppress(InputError):  # weights that lie in no run's folder
+            argv = [*recorded_flags(Path(args.evaluate).parent, kind, parser, FROM_RUN), *argv]
+    if args.resume:
+        recorded = recorded_flags(args.resume, kind, parser)
         try:
-            before = super().parse_args(recorded)
+            before = parser.parse_args(recorded)
         except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        args = super().parse_args([*recorded, *argv])
-        for name, value in vars(args).items():
-            if name not in MAY_CHANGE and value != (was := getattr(before, name)):
-                raise InputError(f"--{name} {value}: {args.resume} was started with {was}; leave it out, "
-                                 f"only {', '.join(MAY_CHANGE[:-1])} may change "
-                                 "(the schedules run over --epochs)")
-        return args
-
-    def _recorded(self, folder: str | Path, names: Sequence[str] | None = None) -> list[str]:
-        """The arguments of a run, or those of `names`, as they are typed: they pass the same checks."""
-        config, argv = read_config(folder), []
-        if config.get("kind") != self.kind:
-            raise InputError(f"{folder}: not a run of this script; --resume takes one of kind {self.kind!r}")
-        for action in self._actions:
-            value = config.get(action.dest) if names is None or action.dest in names else None
-            if not isinstance(value, (bool, int, float, str, type(None))):
-                raise InputError(f"{folder}/config.json: {action.dest} is neither a number nor text")
-            if isinstance(value, bool):
-                argv += action.option_strings[not value :][:1]  # --x, or --no-x where there is one
-            elif value is not None and action.dest != "resume":
-                argv.append(f"{action.option_strings[0]}={value}")
-        return argv
+            raise InputError(f"{args.resume}/config.json: {error}") from error
+        argv = [*recorded, *argv]
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items() if args.resume else ():
+        if name not in (*MAY_CHANGE, "resume", "demo") and value != (was := getattr(before, name)):
+            raise InputError(f"--{name} {value}: {args.resume} was started with {was}; leave it out, "
+                             f"only {', '.join(MAY_CHANGE)} may change (the schedules run over --epochs)")
+    for flag, default, *_ in table:
+        if isinstance(default, Default) and getattr(args, flag[2:]) is None:
+            setattr(args, flag[2:], default.resolve(args))
+    return args
 
 
-def any_case(names: Iterable[str]) -> Callable[[str], str]:
-    """text -> the one of the names that it is but for capitals; other text is left to those who list them."""
-    return lambda text: next((name for name in names if name.lower() == text.lower()), text)
+def parse_search_args() -> Namespace:
+    args = parse_flags("search", SEARCH, "Search for a cell with Λ-DARTS.")
+    del args.demo
+    for name, module in (("plot", "matplotlib"), ("tensorboard", "tensorboard")):
+        if getattr(args, name):
+            require(module, f"--{name}")
+    if args.search_space == "nasbench201" and args.unrolled:
+        raise InputError("--unrolled: nasbench201 is searched by first order only, as published; "
+                         "leave it out")
+    if args.hessian == "exact" and not args.unrolled:
+        raise InputError("--hessian exact: only the second order has one; add --unrolled")
+    uses_graph(args)
+    return args
 
 
-def minutes(text: str) -> float:
-    if not (value := float(text)) >= 0:
-        raise ValueError
-    return value
+def uses_graph(args: Namespace) -> bool:
+    """Whether a step is a CUDA graph: as --graph says, by default if nothing prevents it.
+
+    Not recorded with the arguments of a run, which may be continued on another device. Raises InputError for
+    a --graph that is impossible.
+    """
+    hindrance = ""
+    if pick_device(args.device).type != "cuda":
+        hindrance = "needs a GPU"
+    elif args.search_space == "s4":
+        hindrance = "every pass of a difference draws the noise of s4 again, which a graph cannot do"
+    elif args.lambda_grad == "random" and args.lambda_reg:
+        hindrance = "--lambda_grad random draws a direction in every step, and a resumed run draws the same"
+    if args.graph and hindrance:
+        raise InputError(f"--graph: {hindrance}; use --no-graph")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return not (hindrance or several) if args.graph is None else args.graph
 
 
-def add_run_arguments(add: Callable) -> None:
-    """What both scripts take; add: a parser's add_argument."""
-    add("--device", type=str.lower, default="auto")
-    add("--memory_format", choices=MEMORY_FORMATS, default="channels_last", help="of images and weights")
-    add("--amp", choices=AMP, default="none",
-        help="bf16: passes under autocast, but for those of a difference")
-    add("--deterministic", action="store_true", help="the same bits on every run also on a GPU, "
-                                                     "at a price in time")
-    add("--checkpoint_minutes", type=minutes, default=10.0,
-        help="between two checkpoints inside an epoch; 0: every step")
-    add("--resume", metavar="RUN", help="continue the run in this folder; may come with "
-                                        + ", ".join(f"--{name}" for name in MAY_CHANGE[:-1]))
+def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str, list[str]]:
+    """(arguments, genotype, remarks for the log)"""
+    args = parse_flags("eval", EVAL, "Train a derived network from scratch and test it.")
+    remarks = []
+    if args.evaluate:
+        _, genotype = read_trained(args.evaluate, args.arch)
+    else:
+        args.arch = args.arch or "LAMBDA_DARTS"
+        genotype = genotypes.load(args.resume or args.arch)  # a run's folder holds its genotype
+        remarks += [] if args.resume else unfinished_search(args.arch)
+    C, layers, why = usual_size(args.arch, genotype, args.dataset)
+    missing = {name: size for name, size in (("init_channels", C), ("layers", layers))
+               if getattr(args, name) is None}
+    vars(args).update(missing)
+    if missing:
+        remarks.append(" ".join(f"--{name} {size}" for name, size in missing.items()) + f": {why}")
+    in_201 = isinstance(genotype, str)
+    if in_201 and args.dataset == "imagenet":
+        raise InputError("--dataset imagenet: the networks of nasbench201 are for 32x32 images; "
+                         "use a cell of a DARTS space")
+    if in_201 and args.auxiliary:
+        raise InputError("--auxiliary: the networks of nasbench201 have no auxiliary tower; leave it out")
+    # A test does not use the tower.
+    args.auxiliary = not args.evaluate and (not in_201 if args.auxiliary is None else args.auxiliary)
+    return args, genotype, remarks

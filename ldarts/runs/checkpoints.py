@@ -11,7 +11,6 @@ import torch
 
 from ..errors import InputError, brief
 
-FORMAT = 2  # of checkpoints
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 NAMES = ("model", "state_dict", "net", "model_state_dict")  # under which weights lie in a file
 SEAL = b"\nldarts-sha256:"  # then 64 digits, behind the zip archive, where torch.load does not look

@@ -1,4 +1,4 @@
-"""The derived network that train_eval.py trains or tests: its cell, its sizes, its weights from a file."""
+"""The derived network that train_eval.py trains or tests: its cell, its size, its weights from a file."""
 import copy
 import re
 from argparse import Namespace
@@ -12,17 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import genotypes
 from ..errors import InputError, brief
 from .checkpoints import CHECKPOINT, load_checkpoint
-from .results import read_config, run_folder, unfinished
+from .machine import MEMORY_FORMATS
+from .records import read_config, run_folder, unfinished
 
 SMALL = {"s1", "s2", "s3", "s4"}  # the spaces whose cells are trained small on CIFAR-100 and SVHN
 Cell = genotypes.Genotype | str
 
 
 def usual_size(arch: str | None, cell: Cell, dataset: str) -> tuple[int, int, str]:
-    """(channels, cells, why) of the network in which a cell is trained.
+    """(channels, cells, reason) of the network in which a cell is trained.
 
-    On CIFAR-100 and SVHN it depends on the space that the cell was searched in: that of the run which --arch
-    names, by its folder or its genotype.json, or of the published cell that it equals.
+    On CIFAR-100 and SVHN the size depends on the space that the cell comes from: that of the run which --arch
+    names, or of the published cell that it equals.
     """
     if isinstance(cell, str):
         return 16, 5, "as in NAS-Bench-201"
@@ -30,7 +31,7 @@ def usual_size(arch: str | None, cell: Cell, dataset: str) -> tuple[int, int, st
         return 48, 14, "as published on ImageNet"
     if dataset not in ("cifar100", "svhn"):
         return 36, 20, f"as published on {dataset}"
-    if config := arch and search_config(arch):
+    if config := search_config(arch):
         spaces = {str(config.get("search_space"))}
     else:
         names = [name for name, published in genotypes.PUBLISHED.items() if published == cell]
@@ -40,68 +41,57 @@ def usual_size(arch: str | None, cell: Cell, dataset: str) -> tuple[int, int, st
     return 36, 20, f"as published on {dataset} for a cell not known to be of {', '.join(sorted(SMALL))}"
 
 
-def search_config(arch: str) -> dict:
-    """The configuration of the search that --arch names, empty where it names none."""
+def search_config(arch: str | None) -> dict:
+    """The configuration of the search that --arch names; empty if it names none."""
     try:
-        config = read_config(run_folder(arch))
+        config = read_config(run_folder(arch or ""))
     except InputError:
         return {}
-    return config if config.get("kind") == "search" else {}
+    return config if config["kind"] == "search" else {}
 
 
 def unfinished_search(arch: str) -> list[str]:
-    """A line where --arch names a search that is not at its end."""
+    """A warning if --arch names a search that is not finished."""
     folder = run_folder(arch)
     if search_config(arch) and (so_far := unfinished(folder)):
         return [f"warning: {folder} is an unfinished search, {so_far}: this is its cell so far; "
-                f"to go on with it: python train_search.py --resume {folder}"]
+                f"to continue it: python train_search.py --resume {folder}"]
     return []
 
 
 def checkpoint_file(path: str) -> str:
-    """A run's folder stands for its checkpoint."""
+    """The path of a checkpoint, which a run's folder stands for."""
     return str(Path(path, CHECKPOINT)) if Path(path).is_dir() else path
 
 
 def read_trained(path: str, arch: str | None) -> tuple[dict[str, Tensor], Cell]:
-    """(weights under the network's names, the cell they were trained in) of a checkpoint, ours or another's.
+    """(weights by name, the cell they were trained in) of a checkpoint, from here or elsewhere.
 
-    Without the auxiliary tower, which no test uses, and without what DataParallel and torch.compile put
-    before the names. The checkpoint names the cell, or the file beside it; `arch`, from --arch, has to agree,
-    and alone tells the cell of others' weights.
+    Leaves out the auxiliary tower, which a test does not use, and the prefixes that DataParallel and
+    torch.compile add to names. The cell is that in the checkpoint, in the genotype.json beside it, or else
+    `arch`, from --arch, which must not contradict it.
     """
     state, beside = load_checkpoint(path), Path(path).parent / "genotype.json"
-    named = state["model"]
-    if not isinstance(named, dict) or not all(isinstance(t, Tensor) for t in named.values()):
-        raise InputError(f"{path}: holds no weights: expected tensors by their names")
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): t for key, t in named.items()}
+    tensors = state["model"]
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise InputError(f"{path}: holds no weights: expected tensors by name")
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): t for key, t in tensors.items()}
     if weights.keys() & {"alphas_normal", "arch_parameters"}:
         raise InputError(f"{path}: weights of a search; train its cell first: --arch {Path(path).parent}")
-    given = None if arch is None else genotypes.load(arch)
+    cell = expected = None if arch is None else genotypes.load(arch)
     if "genotype" in state:
-        trained = genotypes.parse(str(state["genotype"]), path)
-    else:
-        trained = genotypes.load(str(beside)) if beside.is_file() else given
-    if trained is None:
+        cell = genotypes.parse(str(state["genotype"]), path)
+    elif beside.is_file():
+        cell = genotypes.load(str(beside))
+    if cell is None:
         raise InputError(f"{path}: does not say which cell its weights were trained in; give it by --arch")
-    if given not in (None, trained):
+    if expected not in (None, cell):
         raise InputError(f"--arch {arch}: {path} was trained with another cell; leave --arch out")
-    return {key: t for key, t in weights.items() if not key.startswith("auxiliary_head.")}, trained
-
-
-def size_of(weights: dict[str, Tensor], in_201: bool) -> tuple[int | None, int | None]:
-    """(channels, cells; in NAS-Bench-201 a stage) of the network of weights, None if not known."""
-    stem, per_row = (weights.get("stem0.0.weight"), 2) if "stem0.0.weight" in weights else (
-        weights.get("stem.0.weight"), 1 if in_201 else 1 / 3)
-    C = None if stem is None or not stem.dim() else round(len(stem) * per_row)
-    cells = {int(found[1]) for key in weights if (found := re.match(r"cells\.(\d{1,4})\.", key))}
-    if in_201:  # the blocks between the stages have weights, whatever the cells
-        cells = range(min((i for i in cells if f"cells.{i}.conv_a.op.1.weight" in weights), default=0))
-    return C, len(cells) or None
+    return {key: t for key, t in weights.items() if not key.startswith("auxiliary_head.")}, cell
 
 
 def load_weights(net: nn.Module, args: Namespace) -> None:
-    """Those of --evaluate, into the network. Raises InputError that names the first one that does not fit."""
+    """Load the weights of --evaluate. Raises InputError that names the first one that does not fit."""
     weights, _ = read_trained(args.evaluate, args.arch)
     wanted = net.state_dict()
     for key in [*wanted, *weights]:
@@ -115,6 +105,33 @@ def load_weights(net: nn.Module, args: Namespace) -> None:
         net.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{args.evaluate}: weights that cannot be copied ({brief(error)})") from error
+
+
+def check_images(height: int, width: int, images: int, auxiliary: bool = False) -> None:
+    """Raises InputError for images that cannot pass a network. images: of a batch, in one process"""
+    remedy = ""
+    if height % 4 or width % 4:
+        remedy = "images whose sides are multiples of 4, because the network halves them twice"
+    elif auxiliary and min(height, width) < 32:
+        remedy = "--no-auxiliary, because the auxiliary tower needs 32x32 pixels or more"
+    elif images * (1 if auxiliary else height * width // 16) < 2:
+        remedy = "two images a process or more, because batch norms need two values"
+    if remedy:
+        raise InputError(f"{images} images of {height}x{width} pixels a process do not pass the network; use "
+                         f"{remedy}")
+
+
+def safe_layout(name: str, device: torch.device, C: int, height: int,
+                width: int) -> tuple[torch.memory_format, list[str]]:
+    """(memory format for a derived network, remarks): the one called `name`, if it is safe.
+
+    In channels-last, on a CPU, with few channels and other images than 32x32, the backward pass of oneDNN in
+    PyTorch 2.13 can corrupt the heap (seen with 2 to 8 channels; 16 are safe).
+    """
+    if name == "channels_last" and device.type == "cpu" and C < 16 and (height, width) != (32, 32):
+        return torch.contiguous_format, [f"--memory_format contiguous: oneDNN's backward pass of {C} channels "
+                                         f"can crash in channels_last on images of {height}x{width}"]
+    return MEMORY_FORMATS[name], []
 
 
 def count_parameters(net: nn.Module) -> int:

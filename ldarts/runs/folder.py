@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..distributed import Processes
 from ..errors import InputError, NotFinite, brief
-from .checkpoints import (CHECKPOINT, FORMAT, PREVIOUS, load_checkpoint, not_written, resume_flag,
-                          save_checkpoint, write_atomically)
+from .checkpoints import (CHECKPOINT, PREVIOUS, load_checkpoint, not_written, resume_flag, save_checkpoint,
+                          write_atomically)
 from .machine import commit, device_name, seed_everything, versions
 from .meters import Meter
 from .signals import Signals, lock
@@ -144,7 +144,7 @@ class Run:
                 raise self._not_finite(f"{name} is not finite before", self.step)
         if self.writes:
             save_checkpoint(self.path, state | self.carried | {
-                "format": FORMAT, "processes": self.processes.world, "epoch": self.epoch, "step": self.step,
+                "processes": self.processes.world, "epoch": self.epoch, "step": self.step,
                 "seconds": started - self.epoch_started, "meters": meters, "history": self.history,
                 "data": self.data})
         self.saved = time.perf_counter()
@@ -209,9 +209,6 @@ class Run:
             return
         where = self.path / CHECKPOINT
         try:
-            if state["format"] != FORMAT:
-                raise InputError(f"{where}: format {state['format']}, this version reads {FORMAT}; "
-                                 "continue it with the version that config.json names")
             if (world := state["processes"]) != self.processes.world:
                 raise InputError(f"{where}: written by {world} processes, not {self.processes.world}; "
                                  f"continue it with --nproc_per_node={world}")
