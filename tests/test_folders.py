@@ -58,10 +58,10 @@ def test_what_is_no_image_is_no_class_and_is_counted(imagenet):
 
 
 @pytest.mark.parametrize("path, others, said", [
-    ("val/n01", None, r"in train/ alone: n01; in val/ alone: none"),
-    ("val/n01", "val/n03", r"in train/ alone: n01; in val/ alone: n03"),
-    ("train/n02", None, r"in train/ alone: none; in val/ alone: n02"),
-    ("val", None, "val: cannot be read .*train/ and val/"), ("val", "val/n01/n02", "in train/ alone: n02"),
+    ("val/n01", None, r"only in train/: n01; only in val/: none"),
+    ("val/n01", "val/n03", r"only in train/: n01; only in val/: n03"),
+    ("train/n02", None, r"only in train/: none; only in val/: n02"),
+    ("val", None, "val: cannot be read .*train/ and val/"), ("val", "val/n01/n02", "only in train/: n02"),
     ("train", "train/.hidden", "train: no folders of images")])
 def test_other_classes_are_refused_before_the_first_epoch(imagenet, path, others, said, monkeypatch, capsys):
     (imagenet / path).rename(imagenet / "away")

@@ -1,6 +1,6 @@
-"""Data sets, and the batches of them that a network sees.
+"""Data sets and their batches.
 
-batches: ImageSet, what a set is made into, and its batches on the device; archives: CIFAR and SVHN;
+batches: ImageSet, which every data set but ImageNet becomes, and its batches; archives: CIFAR and SVHN;
 synthetic: images drawn from a seed; folders: ImageNet and its batches.
 """
 from pathlib import Path
@@ -20,8 +20,8 @@ def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0,
          size: int | None = None) -> tuple[ImageSet, ImageSet]:
     """The training and the test set called `name`, on `device`.
 
-    root: the folder that holds (or receives) the unpacked archive, that folder itself, or the archive. seed:
-    of `synthetic` alone. size: of smaller images, pixels a side: means over squares. Raises InputError for an
+    root: the folder that has (or will have) the unpacked archive in it, that folder itself, or the archive.
+    seed: of `synthetic` alone. size: pixels a side of images that are made smaller. Raises InputError for an
     unknown name, for missing or damaged files, for labels beyond the classes, and for a size that does not
     divide that of the images.
     """

@@ -1,10 +1,9 @@
 """CIFAR-10/100 from the original Python archives, SVHN from its cropped-digits .mat files (needs scipy).
 
-Files from outside run no code: the unpickler admits arrays alone, and an archive stays in its folder.
+Files from elsewhere run no code: the unpickler allows only arrays. Nothing is unpacked outside the folder.
 """
 import hashlib
 import http.client
-import io
 import os
 import pickle
 import shutil
@@ -15,10 +14,10 @@ import urllib.request
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from ..errors import InputError, brief
+from ..errors import InputError, brief, require
 from .batches import ImageSet
 
 
@@ -26,11 +25,11 @@ class Source(NamedTuple):
     num_classes: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    folder: str  # of the archive; "": the downloads are the files themselves
+    folder: str  # in the archive; "" if there is no archive: url + file is downloaded for each file
     train: tuple[str, ...]
     test: tuple[str, ...]
     url: str
-    md5: tuple[str, ...]  # one a download
+    md5: tuple[str, ...]  # of each download
 
 
 SOURCES = {
@@ -55,13 +54,14 @@ def read_archive(name: str, root: Path, download: bool) -> tuple[ImageSet, Image
 
     def image_set(files: tuple[str, ...]) -> ImageSet:
         images, labels = zip(*(read(folder / file, source) for file in files))
-        return ImageSet(torch.cat(images), torch.cat(labels), source.num_classes, source.mean, source.std)
+        return ImageSet(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)),
+                        source.num_classes, source.mean, source.std)
 
     return image_set(source.train), image_set(source.test)
 
 
 def locate(source: Source, root: Path, download: bool) -> Path:
-    """The folder of the source's files, fetched into root when the folder (SVHN: the file) is not there.
+    """The folder with the source's files, downloaded into root if the folder (SVHN: the file) is missing.
 
     root: that folder, one that holds it or the archive, or the archive itself, which is unpacked beside it.
     """
@@ -77,16 +77,16 @@ def locate(source: Source, root: Path, download: bool) -> Path:
         unpack(archive, root, source)
     for file in files:
         if not (folder / file).is_file():
-            raise useless(folder / file, "no such file", source)
+            raise damaged(folder / file, "no such file", source)
     return folder
 
 
-def useless(path: Path, what: str, source: Source) -> InputError:
-    return InputError(f"{path}: {what}; get it again from {source.url}, or use --dataset synthetic")
+def damaged(path: Path, reason: str, source: Source) -> InputError:
+    return InputError(f"{path}: {reason}; get it again from {source.url}, or use --dataset synthetic")
 
 
 def fetch(url: str, md5: str, path: Path, download: bool) -> None:
-    """Download url to path unless path is there; it appears whole and with the right MD5, or not at all."""
+    """Download url to path if path is missing. The file appears whole, with the right MD5, or not at all."""
     by_hand = f"put {url} at {path}, or use --dataset synthetic"
     if path.is_file():
         return
@@ -102,19 +102,19 @@ def fetch(url: str, md5: str, path: Path, download: bool) -> None:
                     done += file.write(block)
                     print(f"\r{url}: {done / 1e6:.1f} MB", end="", file=sys.stderr, flush=True)
             print(file=sys.stderr)
-            if (found := digest.hexdigest()) != md5:
-                raise InputError(f"{path}: {url} sent MD5 {found}, not {md5}; try again, or {by_hand}")
+            if (received := digest.hexdigest()) != md5:
+                raise InputError(f"{path}: {url} sent MD5 {received}, not {md5}; try again, or {by_hand}")
             os.replace(partial, path)
     except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"{path}: cannot be fetched ({brief(error)}); {by_hand}") from error
+        raise InputError(f"{path}: cannot be downloaded ({brief(error)}); {by_hand}") from error
 
 
 def unpack(archive: Path, root: Path, source: Source) -> None:
-    """Unpack the regular files right in the source's folder, which appears whole or not at all."""
+    """Unpack the regular files of the source's folder, which appears whole or not at all."""
     folder = source.folder
     try:
         with tempfile.TemporaryDirectory(dir=root) as scratch, tarfile.open(archive) as tar:
-            for member in tar:  # by hand: not every Python 3.10 and 3.11 has tarfile's filters
+            for member in tar:  # one by one: some releases of Python 3.10 and 3.11 lack tarfile's filters
                 path = PurePosixPath(member.name)
                 if member.isreg() and path.parts == (folder, path.name):
                     Path(scratch, folder).mkdir(exist_ok=True)
@@ -127,93 +127,65 @@ def unpack(archive: Path, root: Path, source: Source) -> None:
             except OSError:  # another process of this run may have been faster
                 if not (root / folder).is_dir():
                     raise
-    except Exception as error:  # whatever damaged bytes lead to
+    except Exception as error:  # damaged bytes raise many kinds
         if isinstance(error, OSError) and error.errno:  # of the disk: gzip's errors have no number
             raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); unpack it elsewhere and give "
                              "that folder by --data, or use --dataset synthetic") from error
-        raise useless(archive, f"cannot be unpacked ({brief(error)})", source) from error
+        raise damaged(archive, f"cannot be unpacked ({brief(error)})", source) from error
 
 
-class Standin:
-    """Keeps what a pickle would hand to numpy.dtype or to an array, and calls neither."""
-    args, state = (), None
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
+def new_dtype(name: str, align: int = 0, copy: int = 0) -> np.dtype:
+    return np.dtype(name, align=bool(align), copy=bool(copy))
 
 
-def from_buffer(raw, dtype, shape, order, *axes) -> Standin:
-    """Protocol 5's array, kept as earlier ones are: (version, shape, dtype, column-major, bytes)."""
-    array = Standin()
-    array.state = 1, shape, dtype, order != "C" or bool(axes), raw
-    return array
+# The names in a pickled array, of NumPy 1 and 2, and what they stand for.
+ALLOWED = {"numpy.ndarray": np.ndarray, "numpy.dtype": new_dtype, "_codecs.encode": str.encode}
+for _core in ("numpy.core", "numpy._core"):
+    ALLOWED[f"{_core}.multiarray._reconstruct"] = np.empty(1).__reduce__()[0]
+    ALLOWED[f"{_core}.numeric._frombuffer"] = np.empty(1).__reduce_ex__(5)[0]
 
 
 class CifarUnpickler(pickle._Unpickler):
-    """Admits the names in a pickled array and nothing else: no code that a file asks for is run.
+    """Allows the names in ALLOWED and no others, so that a file cannot run code.
 
-    It is the unpickler in Python because the one in C allocates whatever memo index a damaged file has.
+    It is the unpickler in Python; the one in C allocates as much memory as a damaged file asks for.
     """
-    # Its own bytearray allocates as much as it is told to; bytes are written alike, and read as they come.
-    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
-    admitted = {("numpy", "ndarray"): Standin, ("numpy", "dtype"): Standin, ("_codecs", "encode"): str.encode,
-                ("numpy.core.multiarray", "_reconstruct"): Standin,
-                ("numpy._core.multiarray", "_reconstruct"): Standin,
-                ("numpy.core.numeric", "_frombuffer"): from_buffer,
-                ("numpy._core.numeric", "_frombuffer"): from_buffer}
 
-    def find_class(self, module, name):
-        if (module, name) not in self.admitted:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file does")
-        return self.admitted[module, name]
+    def find_class(self, module: str, name: str):
+        if (full_name := f"{module}.{name}") not in ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {full_name}, which no CIFAR file does")
+        return ALLOWED[full_name]
 
 
-def read_cifar(path: Path, source: Source) -> tuple[Tensor, Tensor]:
+def read_cifar(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """One batch file -> uint8 [N, 3, 32, 32], int64 [N]."""
-    def demand(fine: bool, otherwise: str) -> None:
-        if not fine:
-            raise useless(path, otherwise, source)
-
-    try:
-        batch = CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except Exception as error:  # whatever damaged bytes lead to; no code of ours is run
-        raise useless(path, f"truncated or not a CIFAR batch ({brief(error)})", source) from error
-    demand(type(batch) is dict, "not a dictionary")
     key = "labels" if source.num_classes == 10 else "fine_labels"
-    data, labels = (batch.get(name.encode(), batch.get(name)) for name in ("data", key))  # published: bytes
-    demand(type(data) is Standin and type(data.state) is tuple and len(data.state) == 5,
-           "no array under 'data'")
-    _, shape, dtype, fortran, raw = data.state
-    demand(type(dtype) is Standin and dtype.args[:1] in ((b"u1",), ("u1",)) and fortran in (False, 0)
-           and type(raw) is bytes, "'data' is not a row-major array of uint8")
-    demand(type(shape) is tuple and len(shape) == 2 and type(shape[0]) is int and shape[0] > 0
-           and shape[1] == 3072 and len(raw) == shape[0] * 3072,
-           "'data' is not [rows, 3072] with at least one row")
-    demand(type(labels) is list and len(labels) == shape[0], f"'{key}' is not a list of {shape[0]} labels")
-    demand(all(type(label) is int and 0 <= label < source.num_classes for label in labels),
-           f"'{key}' has something other than integers from 0 to {source.num_classes - 1}")
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, 3, 32, 32), torch.tensor(labels)
-
-
-def read_svhn(path: Path, source: Source) -> tuple[Tensor, Tensor]:
-    """One file of cropped digits -> uint8 [N, 3, 32, 32], int64 [N]; the label 10 stands for the digit 0."""
     try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise InputError(f"{path}: reading SVHN needs scipy; pip install scipy, "
-                         "or use --dataset synthetic") from error
+        with open(path, "rb") as file:
+            batch = CifarUnpickler(file, encoding="bytes").load()
+        # Published files have keys of bytes.
+        images, labels = (batch.get(name.encode(), batch.get(name)) for name in ("data", key))
+        is_uint8 = isinstance(images, np.ndarray) and images.dtype == np.uint8
+        if not is_uint8 or images.shape != (len(labels), 3072):
+            raise ValueError("'data' is not uint8 [N, 3072] with a label for each row")
+        if not (labels and all(type(label) is int and 0 <= label < source.num_classes for label in labels)):
+            raise ValueError(f"{key!r} is not a list of integers from 0 to {source.num_classes - 1}")
+    except Exception as error:  # damaged bytes raise many kinds
+        raise damaged(path, f"not a whole CIFAR batch ({brief(error)})", source) from error
+    return images.reshape(-1, 3, 32, 32), np.array(labels)
+
+
+def read_svhn(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """One file of cropped digits -> uint8 [N, 3, 32, 32], int64 [N]; the label 10 stands for the digit 0."""
+    require("scipy", f"{path}: --dataset svhn")
+    from scipy.io import loadmat
     try:
         content = loadmat(path, variable_names=("X", "y"))
-        images, labels = content["X"], content["y"]
-    except Exception as error:
-        raise useless(path, f"truncated or not SVHN ({brief(error)})", source) from error
-    if images.dtype != "uint8" or images.shape[:3] != (32, 32, 3) or images.ndim != 4 or not images.size:
-        raise useless(path, f"X is {images.dtype} {images.shape}, not uint8 (32, 32, 3, N)", source)
-    count = images.shape[3]
-    if labels.dtype.kind not in "iu" or labels.size != count or labels.min() < 1 or labels.max() > 10:
-        raise useless(path, f"y is not {count} integers from 1 to 10", source)
-    images = torch.from_numpy(images).permute(3, 2, 0, 1).contiguous()
-    return images, torch.from_numpy(labels.astype("int64").ravel()) % 10
+        images, labels = content["X"], content["y"].ravel()
+        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)) or not len(labels):
+            raise ValueError(f"X is {images.dtype} {images.shape}, not uint8 (32, 32, 3, {len(labels)})")
+        if labels.dtype.kind not in "iu" or labels.min() < 1 or labels.max() > 10:
+            raise ValueError("y has other values than integers from 1 to 10")
+    except Exception as error:  # damaged bytes raise many kinds
+        raise damaged(path, f"not a whole SVHN file ({brief(error)})", source) from error
+    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.astype(np.int64) % 10

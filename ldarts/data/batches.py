@@ -1,7 +1,7 @@
-"""ImageSet, what every data set is made into, and its batches: crop, flip and cutout by a few tensor lines.
+"""ImageSet, which every data set but ImageNet becomes, and its batches: crop, flip and cutout on tensors.
 
-A batch is a function of (seed, tag, epoch, step) alone, whatever the device and the number of processes: one
-CPU generator draws all random numbers of an epoch, as tables over its images.
+A batch depends on (seed, tag, epoch, step) alone, not on the device or the number of processes: one generator
+on the CPU draws all random numbers of an epoch, in tables over its images.
 """
 import hashlib
 from typing import Iterator, NamedTuple, Sequence
@@ -19,15 +19,15 @@ class ImageSet(NamedTuple):
     images: Tensor  # uint8 [N, 3, H, W]
     labels: Tensor  # int64 [N]
     num_classes: int
-    mean: tuple[float, float, float]  # of the pixels divided by 255, as published with DARTS
+    mean: tuple[float, float, float]  # of pixels / 255, as published with DARTS
     std: tuple[float, float, float]
 
     def to(self, device: torch.device | str) -> "ImageSet":
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
     def checked(self, name: str) -> "ImageSet":
-        """This set, called `name`, with three equal channels where its images are gray: [N, H, W] or
-        [N, 1, H, W]. Raises InputError where it is not what its fields say."""
+        """This set; gray images, [N, H, W] or [N, 1, H, W], get three equal channels. Raises InputError, with
+        the `name`, if types, shapes or labels are wrong."""
         images = self.images[:, None] if self.images.ndim == 3 else self.images
         if images.ndim == 4 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
@@ -44,7 +44,7 @@ class ImageSet(NamedTuple):
         return self._replace(images=images)
 
     def identity(self) -> dict[str, int | str]:
-        """What tells this set from another; digest: of all labels and of at most 1,000 images."""
+        """What distinguishes this set from others; the digest covers all labels and at most 1,000 images."""
         digest = hashlib.sha256()
         for values in (self.labels, self.images[:: len(self.images) // 1000 + 1]):
             digest.update(values.cpu().contiguous().numpy())
@@ -56,7 +56,7 @@ class ImageSet(NamedTuple):
                      for part in (slice(count), slice(count, None)))
 
     def smaller(self, size: int) -> "ImageSet":
-        """The images with `size` pixels a side, each the mean of a square of pixels."""
+        """The images with `size` pixels a side; each new pixel is the mean of a square of pixels."""
         before = self.images.shape[-1]
         if not 1 <= size <= before or before % size:
             raise InputError(f"images of {size} pixels: those of this set have {before}; "
@@ -66,19 +66,19 @@ class ImageSet(NamedTuple):
 
 
 def generator_of(*key: int | str) -> torch.Generator:
-    """A CPU generator of its own for every key."""
+    """A CPU generator that is seeded by the key."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def halves(images: int, portion: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images for w, a `portion` of them, and of those for α: a random split by the seed."""
+    """Indices of the images for w, a share `portion` of them, and for α: a random split by the seed."""
     order = torch.randperm(images, generator=generator_of(seed, "halves"))
     return tuple(order.tensor_split([int(portion * images)]))
 
 
 class Normalize:
-    """uint8 images [n, 3, H, W] -> (images / 255 - mean) / std, in float32 or wider, then in `dtype`."""
+    """uint8 images [n, 3, H, W] -> (images / 255 - mean) / std, computed in float32 or wider, as `dtype`."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], dtype=torch.float32, device="cpu"):
         options = dict(dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -90,7 +90,7 @@ class Normalize:
 
 
 def crop_flip(images: Tensor, shift: Tensor, flip: Tensor, padding: int = 4) -> Tensor:
-    """Crop each image at `shift` out of its zero-padded self, then mirror it where `flip`.
+    """Crop each image at `shift` from its zero-padded form, then mirror it if `flip`.
 
     images: uint8 [n, 3, H, W]; shift: int64 [n, 2], rows and columns, 0 to 2 * padding; flip: bool [n].
     """
@@ -104,7 +104,7 @@ def crop_flip(images: Tensor, shift: Tensor, flip: Tensor, padding: int = 4) -> 
 
 
 def cutout(x: Tensor, centre: Tensor, length: int, keep: Tensor) -> Tensor:
-    """Zero a square of `length` pixels, clipped at the border, in each x[i] with keep[i]: DARTS's Cutout.
+    """DARTS's Cutout: zero a square of `length` pixels, clipped at the border, in each x[i] with keep[i].
 
     x: [n, 3, H, W]; centre: int64 [n, 2], row and column; keep: bool [n]. The square spans
     centre - length // 2, included, to centre + length // 2, excluded.
@@ -118,12 +118,12 @@ def cutout(x: Tensor, centre: Tensor, length: int, keep: Tensor) -> Tensor:
 
 
 class Batches:
-    """Shuffled batches of one data set, or of its `indices`; an incomplete one at an epoch's end is left out.
+    """Shuffled batches of one data set, or of its `indices`, without an incomplete last batch.
 
-    batch_size: images of a global batch, over all `world` processes; the process `rank` gets its contiguous
-    1 / world of each. tag: keeps the random numbers of two streams of one seed apart. augment: random crop
-    (zero padding 4) and flip before normalisation, cutout of `cutout_length` pixels (0: none) after it, as in
-    DARTS. Raises InputError when the images do not fill one batch or the batch does not divide by `world`.
+    batch_size: images of a global batch, over all `world` processes; the process `rank` gets a contiguous
+    1 / world of each. tag: gives streams of one seed different random numbers. augment: as in DARTS, random
+    crop (zero padding 4) and flip before normalisation, cutout of `cutout_length` pixels (0: none) after it.
+    Raises InputError if the images do not fill one batch, or if `world` does not divide the batch.
     """
 
     def __init__(self, data: ImageSet, indices: Tensor | None, batch_size: int, seed: int, *, augment: bool,
@@ -147,7 +147,7 @@ class Batches:
     def epoch(self, epoch: int, cutout_prob: float = 1.0, start: int = 0) -> Iterator[Batch]:
         """Batches number `start` and later of an epoch, of batch_size / world images each.
 
-        cutout_prob: the fraction of images that cutout is applied to.
+        cutout_prob: the share of images with cutout.
         """
         generator, count = generator_of(self.seed, self.tag, epoch), len(self) * self.batch_size
         height, width = self.data.images.shape[2:]
@@ -173,7 +173,7 @@ class Batches:
 
 def eval_batches(data: ImageSet, indices: Tensor | None, batch_size: int, *, dtype=torch.float32,
                  memory_format=torch.contiguous_format) -> Iterator[Batch]:
-    """All images (or those at `indices`) once, in order and as they are; the last batch may be short."""
+    """All images (or those at `indices`) once, in order, not augmented; the last batch may be short."""
     normalize = Normalize(data.mean, data.std, dtype, data.images.device)
     indices = torch.arange(len(data.labels)) if indices is None else indices
     for index in indices.to(data.images.device).split(batch_size):

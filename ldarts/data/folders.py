@@ -20,39 +20,27 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 class ImageFolder(torch.utils.data.Dataset):
     """(epoch, index) -> (x [3, 224, 224], class).
 
-    The classes are the folders in root with images, be it in folders of theirs; skipped: paths of what is
-    hidden, of other files, and of folders without images. train: augmented, by random numbers of (seed,
-    epoch, index) alone. Raises InputError for a root without classes and for an image that can't be read.
+    root: has a folder for each class; an image may lie in a folder within. skipped: paths of hidden files and
+    folders, of files that are no images, of folders without images. train: with augmentation; its random
+    numbers depend on (seed, epoch, index) alone. Raises InputError for a root without classes, and for a
+    damaged image.
     """
 
     def __init__(self, root: Path, train: bool, seed: int = 0):
         require("PIL", "reading ImageNet", "pillow")
-        self.train, self.seed = train, seed
+        self.root, self.train, self.seed = root, train, seed
         self.normalize = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        self.root, self.classes, self.files, self.labels, self.skipped = root, [], [], [], []
-        try:
-            for entry in visible(root, self.skipped):
-                images = images_below(entry, self.skipped) if entry.is_dir() else []
-                if images:
-                    self.labels += [len(self.classes)] * len(images)
-                    self.classes.append(entry.name)
-                    self.files += images
-                else:
-                    self.skipped.append(entry.path)
-        except OSError as error:
-            raise InputError(f"{root}: cannot be read ({brief(error)}); "
-                             "--data must hold train/ and val/ of ImageNet") from error
-        if not self.files:
-            raise InputError(f"{root}: no folders of images ({', '.join(SUFFIXES)}), one a class; "
+        by_class, self.skipped = find_images(root)
+        if not by_class:
+            raise InputError(f"{root}: no folders of images ({', '.join(SUFFIXES)}), one for each class; "
                              "--data must hold train/ and val/ of ImageNet")
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
+        self.classes, self.num_classes = list(by_class), len(by_class)
+        self.files = [path for paths in by_class.values() for path in paths]
+        self.labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
 
     def identity(self) -> dict[str, int | str]:
-        """What tells this set from another; digest: of all files' names, and of width and height of at most
-        1,000 images, so that a damaged file may be replaced. Raises InputError if one can't be opened."""
+        """What distinguishes this set from others. The digest covers all file names, and the sizes of at most
+        1,000 images, so that a damaged file may be replaced. Raises InputError for a damaged image."""
         digest, start = hashlib.sha256(), len(os.path.join(self.root, ""))
         for path in self.files:
             digest.update(os.fsencode(path[start:]) + b"\0")
@@ -69,41 +57,41 @@ class ImageFolder(torch.utils.data.Dataset):
         return self.normalize(pixels[None])[0], self.labels[key[1]]
 
 
-def visible(folder: str | Path, skipped: list[str]) -> list[os.DirEntry]:
-    """What lies in a folder, by name; what is hidden goes to `skipped`."""
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    skipped += [entry.path for entry in entries if entry.name.startswith(".")]
-    return [entry for entry in entries if not entry.name.startswith(".")]
+def find_images(root: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """(the images of each class, skipped paths), by name. Raises InputError if root cannot be read."""
+    def fail(error: OSError):
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); "
+                         "--data must hold train/ and val/ of ImageNet") from error
 
-
-def images_below(folder: os.DirEntry, skipped: list[str]) -> list[str]:
-    """The images in a folder and in those within, by name; other files go to `skipped`."""
-    images = []
-    for entry in visible(folder, skipped):
-        if entry.is_dir():
-            images += images_below(entry, skipped)
-        elif entry.name.lower().endswith(SUFFIXES):
-            images.append(entry.path)
-        else:
-            skipped.append(entry.path)
-    return images
+    by_class, skipped = {}, []
+    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
+        names = Path(folder).relative_to(root).parts
+        images = [file for file in sorted(files)
+                  if names and not file.startswith(".") and file.lower().endswith(SUFFIXES)]
+        hidden = [name for name in subfolders if name.startswith(".")]
+        skipped += [os.path.join(folder, name) for name in [*hidden, *sorted(set(files) - set(images))]]
+        subfolders[:] = sorted(set(subfolders) - set(hidden))
+        if names:
+            by_class.setdefault(names[0], []).extend(os.path.join(folder, image) for image in images)
+    skipped += [os.path.join(root, name) for name, images in by_class.items() if not images]
+    return {name: images for name, images in by_class.items() if images}, skipped
 
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator:
-    """Pillow's image of a file. Raises InputError where it, or what is done with it, fails."""
+    """Pillow's image of a file. Raises InputError if it, or what is done with it, fails."""
     from PIL import Image
     try:
         with Image.open(path) as image:
             yield image
-    except Exception as error:  # whatever damaged bytes lead to
+    except Exception as error:  # damaged bytes raise many kinds
         raise InputError(f"{path}: cannot be read as an image ({brief(error)}); "
                          "get it again or remove it") from error
 
 
 def rgb(image):
-    """An image of any kind with three channels of 8 bits. Gray ones of 16 bits (in Pillow's modes I;16, and I
-    for PGM) are taken by their range, 0 to 65535, where Pillow would clip them at 255."""
+    """An image of any mode, with three channels of 8 bits. Gray images of 16 bits (modes I;16, and I for PGM)
+    are scaled from 0 to 65535; Pillow would clip them at 255."""
     from PIL import Image
     if image.mode.startswith("I"):
         pixels = np.asarray(image)
@@ -111,12 +99,12 @@ def rgb(image):
             raise ValueError("its pixels have more than 16 bits")
         image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range is unknown")
+        raise ValueError("its pixels are floating-point numbers of unknown range")
     return image.convert("RGB")
 
 
 def centre(image):
-    """The centre, 224x224, of an image made as small as its shorter side being 256 takes."""
+    """The centre, 224x224, of an image whose shorter side is resized to 256."""
     width, height = image.size
     scale = 256 / min(width, height)
     image = image.resize((max(256, round(width * scale)), max(256, round(height * scale))), 2)  # 2: bilinear
@@ -125,8 +113,8 @@ def centre(image):
 
 
 def augmented(image, draw: random.Random):
-    """DARTS's: a crop of 8 to 100 % of the area, made 224x224; a flip; in random order jitter of brightness,
-    contrast and saturation by 0.4 and of the hue by 0.2."""
+    """DARTS's augmentation: a crop of 8 to 100 % of the area, resized to 224x224; a flip; in random order
+    brightness, contrast and saturation change by up to 0.4, the hue by up to 0.2."""
     from PIL import Image, ImageEnhance
     image = image.resize((224, 224), Image.BILINEAR, random_box(*image.size, draw))
     if draw.random() < 0.5:
@@ -145,14 +133,14 @@ def augmented(image, draw: random.Random):
 
 
 def random_box(width: int, height: int, draw: random.Random) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of 8 to 100 % of the area, 3:4 to 4:3."""
+    """(left, top, right, bottom) of 8 to 100 % of the area, with sides of 3:4 to 4:3."""
     for _ in range(10):
         area = width * height * draw.uniform(0.08, 1)
         ratio = np.exp(draw.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             break
-    else:  # an image too long for any of them: its middle
+    else:  # a very long image: its middle
         w, h = min(width, height * 4 // 3), min(height, width * 4 // 3)
     left, top = draw.randint(0, width - w), draw.randint(0, height - h)
     return left, top, left + w, top + h
@@ -161,7 +149,7 @@ def random_box(width: int, height: int, draw: random.Random) -> tuple[int, int, 
 class FolderBatches:
     """Batches of the ImageFolder `root`, read by `workers` processes; batch_size, rank, world: see Batches.
 
-    In training shuffled and without a last, incomplete batch; otherwise every image once, in order.
+    For training shuffled and without an incomplete last batch; otherwise every image once, in order.
     """
 
     def __init__(self, root: Path, batch_size: int, seed: int, *, train: bool, device: torch.device,
@@ -169,7 +157,7 @@ class FolderBatches:
         self.images = ImageFolder(root, train, seed)
         if train and not 1 <= batch_size <= len(self.images.files) or batch_size % world:
             raise InputError(f"batch size {batch_size} with {len(self.images.files)} images and {world} "
-                             "processes: use a multiple of the processes, and no more than there are images")
+                             "processes: use a multiple of the processes, at most the number of images")
         self.batch_size, self.seed, self.device, self.workers = batch_size, seed, device, workers
         self.memory_format = memory_format
         self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
@@ -191,33 +179,34 @@ class FolderBatches:
             for x, y in loader:
                 x = x.to(self.device, memory_format=self.memory_format, non_blocking=True)
                 yield x, y.to(self.device)
-        except InputError as error:  # a worker's message is its traceback, the reason last
+        except InputError as error:  # a worker's message is its traceback; the reason is the last line
             reason = str(error).strip().splitlines()[-1]
             raise InputError(reason.removeprefix("ldarts.errors.InputError: ")) from error
 
 
 def folder_batches(root: str, batch_size: int, seed: int, *, rank: int = 0,
                    **options) -> tuple[FolderBatches, FolderBatches]:
-    """The batches of root/train and of root/val; options: of FolderBatches. Warns once of what is skipped.
+    """The batches of root/train and of root/val; options: of FolderBatches. Warns once about skipped files.
 
-    Raises InputError where the two don't have the same classes.
+    Raises InputError if the two have different classes.
     """
     options |= {"rank": rank}
     train, val = (FolderBatches(Path(root, part), batch_size, seed, train=part == "train", **options)
                   for part in ("train", "val"))
-    of_train, of_val = set(train.images.classes), set(val.images.classes)
-    if of_train != of_val:
-        raise InputError(f"{root}: train/ and val/ need the same folders of images, one a class; in train/ "
-                         f"alone: {some(of_train - of_val)}; in val/ alone: {some(of_val - of_train)}")
+    train_classes, val_classes = set(train.images.classes), set(val.images.classes)
+    if train_classes != val_classes:
+        raise InputError(f"{root}: train/ and val/ need the same classes; only in train/: "
+                         f"{listing(train_classes - val_classes)}; only in val/: "
+                         f"{listing(val_classes - train_classes)}")
     skipped = train.images.skipped + val.images.skipped
     if skipped and rank == 0:
-        warnings.warn(f"{root}: skipped {len(skipped)} files and folders that are hidden or hold no image by "
-                      f"their names: {some(skipped)}", stacklevel=2)
+        warnings.warn(f"{root}: skipped {len(skipped)} files and folders that are hidden or contain no "
+                      f"image: {listing(skipped)}", stacklevel=2)
     return train, val
 
 
-def some(names: Iterable[str]) -> str:
-    """The first three of them, and how many more there are."""
+def listing(names: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
     names = sorted(names)
     more = [f"{len(names) - 3:,} more"] * (len(names) > 3)
     return ", ".join(names[:3] + more) or "none"

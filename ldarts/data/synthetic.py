@@ -1,19 +1,21 @@
-"""Images drawn from a seed, with nothing to download, whose classes convolutions tell apart soonest."""
+"""Images drawn from a seed, without a download, whose classes convolutions learn first."""
 import torch
 from torch import Tensor
 
 from .batches import ImageSet, generator_of
 
-# Where a pixel's partner lies, x to either side. All are three pixels away along the longer axis: outside the
-# 3x3 of a stem, within which the pixels are independent.
+# Offsets (x, y) from a pixel to its partner; x goes to either side. All measure three pixels on the longer axis:
+# outside the 3x3 kernel of a stem, where pixels are independent.
 PARTNERS = torch.tensor([[3, 0], [3, 2], [3, 3], [2, 3], [0, 3]])
 DISTANCE = int(PARTNERS.max())
 
 
 def synthetic(seed: int, n_train: int = 5000, n_test: int = 1000) -> tuple[ImageSet, ImageSet]:
-    """Ten classes of grain, 32x32, nearly gray, balanced: two of contrast, times five of which way a pixel's
-    partner lies. Colour tells nothing; convolutions learn them in an epoch or two, pools behind a stem later.
-    Farther partners and stronger colours take longer, and a search says little before w has learnt them.
+    """Ten balanced classes of nearly gray grain, 32x32: two contrasts times five offsets to a pixel's partner.
+
+    Colour says nothing about the class. Convolutions learn the classes in an epoch or two, pools behind a
+    stem later. Longer offsets and stronger colours take longer to learn; before w has learnt the classes, a
+    search says little.
     """
     generator = generator_of(seed, "synthetic")
     labels = torch.arange(n_train + n_test) % 10
@@ -29,7 +31,7 @@ def _draw(labels: Tensor, generator: torch.Generator) -> Tensor:
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
 
     dx, dy = PARTNERS[labels % 5].unbind(1)
-    dx = torch.where(uniform(0, 1) < 0.5, dx, -dx)  # training flips are no other class
+    dx = torch.where(uniform(0, 1) < 0.5, dx, -dx)  # so that a flipped image keeps its class
     at = torch.arange(32) + DISTANCE
     rows, columns = (at + dy[:, None])[:, :, None], (at + dx[:, None])[:, None]  # [B, 32, 1], [B, 1, 32]
     size = 32 + 2 * DISTANCE
