@@ -1,7 +1,7 @@
 """Package of ldarts. If there is a compiler, the fused operators are compiled here; else on first use.
 
-`pip install --no-build-isolation .` compiles for the installed PyTorch. An isolated build has another PyTorch or
-none; it leaves the compilation to the first use.
+`pip install --no-build-isolation .` compiles for the installed PyTorch. An isolated build has another PyTorch
+or none; it leaves the compilation to the first use.
 """
 import importlib.util
 import sys

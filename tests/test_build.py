@@ -75,8 +75,9 @@ FAILURES = {  # name: (part, what is wrong, in the reason, in the remedy)
     "a full disk": ("cpu", lambda m, env: program(m / "bin/c++", fails("as: a.o: No space left on device")),
                     "No space left", "Make room"),
     "no nvcc": ("cuda", lambda m, env: None, "no nvcc of CUDA 13", "pip install nvidia-cuda-nvcc~=13.0.0"),
-    "nvcc of another version": ("cuda", lambda m, env: nvcc(m / "bin/nvcc", "12.4"), "bin/nvcc is release 12.4",
-                                "pip install nvidia-cuda-nvcc~=13.0.0"),
+    "nvcc of another version":
+        ("cuda", lambda m, env: nvcc(m / "bin/nvcc", "12.4"), "bin/nvcc is release 12.4",
+         "pip install nvidia-cuda-nvcc~=13.0.0"),
     "an architecture that nvcc does not know":
         ("cuda", lambda m, env: nvcc(m / "bin/nvcc", text=fails("nvcc fatal : Unsupported gpu architecture")),
          "Unsupported gpu architecture", "TORCH_CUDA_ARCH_LIST"),
@@ -200,10 +201,11 @@ def test_the_plain_form_can_be_chosen(tmp_path):
     assert process.returncode == 0 and out == "6.0\n" and err == "" and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("value, off", [("off", 1), ("FALSE", 1), ("no", 1), ("0", 1), ("", 0), ("on", 0), ("1", 0)])
+@pytest.mark.parametrize("value, off", [("off", True), ("FALSE", True), ("no", True), ("0", True),
+                                        ("", False), ("on", False), ("1", False)])
 def test_values_of_the_switch(monkeypatch, value, off):
     monkeypatch.setenv("LDARTS_FUSED", value)
-    assert build.switched_off() == bool(off)
+    assert build.switched_off() == off
     monkeypatch.setenv("LDARTS_FUSED", value + "?")
     with pytest.raises(InputError, match=f"LDARTS_FUSED={value}.: use off"):
         build.load.__wrapped__("cpu")

@@ -118,7 +118,8 @@ def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
     assert "| search, search_space s3 | 1 | 30.00 | – | – | 1.50 | 0.25 |" in printed
     run_main(monkeypatch, runs, "--best", "runs/s0", "runs/s1", "runs/e")
     assert capsys.readouterr().out == "runs/s1\n"
-    assert "--best: none of runs/e is a finished search" in refused(monkeypatch, capsys, runs, "--best", "runs/e")
+    message = refused(monkeypatch, capsys, runs, "--best", "runs/e")
+    assert "--best: none of runs/e is a finished search" in message
     run_main(monkeypatch, runs, "runs/e", "runs/s0")
     assert "| eval | 1 | 50.00 | 2.50 | 400.00 | 1.50 | 0.25 |" in capsys.readouterr().out
     assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none")

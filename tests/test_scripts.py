@@ -245,7 +245,8 @@ def test_both_halves_of_a_search_have_all_classes_of_a_sorted_set(monkeypatch):
 
     train, test = data.synthetic(0, 100, 10)
     train = train._replace(labels=train.labels.sort().values)
-    for name, other in (("load", lambda *_, **options: (train, test)), ("Batches", note), ("seed_everything", stop)):
+    for name, other in (("load", lambda *_, **options: (train, test)), ("Batches", note),
+                        ("seed_everything", stop)):
         monkeypatch.setattr(train_search, name, other)
     with pytest.raises(SystemExit):
         in_process(train_search, "--batch_size", 10)

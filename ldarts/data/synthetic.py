@@ -4,14 +4,14 @@ from torch import Tensor
 
 from .batches import ImageSet, generator_of
 
-# Offsets (x, y) from a pixel to its partner; x goes to either side. All measure three pixels on the longer axis:
-# outside the 3x3 kernel of a stem, where pixels are independent.
+# Offsets (x, y) from a pixel to its partner; x goes to either side. All measure three pixels on the longer
+# axis, so that pixels within the 3x3 kernel of a stem are independent.
 PARTNERS = torch.tensor([[3, 0], [3, 2], [3, 3], [2, 3], [0, 3]])
 DISTANCE = int(PARTNERS.max())
 
 
 def synthetic(seed: int, n_train: int = 5000, n_test: int = 1000) -> tuple[ImageSet, ImageSet]:
-    """Ten balanced classes of nearly gray grain, 32x32: two contrasts times five offsets to a pixel's partner.
+    """Ten balanced classes of nearly gray grain, 32x32: two contrasts times the five offsets of PARTNERS.
 
     Colour says nothing about the class. Convolutions learn the classes in an epoch or two, pools behind a
     stem later. Longer offsets and stronger colours take longer to learn; before w has learnt the classes, a

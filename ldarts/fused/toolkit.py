@@ -73,9 +73,10 @@ def nvcc() -> list[str]:
 
 
 def architecture_flags() -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), else for Turing to Hopper; newer GPUs run the PTX.
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), else for Turing to Hopper.
 
-    Before CUDA 13 Volta is one of them. This machine's GPUs do not count: a login node may compile.
+    Before CUDA 13 Volta is included. Newer GPUs run the PTX. The GPUs of this machine do not count, because a
+    login node may compile.
     """
     names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").replace(",", " ").split()
     for name in names:

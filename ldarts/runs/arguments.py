@@ -71,7 +71,7 @@ BOTH = [
     ("--report_freq", 50, COUNT, "steps between two lines of the log"),
     ("--checkpoint_minutes", 10.0, NUMBER, "between two checkpoints within an epoch; 0: after every step"),
     ("--device", "auto", str.lower, "auto, cpu, cuda or cuda:N; auto is a GPU if there is one"),
-    ("--memory_format", "channels_last", one_of(MEMORY_FORMATS), "layout of tensors: channels_last, contiguous"),
+    ("--memory_format", "channels_last", one_of(MEMORY_FORMATS), ", ".join(MEMORY_FORMATS)),
     ("--amp", "none", one_of(AMP), "none, bf16: autocast, but not for the passes of a finite difference"),
     ("--deterministic", False, SWITCH, "bit-identical runs on a GPU too; slower"),
 ]

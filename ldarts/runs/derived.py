@@ -129,8 +129,9 @@ def safe_layout(name: str, device: torch.device, C: int, height: int,
     PyTorch 2.13 can corrupt the heap (seen with 2 to 8 channels; 16 are safe).
     """
     if name == "channels_last" and device.type == "cpu" and C < 16 and (height, width) != (32, 32):
-        return torch.contiguous_format, [f"--memory_format contiguous: oneDNN's backward pass of {C} channels "
-                                         f"can crash in channels_last on images of {height}x{width}"]
+        remark = (f"--memory_format contiguous: oneDNN's backward pass of {C} channels can crash in "
+                  f"channels_last on images of {height}x{width}")
+        return torch.contiguous_format, [remark]
     return MEMORY_FORMATS[name], []
 
 
