@@ -1,15 +1,14 @@
 """The whole search step on tensors without values, and what of it is counted."""
-import itertools
 import sys
 
 import pytest
 import torch
 
+from evidence.gpu_work import Work, step_on_meta
 from ldarts.fused import compiled_for
-from ldarts.work import Work, step_on_meta
 
 STEPS = [(True, "central", "central", "cosine"), (True, "exact", "exact", "sign"),
-         (False, "central", "forward", "cosine")]  # unrolled, hessian, method, kind
+         (False, "central", "central", "cosine")]  # unrolled, hessian, method, kind
 OTHER_KIND = [(*step, "sign" if kind == "cosine" else "cosine") for *step, kind in STEPS]
 CASES = [(space, "engine", STEPS) for space in ("darts", "s1", "s2", "s3", "s4")]
 CASES += [("nasbench201", "engine", STEPS + OTHER_KIND), ("nasbench201", "plain", STEPS)]
