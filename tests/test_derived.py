@@ -218,7 +218,7 @@ def test_a_checkpoint_knows_its_network_and_its_data(trained, tmp_path, monkeypa
     (tmp_path / "runs").mkdir()
     shutil.copytree(one.parent, tmp_path / "runs/one")
     shutil.copy(folder / "crossed.json", tmp_path / "runs/one/genotype.json")
-    assert "of another genotype" in refused(monkeypatch, capsys, train_eval, "--resume", "runs/one")
+    assert "has another genotype" in refused(monkeypatch, capsys, train_eval, "--resume", "runs/one")
     for path in (one, moved, old):
         assert "was trained with another cell" in refused(
             monkeypatch, capsys, train_eval, "--evaluate", path, "--arch", folder / "crossed.json")

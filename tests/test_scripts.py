@@ -296,5 +296,5 @@ def test_a_first_checkpoint_that_never_was_is_not_advised(tmp_path, monkeypatch,
     write_cifar10(tmp_path / "own", 8)
     message = refusal(capsys, *EVAL, *SMALL, "--data", "own", "--learning_rate", 1e38, "--grad_clip", 1e38,
                       status=3)
-    assert "of epoch 0; there is no checkpoint before it: start anew by --save" in message
+    assert "of epoch 0; there is no checkpoint before it: start again with another --save" in message
     assert "--resume" not in message

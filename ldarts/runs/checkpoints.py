@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and checkpoints, which end in their SHA-256."""
+"""Files that appear whole or not at all; checkpoints, with their SHA-256 at the end."""
 import contextlib
 import hashlib
 import io
@@ -12,14 +12,14 @@ import torch
 from ..errors import InputError, brief
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-NAMES = ("model", "state_dict", "net", "model_state_dict")  # under which weights lie in a file
-SEAL = b"\nldarts-sha256:"  # then 64 digits, behind the zip archive, where torch.load does not look
+NAMES = ("model", "state_dict", "net", "model_state_dict")  # usual names of the weights in a file
+SEAL = b"\nldarts-sha256:"  # then 64 digits; after the zip archive, so that torch.load ignores it
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], previous: Path | None = None) -> None:
-    """Let `write` fill a temporary file, then rename it to `path`; what is there becomes `previous`.
+    """Let `write` fill a temporary file, then rename it to `path`; an old file becomes `previous`.
 
-    Raises InputError when the disk is full or the folder can't be written to; what is there then stays.
+    Raises InputError if the disk is full or the folder is read-only; the old file stays.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -30,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], previous: Path |
             os.replace(path, previous)
         os.replace(partial, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # or a power cut may take the renaming back
+        os.fsync(folder)  # so that the new name survives a power cut
         os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -40,16 +40,16 @@ def write_atomically(path: Path, write: Callable[[Path], None], previous: Path |
 
 def not_written(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be written ({error.strerror}); "
-                      f"put that right, then {resume_flag(path.parent)}")
+                      f"correct that, then {resume_flag(path.parent)}")
 
 
 def resume_flag(folder: Path) -> str:
-    """What continues the run in a folder, as a shell takes it."""
+    """The flag that continues the run in a folder, quoted for a shell."""
     return f"--resume {quote(str(folder))}"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write a folder's checkpoint; the one before becomes its previous one."""
+    """Write a folder's checkpoint; the last one becomes the previous one."""
     content = io.BytesIO()
     torch.save(state, content)
     content.write(SEAL + hashlib.sha256(content.getbuffer()).hexdigest().encode())
@@ -58,9 +58,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str, sealed: bool = False) -> dict[str, Any]:
-    """A checkpoint of save_checkpoint, or unless `sealed` one from elsewhere; its weights are under "model".
+    """A checkpoint of save_checkpoint or, unless `sealed`, from elsewhere; its weights are under "model".
 
-    Raises InputError for anything else, and where a single bit of ours has changed.
+    Raises InputError for other files, and for a checkpoint of save_checkpoint in which a bit has changed.
     """
     try:
         content = Path(path).read_bytes()
@@ -74,7 +74,7 @@ def load_checkpoint(path: str, sealed: bool = False) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such checkpoint") from error
-    except Exception as error:  # torch.load raises whatever damaged bytes lead to
+    except Exception as error:  # damaged bytes raise many kinds
         reason = brief(error)
         if "Weights only" in reason:
             reason = "more than tensors in it? save a state_dict"

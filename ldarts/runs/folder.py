@@ -1,4 +1,4 @@
-"""The run folder: configuration, log, metrics and checkpoints, and the point that a run has reached."""
+"""The run folder: configuration, log, metrics and checkpoints."""
 import argparse
 import json
 import math
@@ -21,22 +21,20 @@ from .machine import commit, device_name, seed_everything, versions
 from .meters import Meter
 from .signals import Signals, lock
 
-NEVER = 2**62  # no step
+NEVER = 2**62  # larger than any step
 
 
 class Run:
-    """The folder runs/<name>/ of one run, and the point that the run has reached.
+    """The folder runs/<name>/ of one run.
 
-    Made on construction, which refuses an existing folder; with args.resume, continued from its last whole
-    checkpoint. args: of the script; parts: objects with a state_dict, by their names in the checkpoint;
-    steps: in an epoch; sets: the images, each an ImageSet or ImageFolder; facts: more for config.json; means:
-    numbers to average beside loss and accuracy; carried: what checkpoints hold for their readers. With the
-    arguments, the same images, `parts`, and the attributes below, a checkpoint holds all that the rest of the
-    run depends on: batches and random numbers are functions of (seed, rank, epoch, step). All processes call
-    each method, rank 0 alone writes.
+    The constructor makes the folder, or, with args.resume, continues the run from its last whole checkpoint.
+    args: those of the script; parts: objects with a state_dict, by their names in the checkpoint; steps: in an
+    epoch; sets: the images, each an ImageSet or ImageFolder; facts: more for config.json; means: how many
+    numbers are averaged beside loss and accuracy; carried: more for readers of the checkpoint. A checkpoint, the arguments and the images determine the rest of the run, because batches and random numbers
+    depend on (seed, rank, epoch, step) alone. All processes call each method; only rank 0 writes.
 
-    epoch, step: what comes next; meter: of this epoch; history: the lines of metrics.jsonl, whose `seconds`
-    alone differ with and without interruptions.
+    epoch, step: the next ones; meter: of this epoch; history: the lines of metrics.jsonl. With and without
+    interruptions only its `seconds` differ.
     """
 
     def __init__(self, kind: str, args: argparse.Namespace, processes: Processes, parts: dict[str, Any],
@@ -49,8 +47,8 @@ class Run:
         self.data = [images.identity() for images in sets]
         self.means, self.meter = means, Meter(processes, means)
         self.epoch_started = time.perf_counter()
-        self.taken, self.saves, self.saving = 0, 0, 0.0  # steps, checkpoints, their seconds, by this process
-        self.first_bad: dict[str, Tensor] = {}
+        self.steps_taken, self.saves, self.save_seconds = 0, 0, 0.0  # by this process
+        self.first_not_finite: dict[str, Tensor] = {}  # the step in which a quantity was not finite
         self.path = Path(args.resume or Path("runs", args.save or f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"))
         if self.writes and not args.resume:
             self._make_folder()
@@ -89,21 +87,21 @@ class Run:
 
     def after_step(self, loss: Tensor, logits: Tensor, y: Tensor, means: Tensor | None = None,
                    **watched: Tensor | None) -> None:
-        """Account for a step that is taken; report, save and stop when it is time to.
+        """Record a finished step; report, save and stop if it is time.
 
         loss: of the global batch; logits, y: of this process; means: [self.means], averaged over the epoch;
-        watched: further scalars that have to stay finite.
+        watched: further scalars that have to be finite.
         """
         self.meter.update(loss, logits, y, means)
         for name, value in {"the loss": loss, **watched}.items():
-            if value is not None:  # on a GPU nobody waits for the answer here
+            if value is not None:  # stays on the device, so that the step does not wait for it
                 at = torch.where(value.detach().isfinite(), NEVER, self.step)
-                self.first_bad[name] = torch.minimum(at, self.first_bad.get(name, at))
+                self.first_not_finite[name] = torch.minimum(at, self.first_not_finite.get(name, at))
         reports = self.step % self.args.report_freq == 0 or self.step == self.steps - 1
         if reports or not loss.is_cuda:
             self._require_finite()
         self.step += 1
-        self.taken += 1
+        self.steps_taken += 1
         if reports:
             mean, accuracy, *_ = self.meter.read()
             self.log(f"epoch {self.epoch} step {self.step - 1}/{self.steps}: loss {mean:.4f}, "
@@ -115,7 +113,7 @@ class Run:
         self._stop(signal_number)
 
     def end_epoch(self, values: dict[str, Any]) -> None:
-        """Write the values as a line of metrics.jsonl, and a checkpoint; then the next epoch begins."""
+        """Write the values as a line of metrics.jsonl, and a checkpoint; go on to the next epoch."""
         self._require_finite()
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -133,7 +131,7 @@ class Run:
         self._stop(*self.processes.largest(self.signals.received))
 
     def save(self) -> None:
-        """Write a checkpoint of finite weights."""
+        """Write a checkpoint. Raises NotFinite if a weight is not finite."""
         started = time.perf_counter()
         self._require_finite()
         meters = self.processes.gather(self.meter.totals)  # [world, 3 + means]
@@ -148,16 +146,16 @@ class Run:
                 "seconds": started - self.epoch_started, "meters": meters, "history": self.history,
                 "data": self.data})
         self.saved = time.perf_counter()
-        self.saving += self.saved - started
+        self.save_seconds += self.saved - started
         self.saves += 1
 
     def cost(self) -> str:
-        """What the checkpoints of this process cost."""
-        share = 100 * self.saving / (time.perf_counter() - self.started)
-        return f"{self.saves} checkpoints took {self.saving:.2f} s, {share:.2f} % of the time"
+        """The time that checkpoints took, as a line."""
+        share = 100 * self.save_seconds / (time.perf_counter() - self.started)
+        return f"{self.saves} checkpoints took {self.save_seconds:.2f} s, {share:.2f} % of the time"
 
     def close(self) -> None:
-        """Leave the folder to others, and the other processes."""
+        """Unlock the folder, and leave the group of processes."""
         if self.writes:
             self._lock_file.close()
         self.processes.close()
@@ -166,28 +164,29 @@ class Run:
         try:
             self.path.mkdir(parents=True)
         except FileExistsError as error:
-            raise InputError(f"{self.path} exists already: give another name by --save, or continue it by "
-                             f"{resume_flag(self.path)}") from error
+            raise InputError(f"{self.path} exists already: give another name with --save, or continue it "
+                             f"with {resume_flag(self.path)}") from error
         except OSError as error:
             raise InputError(f"{self.path}: cannot be made ({error.strerror}): "
-                             "give another name by --save") from error
+                             "give another name with --save") from error
 
     def _write_metrics(self) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in self.history))
 
     def _require_finite(self) -> None:
-        for name, first in self.first_bad.items():
+        for name, first in self.first_not_finite.items():
             if (step := int(first)) != NEVER:
                 raise self._not_finite(f"{name} is not finite at", step)
 
     def _not_finite(self, what: str, step: int) -> NotFinite:
         remedy = f"the checkpoint before it is kept: {resume_flag(self.path)}"
         if not (self.path / CHECKPOINT).exists():
-            remedy = "there is no checkpoint before it: start anew by --save, with a smaller --learning_rate"
+            remedy = ("there is no checkpoint before it: start again with another --save and a smaller "
+                      "--learning_rate")
         return NotFinite(f"{what} step {step} of epoch {self.epoch}; {remedy}")
 
     def _pace(self) -> str:
-        seconds = (time.perf_counter() - self.started) / self.taken
+        seconds = (time.perf_counter() - self.started) / self.steps_taken
         left = round(seconds * ((self.args.epochs - self.epoch) * self.steps - self.step))
         return f"{seconds:.3g} s/step, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 
@@ -197,12 +196,12 @@ class Run:
             command = f"{launcher} {Path(sys.argv[0]).name} {resume_flag(self.path)}"
             self.log(f"stopped by {signal.Signals(signal_number).name} before step {self.step} of epoch "
                      f"{self.epoch}; continue by: {command}")
-            self.processes.largest(0)  # torchrun would end the others once the first has left
+            self.processes.largest(0)  # wait: torchrun ends the others when the first one leaves
             sys.exit(Signals.STATUS[signal_number])
 
     def _resume(self) -> None:
         state = self._newest() if self.writes else None
-        self.processes.largest(0)  # the others read once a damaged file is out of the way
+        self.processes.largest(0)  # wait until rank 0 has moved a damaged file away
         state = state if self.writes else self._newest()
         if state is None:
             self.log(f"{self.path}: no checkpoint yet; from the beginning")
@@ -214,8 +213,8 @@ class Run:
                                  f"continue it with --nproc_per_node={world}")
             for name, value in self.carried.items():
                 if state.get(name, value) != value:
-                    raise InputError(f"{where}: of another {name} than {self.path / name}.json; put that "
-                                     "right, or start anew by --save")
+                    raise InputError(f"{where}: has another {name} than {self.path / name}.json; correct "
+                                     "that, or start again with another --save")
             if (data := state["data"]) != self.data:
                 raise InputError(f"{where}: the run was started on {described(data)}, --data "
                                  f"{self.args.data} holds {described(self.data)}; give the same images")
@@ -223,19 +222,19 @@ class Run:
                 part.load_state_dict(state[name])
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
             self.history = list(state["history"])
-            self.epoch_started -= float(state["seconds"])  # of this epoch, before it was stopped
+            self.epoch_started -= float(state["seconds"])  # spent in this epoch before the stop
             self.meter.totals.copy_(state["meters"][self.processes.rank])
-            self._write_metrics()  # without the lines of epochs that were not saved
+            self._write_metrics()  # without lines of epochs after the checkpoint
         except InputError:
             raise
-        except Exception as error:  # whatever content of other names, types or shapes leads to
+        except Exception as error:  # other names, types or shapes raise many kinds
             raise InputError(f"{where}: not a checkpoint of this run ({brief(error)}); "
-                             "start anew by --save") from error
+                             "start again with another --save") from error
         self.log(f"{self.path}: continued at step {self.step} of epoch {self.epoch}")
 
     def _newest(self) -> dict[str, Any] | None:
-        """The last whole checkpoint, None where there is none yet. A damaged one is moved away, or the next
-        save would put it in the place of the whole one."""
+        """The last whole checkpoint, None if there is none yet. A damaged one is moved away, because the next
+        save would make it the previous one."""
         damage = []
         for path in (self.path / CHECKPOINT, self.path / PREVIOUS):
             try:
@@ -248,11 +247,11 @@ class Run:
                 self.log(f"warning: {damage[0]}; using {path}")
             return state
         if damage:
-            raise InputError("; ".join(damage) + "; no whole checkpoint is left, start anew")
+            raise InputError("; ".join(damage) + "; no whole checkpoint is left, start again")
         return None
 
 
 def described(data: list[dict[str, int | str]]) -> str:
-    """The identities of data sets, as one says them."""
+    """The identities of data sets in words."""
     return " and ".join(f"{part['images']:,} images of {part['classes']} classes "
                         f"(digest {part['digest'][:8]})" for part in data)

@@ -8,15 +8,15 @@ from ..distributed import Processes
 
 
 class Meter:
-    """Means of the loss, the accuracy and further numbers over all processes, on the device until read."""
+    """Means of loss, accuracy and further numbers over all processes. They stay on the device until read."""
 
     def __init__(self, processes: Processes, means: int = 0):
         self.processes = processes
-        # images, loss, correct, the others
+        # number of images; sums of loss, correct answers, further numbers
         self.totals = torch.zeros(3 + means, dtype=torch.float64, device=processes.device)
 
     def update(self, loss: Tensor, logits: Tensor, y: Tensor, means: Tensor | None = None) -> None:
-        """loss: mean over y; logits [N, num_classes]; y [N]; means: the further numbers of this batch"""
+        """loss: mean over y; logits [N, num_classes]; y [N]; means: the further numbers for this batch"""
         correct = (logits.detach().argmax(1) == y).double().mean()
         values = torch.stack([torch.ones_like(correct), loss.detach().double(), correct])
         self.totals += len(y) * (values if means is None else torch.cat([values, means.detach().double()]))

@@ -1,4 +1,4 @@
-"""How a run is asked to stop, and how a second process is kept out of its folder."""
+"""Signals that stop a run, and the lock that keeps a second process out of its folder."""
 import fcntl
 import os
 import platform
@@ -11,7 +11,10 @@ from .checkpoints import not_written
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 as the wish to stop after the step; a second SIGINT ends the process."""
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to stop after the step; a second SIGINT ends the process.
+
+    received: the number of the last signal, 0 for none
+    """
 
     STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
@@ -27,7 +30,7 @@ class Signals:
 
 
 def lock(folder: Path) -> TextIO:
-    """An open file whose lock, which dies with this process, keeps a second process out of the folder."""
+    """Lock the folder. The lock ends when the returned file is closed, or with this process."""
     try:
         file = open(folder / "lock", "a+")
     except OSError as error:
@@ -37,7 +40,7 @@ def lock(folder: Path) -> TextIO:
     except OSError as error:
         file.seek(0)
         holder = file.read(100).strip() or "another process"
-        raise InputError(f"{folder} is in use by {holder}: wait for its end, or stop it") from error
+        raise InputError(f"{folder} is in use by {holder}: wait until it ends, or stop it") from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
