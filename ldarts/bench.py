@@ -113,8 +113,8 @@ def time_sums(stage: str, count: int, layout: str, dtype: str, device: torch.dev
     """A row for the forward pass, and one for forward and backward.
 
     MB: the bytes that must move: M reads and 1 write forward, M + 1 reads and M writes backward. of_copy:
-    their rate, as a share of that of a plain copy. speedup, to_compiled: the time of the reference, and of the
-    compiled reference, divided by the time of the fused sum; medians over rounds in which they take turns.
+    their rate as a share of that of a plain copy. speedup, to_compiled: the time of the reference, and of
+    the compiled reference, divided by the time of the fused sum; medians over rounds in which they alternate.
     """
     like = torch.empty(STAGES[stage], device=device, dtype=getattr(torch, dtype),
                        memory_format=MEMORY_FORMATS[layout])

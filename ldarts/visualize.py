@@ -1,13 +1,13 @@
-"""Cells, α and curves as pictures (extra `plot`: matplotlib).
+"""Pictures of cells, α and curves (needs matplotlib).
 
     python -m ldarts.visualize LAMBDA_DARTS DARTS --format svg   # LAMBDA_DARTS.svg, DARTS.svg: the two cells
-    python -m ldarts.visualize runs/one                          # cells, α, shares, curves, into runs/one
-    python -m ldarts.visualize runs/a runs/b --out seeds         # … of each; seeds/curves.png: mean and band
+    python -m ldarts.visualize runs/one                          # cells, α, shares and curves, in runs/one
+    python -m ldarts.visualize runs/a runs/b --out seeds         # and in seeds/curves.png mean and deviation
 """
 import math
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .genotypes import Genotype, is_text
 from .operations import OPS
 from .runs import Parser, grouped, read_run, script
 
-BOX, PITCH, LANE = 0.62, 1.8, 0.3  # inches: width of a state, from state to state, from lane to lane
+BOX, PITCH, LANE = 0.62, 1.8, 0.3  # inches: width of a state, distance of states, distance of lanes
 CURVES = {  # metric -> title of its panel, in the order of the panels
     "valid_accuracy": "validation accuracy, %", "test_accuracy": "test accuracy, %",
     "true_cifar10": "the cell fully trained (NAS-Bench-201), %",
@@ -39,7 +39,7 @@ Graph = tuple[list[str], list[Edge], tuple[int, ...]]  # names of states, edges,
 
 
 def pyplot():
-    """matplotlib.pyplot without a display. Raises InputError where matplotlib is not installed."""
+    """matplotlib.pyplot without a display. Raises InputError if matplotlib is not installed."""
     require("matplotlib", "drawing")
     import matplotlib
     matplotlib.use("Agg")
@@ -53,7 +53,7 @@ def save(figure, path: Path) -> None:
     pyplot().close(figure)
 
 
-def cell_graphs(genotype: "Genotype | str") -> dict[str, Graph]:
+def cell_graphs(genotype: Genotype | str) -> dict[str, Graph]:
     """The graph of each type of cell."""
     if isinstance(genotype, str):
         nodes = genotypes.parse_arch(genotype)
@@ -69,24 +69,24 @@ def cell_graphs(genotype: "Genotype | str") -> dict[str, Graph]:
 
 
 def lanes(edges: list[Edge]) -> list[int]:
-    """A lane for each edge, above (1, 2, …) or below (-1, -2, …) the states: edges of one do not overlap."""
-    found: dict[int, int] = {}
-    for k in sorted(range(len(edges)), key=lambda k: edges[k].target - edges[k].source):  # short ones inside
+    """The lane of each edge: 1, 2, … above the states, -1, -2, … below. Edges in one lane do not overlap."""
+    lane_of: dict[int, int] = {}
+    for k in sorted(range(len(edges)), key=lambda k: edges[k].target - edges[k].source):  # short edges inside
         source, target, _ = edges[k]
         siblings = [e for e, edge in enumerate(edges) if edge.target == target]
-        side = (-1) ** siblings.index(k)  # a state's edges take turns
-        beside = [lane for e, lane in found.items() if source < edges[e].target and edges[e].source < target]
-        found[k] = side
-        while found[k] in beside:
-            found[k] += side
-    return [found[k] for k in range(len(edges))]
+        side = (-1) ** siblings.index(k)  # edges into one state alternate
+        taken = [lane for e, lane in lane_of.items() if source < edges[e].target and edges[e].source < target]
+        lane_of[k] = side
+        while lane_of[k] in taken:
+            lane_of[k] += side
+    return [lane_of[k] for k in range(len(edges))]
 
 
-def port(state: int, lane: int, arrives: bool, edges: list[Edge], at: list[int]) -> float:
-    """Where on its state an edge in a lane ends, in inches; in this order no two edges of a state cross."""
-    side = [(edge, abs(other)) for edge, other in zip(edges, at) if other * lane > 0]
-    arriving = sorted({distance for edge, distance in side if edge.target == state})
-    leaving = sorted({distance for edge, distance in side if edge.source == state}, reverse=True)
+def end_of_edge(state: int, lane: int, arrives: bool, edges: list[Edge], edge_lanes: list[int]) -> float:
+    """Where on its state an edge ends, in inches. In this order no two edges of a state cross."""
+    same_side = [(edge, abs(other)) for edge, other in zip(edges, edge_lanes) if other * lane > 0]
+    arriving = sorted({distance for edge, distance in same_side if edge.target == state})
+    leaving = sorted({distance for edge, distance in same_side if edge.source == state}, reverse=True)
     place = arriving.index(abs(lane)) if arrives else len(arriving) + leaving.index(abs(lane))
     ends = len(arriving) + len(leaving)
     step = min(0.12, (BOX - 0.12) / ends)
@@ -94,7 +94,7 @@ def port(state: int, lane: int, arrives: bool, edges: list[Edge], at: list[int])
 
 
 def draw_edge(ax, edge: Edge, lane: int, start: float, end: float) -> None:
-    """An arrow from one state up or down to its lane, along it and back; without an operation a grey one."""
+    """An arrow from a state up or down to its lane, along the lane, and back; grey without an operation."""
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path as Outline
     up, r = math.copysign(1, lane), 0.12  # r: radius of the corners
@@ -108,20 +108,20 @@ def draw_edge(ax, edge: Edge, lane: int, start: float, end: float) -> None:
     weightless = op in ("skip_connect", "none", "noise") or "pool" in op
     ax.add_patch(FancyArrowPatch(path=outline, color=colour, ls=(0, (3, 1.5)) if weightless else "-", lw=1.8,
                                  arrowstyle="-|>", mutation_scale=9, zorder=1))
-    if op:  # labelled before its last state, where no line runs up or down
+    if op:  # the label is left of the last state, where no line runs up or down
         ax.text(PITCH * (edge.target - 0.5), y, op, ha="center", va="center", fontsize=9.5, zorder=3,
                 bbox=dict(fc="white", ec="none", pad=1))
 
 
 def draw_cell(ax, names: list[str], edges: list[Edge], concat: tuple[int, ...]) -> None:
-    """One cell, its states from left to right, what is concatenated in a lane of its own below all others."""
+    """One cell: states from left to right; the concatenated states lead to the output in the lowest lane."""
     from matplotlib.patches import FancyBboxPatch
     at, output = lanes(edges), len(names) - 1
     at += [min(at) - 1] * len(concat)
     edges = edges + [Edge(state, output, "") for state in concat]
     for edge, lane in zip(edges, at):
-        start = port(edge.source, lane, False, edges, at)
-        end = port(edge.target, lane, True, edges, at)
+        start = end_of_edge(edge.source, lane, False, edges, at)
+        end = end_of_edge(edge.target, lane, True, edges, at)
         draw_edge(ax, edge, lane, start, end)
     for state, name in enumerate(names):
         ax.add_patch(FancyBboxPatch((PITCH * state - BOX / 2, -0.13), BOX, 0.26, boxstyle="round,pad=0.04",
@@ -132,8 +132,8 @@ def draw_cell(ax, names: list[str], edges: list[Edge], concat: tuple[int, ...]) 
     ax.axis("off")
 
 
-def draw_cells(genotype: "Genotype | str", path: Path) -> None:
-    """The cells as graphs; an operation without weights is dashed, the concatenated output grey."""
+def draw_cells(genotype: Genotype | str, path: Path) -> None:
+    """The cells as graphs. Operations without weights are dashed, the concatenation is grey."""
     graphs = cell_graphs(genotype)
     width = PITCH * max(len(names) for names, _, _ in graphs.values())
     used = [lanes(edges) for _, edges, _ in graphs.values()]
@@ -146,14 +146,14 @@ def draw_cells(genotype: "Genotype | str", path: Path) -> None:
     save(figure, path)
 
 
-def draw_alphas(space: str, alphas: list[list], genotype: "Genotype | str", path: Path) -> None:
-    """p = softmax(α) over the epochs, a panel an edge; those of the genotype framed, their operation marked.
+def draw_alphas(space: str, alphas: list[list], genotype: Genotype | str, path: Path) -> None:
+    """p = softmax(α) over the epochs, a panel for each edge. Edges of the genotype have a frame, and a mark at
+    their operation. Colours show p minus its value for equal operations, on one scale for all panels.
 
-    Colours are the distance of p from that of equal operations, on one scale for the whole picture.
-    alphas: of each epoch, of each type of cell, α [edges, ops]
+    alphas: for each epoch, for each type of cell, α [edges, ops]
     """
     graphs = cell_graphs(genotype)
-    types = [torch.tensor(epochs).softmax(-1) for epochs in zip(*alphas)]  # of each p [epochs, edges, ops]
+    types = [torch.tensor(epochs).softmax(-1) for epochs in zip(*alphas)]  # each: [epochs, edges, ops]
     distances = [p - 1 / p.shape[-1] for p in types]
     reach = max(1e-6, *(float(distance.abs().max()) for distance in distances))
     figure = pyplot().figure(figsize=(9.5, 5.2 * len(graphs)), layout="constrained")
@@ -165,7 +165,10 @@ def draw_alphas(space: str, alphas: list[list], genotype: "Genotype | str", path
 
 
 def draw_type(block, graph: Graph, operations: tuple[tuple[str, ...], ...], distance: Tensor, reach: float):
-    """The edges of one type of cell: a row a target, a column a source. distance: [epochs, edges, ops]"""
+    """The edges of one type of cell: a row for each target, a column for each source.
+
+    distance: [epochs, edges, ops]
+    """
     names, derived, _ = graph
     targets = sorted({edge.target for edge in derived})
     grid = block.add_gridspec(len(targets), targets[-1])
@@ -185,7 +188,7 @@ def draw_type(block, graph: Graph, operations: tuple[tuple[str, ...], ...], dist
 
 
 def draw_panel(ax, distance: Tensor, operations: tuple[str, ...], chosen: list[str], reach: float):
-    """One edge -> its image. distance: [epochs, ops]; chosen: its operations in the genotype"""
+    """The panel of one edge. distance: [epochs, ops]; chosen: its operations in the genotype"""
     last = len(distance) - 1
     image = ax.imshow(distance.T.numpy(), vmin=-reach, vmax=reach, cmap="RdBu_r", aspect="auto",
                       interpolation="nearest")
@@ -200,7 +203,7 @@ def draw_panel(ax, distance: Tensor, operations: tuple[str, ...], chosen: list[s
 
 
 def band(ax, x, rows: list[list[float]], label: str, shade: bool = True, **style) -> None:
-    """The mean of several curves over x; with `shade` a band of one standard deviation to either side."""
+    """The mean of several curves over x; with `shade` also a band of one standard deviation around it."""
     values = torch.tensor(rows, dtype=torch.float64)
     mean = values.mean(0)
     line, = ax.plot(x, mean, label=label, **style)
@@ -210,7 +213,7 @@ def band(ax, x, rows: list[list[float]], label: str, shade: bool = True, **style
 
 
 def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
-    """The metrics of groups of runs over the epochs, mean and band. groups: name -> metrics of each run"""
+    """Metrics of groups of runs over the epochs: mean and deviation. groups: name -> metrics of each run"""
     runs = chain.from_iterable(groups.values())
     logged = set().union(*chain.from_iterable(runs))
     shown = [name for name in CURVES if name in logged]
@@ -234,22 +237,22 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
     for ax in axes.flat[max(0, len(shown) - columns) : len(shown)]:
         ax.set_xlabel("epoch", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    across = min(len(labels), 60 * columns // (8 + max(map(len, labels))))  # as many as fit the width
+    across = min(len(labels), 60 * columns // (8 + max(map(len, labels))))  # as many as fit in the width
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, across), fontsize=8)
     save(figure, path)
 
 
 def draw_shares(groups: dict[str, list[list[dict]]], path: Path) -> None:
-    """Each cell's share in the gradient by α over the epochs, a panel a group, its runs averaged.
+    """Each cell's share in the gradient by α over the epochs: a panel for each group, its runs averaged.
 
-    groups: name -> metrics of each run. Cells lie from input (below) to output; white is the equal share 1/n.
+    groups: name -> metrics of each run. Cells go from input (below) to output; white is a share of 1/n.
     """
     means = {}  # of each group [epochs, cells]
     for label, runs in groups.items():
         length = min(map(len, runs))
         means[label] = torch.tensor([[line["cell_shares"] for line in run[:length]] for run in runs]).mean(0)
     equal = 1 / next(iter(means.values())).shape[1]
-    # Where cells cancel each other, a share may be far from all others: it should not fade the rest.
+    # If cells cancel each other, one share may be far from all others; it should not fade the rest.
     reach = float(torch.cat([share.flatten() for share in means.values()]).sub(equal).abs().quantile(0.95))
     figure, axes = pyplot().subplots(1, len(means), squeeze=False, sharey=True, layout="constrained",
                                      figsize=(1.4 + 3.2 * len(means), 3.2))
@@ -267,40 +270,35 @@ def draw_shares(groups: dict[str, list[list[dict]]], path: Path) -> None:
 
 
 def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
-    """cells, curves, and of a search alphas and shares, into the run's folder -> what was written."""
+    """Draw cells, curves and, for a search, alphas and shares into the run's folder; return the new paths."""
     config, metrics = read_run(path)
-    genotype, folder = genotypes.load(str(path)), Path(path)
-    cells, curves, alphas, shares = (folder / f"{name}.{suffix}" for name in
-                                     ("cells", "curves", "alphas", "shares"))
-    draw_cells(genotype, cells)
-    draw_curves({folder.name: [metrics]}, curves)
-    if "alphas" not in metrics[-1]:
-        return [cells, curves]
-    draw_alphas(config["search_space"], [line["alphas"] for line in metrics], genotype, alphas)
-    if "cell_shares" not in metrics[-1]:
-        return [cells, curves, alphas]
-    draw_shares({folder.name: [metrics]}, shares)
-    return [cells, curves, alphas, shares]
+    genotype, folder, written = genotypes.load(str(path)), Path(path), []
+
+    def draw(function: Callable, name: str, *what: Any) -> None:
+        written.append(folder / f"{name}.{suffix}")
+        function(*what, written[-1])
+
+    draw(draw_cells, "cells", genotype)
+    draw(draw_curves, "curves", {folder.name: [metrics]})
+    if "alphas" in metrics[-1]:
+        draw(draw_alphas, "alphas", config["search_space"], [line["alphas"] for line in metrics], genotype)
+    if "cell_shares" in metrics[-1]:
+        draw(draw_shares, "shares", {folder.name: [metrics]})
+    return written
 
 
 def file_names(cells: list[str]) -> dict[str, str]:
-    """The name of each cell's picture without suffix; where two share one, the folder's too, or a number."""
-    paths = [Path("cell" if is_text(cell) else cell.replace(".py:", "/")) for cell in cells]
-    stems = [path.stem for path in paths]
-    taken = ["curves"]
-    for path in paths:
-        folder = path.parent.name.strip(".")
-        name = f"{folder}-{path.stem}" if folder and stems.count(path.stem) > 1 else path.stem
-        numbered = chain([name], (f"{name}-{number}" for number in count(2)))
-        taken.append(next(free for free in numbered if free not in taken))
-    return dict(zip(cells, taken[1:]))
+    """The name of each cell's picture, without suffix: that of its file, or a number after it."""
+    stems = ["cell" if is_text(cell) else Path(cell.replace(".py:", "/")).stem for cell in cells]
+    repeated = [stems[:k].count(stem) for k, stem in enumerate(stems)]
+    return {cell: f"{stem}-{k + 1}" if k else stem for cell, stem, k in zip(cells, stems, repeated)}
 
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="+", metavar="RUN|NAME",
                         help="a run folder, or a cell as train_eval.py takes it")
-    parser.add_argument("--out", default=".", help="folder for what belongs to no single run")
+    parser.add_argument("--out", default=".", help="folder for pictures of cells and of several runs")
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     args = parser.parse_args()
     pyplot()

@@ -190,8 +190,9 @@ def test_pictures_of_runs_and_names(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, visualize, "runs/s0", "runs/s1", "DARTS", ARCH, text, "--out", "pictures",
              "--format", "svg")
     written = capsys.readouterr().out.split()
-    assert {"runs/s0/cells.svg", "runs/s1/alphas.svg", "runs/s1/shares.svg", "runs/s0/curves.svg", "pictures/curves.svg",
-            "pictures/DARTS.svg", "pictures/cell.svg", "pictures/cell-2.svg"} <= set(written)
+    assert {"runs/s0/cells.svg", "runs/s1/alphas.svg", "runs/s1/shares.svg", "runs/s0/curves.svg",
+            "pictures/curves.svg", "pictures/DARTS.svg", "pictures/cell.svg",
+            "pictures/cell-2.svg"} <= set(written)
     assert all(Path(path).read_text().rstrip().endswith("</svg>") for path in written)
 
 
@@ -205,11 +206,10 @@ def test_pictures_of_cells_of_one_name_have_names_of_their_own(tmp_path, monkeyp
     cells = ["a/genotype.json", "b/genotype.json", ARCH, other, "a/genotype.json"]
     run_main(monkeypatch, visualize, *cells, "--format", "svg")
     written = capsys.readouterr().out.split()
-    assert written == ["a-genotype.svg", "b-genotype.svg", "cell.svg", "cell-2.svg"]
+    assert written == ["genotype.svg", "genotype-2.svg", "cell.svg", "cell-2.svg"]
     assert len({Path(path).read_text() for path in written}) == 4
-    names = {"x/curves.json": "curves-2", "DARTS": "DARTS", "x/DARTS.json": "x-DARTS",
-             "x/y/DARTS.json": "y-DARTS", "../DARTS.json": "DARTS-2", "x/genotypes.py:V2": "V2",
-             "Genotype(normal=[])": "cell"}
+    names = {"DARTS": "DARTS", "x/DARTS.json": "DARTS-2", "x/y/DARTS.json": "DARTS-3",
+             "x/genotypes.py:V2": "V2", "Genotype(normal=[])": "cell"}
     assert visualize.file_names(list(names)) == names
 
 

@@ -28,10 +28,11 @@ class Run:
     """The folder runs/<name>/ of one run.
 
     The constructor makes the folder, or, with args.resume, continues the run from its last whole checkpoint.
-    args: those of the script; parts: objects with a state_dict, by their names in the checkpoint; steps: in an
+    args: those of the script; parts: objects with a state_dict, by their names in the checkpoint; steps: per
     epoch; sets: the images, each an ImageSet or ImageFolder; facts: more for config.json; means: how many
-    numbers are averaged beside loss and accuracy; carried: more for readers of the checkpoint. A checkpoint, the arguments and the images determine the rest of the run, because batches and random numbers
-    depend on (seed, rank, epoch, step) alone. All processes call each method; only rank 0 writes.
+    numbers are averaged beside loss and accuracy; carried: more for readers of the checkpoint. A checkpoint,
+    the arguments and the images determine the rest of the run, because batches and random numbers depend on
+    (seed, rank, epoch, step) alone. All processes call each method; only rank 0 writes.
 
     epoch, step: the next ones; meter: of this epoch; history: the lines of metrics.jsonl. With and without
     interruptions only its `seconds` differ.
