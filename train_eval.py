@@ -3,12 +3,12 @@
     python train_eval.py --arch LAMBDA_DARTS                      # the published cell, the published settings
     python train_eval.py --arch runs/<search> --dataset synthetic --init_channels 8 --layers 5 --epochs 3
     python train_eval.py --evaluate runs/<name>/checkpoint.pt      # test only
-    python train_eval.py --resume runs/<name>                      # go on with a stopped or killed run
+    python train_eval.py --resume runs/<name>                      # continue a stopped or killed run
     torchrun --nproc_per_node=2 train_eval.py --arch LAMBDA_DARTS  # two processes share every batch
     python train_eval.py --arch LAMBDA_DARTS --dataset imagenet --data IMAGENET   # folders train/ and val/
 
-20 cells of 36 channels, for 600 epochs; a cell of S1 to S4 on CIFAR-100 and SVHN: 8 cells of 16 channels; on
-ImageNet 14 cells of 48 channels, for 250 epochs.
+The network has 20 cells and 36 channels and is trained for 600 epochs; on ImageNet 14 cells, 48 channels, 250
+epochs. A cell of S1 to S4 on CIFAR-100 and SVHN: 8 cells, 16 channels.
 """
 import torch
 from torch import nn
@@ -43,8 +43,8 @@ def main():
     else:
         train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True,
                                 cutout_length=args.cutout_length if args.cutout else 0, **options)
-    images, num_classes = len(train_set.labels), train_set.num_classes
     seed_everything(args.seed)
+    num_classes = train_set.num_classes
     if isinstance(genotype, str):
         net = NetworkNAS201(args.init_channels, num_classes, args.layers, genotype)
     else:
@@ -84,20 +84,18 @@ def main():
             optimizer, lambda epoch: (1 - epoch / args.epochs) * min(1, (epoch + 1) / warmup))
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    parameters, multiply_adds = count_parameters(net), count_multiply_adds(net, image)
+    facts = {"parameters": count_parameters(net), "multiply_adds": count_multiply_adds(net, image)}
     run = Run("eval", args, processes, {"model": net, "optimizer": optimizer, "scheduler": scheduler},
-              len(train_batches), [train_set, test_set],
-              {"parameters": parameters, "multiply_adds": multiply_adds},
-              carried={"genotype": to_json(genotype)})
+              len(train_batches), [train_set, test_set], facts, carried={"genotype": to_json(genotype)})
     run.write("genotype.json", to_json(genotype))
     for remark in remarks + layout_remarks:
         run.log(remark)
-    run.log(f"{run.path}: {args.arch} on {args.dataset}, {images} images, {parameters:,} parameters, "
-            f"{multiply_adds / 1e6:.1f} M multiply-adds, on {device}")
+    run.log(f"{run.path}: {args.arch} on {args.dataset}, {len(train_set.labels)} images, "
+            f"{facts['parameters']:,} parameters, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds, on {device}")
     for epoch in range(run.epoch, args.epochs):
         net.train()
         drop_path_prob = args.drop_path_prob * epoch / args.epochs
-        if args.compile and args.drop_path_prob:  # so that one compiled network serves every epoch
+        if args.compile and args.drop_path_prob:  # as a tensor, or every epoch would compile again
             drop_path_prob = torch.tensor(drop_path_prob, device=device)
         for step, (x, y) in enumerate(train_batches.epoch(epoch, start=run.step), run.step):
             run.seed()
@@ -106,7 +104,7 @@ def main():
             total = loss
             if logits_aux is not None:
                 total = loss + args.auxiliary_weight * smoothed(logits_aux.float(), y)
-            # Where noise or nothing was chosen, weights may act on no logit: their gradient is 0.
+            # Behind noise or `none`, weights may not reach the logits: their gradient is 0.
             grads = torch.autograd.grad(total, list(net.parameters()), materialize_grads=True)
             loss, *grads = processes.average([loss.detach(), *grads])
             for p, grad in zip(net.parameters(), grads):

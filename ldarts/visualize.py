@@ -147,7 +147,7 @@ def draw_cells(genotype: Genotype | str, path: Path) -> None:
 
 
 def draw_alphas(space: str, alphas: list[list], genotype: Genotype | str, path: Path) -> None:
-    """p = softmax(α) over the epochs, a panel for each edge. Edges of the genotype have a frame, and a mark at
+    """p = softmax(α) over the epochs, a panel for each edge. Edges of the genotype have a frame and a mark at
     their operation. Colours show p minus its value for equal operations, on one scale for all panels.
 
     alphas: for each epoch, for each type of cell, α [edges, ops]

@@ -285,21 +285,21 @@ def test_the_findings_are_those_of_the_results_beside_them(folder, tmp_path, mon
 
 
 def test_the_first_command_is_what_the_evidence_says():
-    """Ranks and probabilities of `train_search.py --demo` and of other settings are those stated."""
+    """Ranks and p-values of `train_search.py --demo` and of other settings are those stated."""
     evidence = Path(__file__).parent / "evidence"
     found = json.loads((evidence / "first_command.json").read_text())
     text = " ".join((evidence / "README.md").read_text().split())
     ranks = [nasbench201.look_up(run["cell"]).rank for run in found["runs"]]
     assert ranks == [run["rank"] for run in found["runs"]] and len(ranks) == 10
     assert f"ranks {', '.join(f'{rank:,}' for rank in ranks)}" in text
-    probability = nasbench201.better_than_random(ranks)
-    assert f"probability {probability:.1e}" in text and probability < 0.01
+    p_value = nasbench201.better_than_random(ranks)
+    assert f"p-value {p_value:.1e}" in text and p_value < 0.01
     for other in found["others"]:
         ranks = [nasbench201.look_up(run["cell"]).rank for run in other["runs"]]
         seeds = [run["seed"] for run in other["runs"]]
         assert (f"- `{other['flags']}`, seeds {seeds[0]} to {seeds[-1]}: ranks "
                 f"{', '.join(f'{rank:,}' for rank in ranks)}, "
-                f"probability {nasbench201.better_than_random(ranks):.2g}") in text
+                f"p-value {nasbench201.better_than_random(ranks):.2g}") in text
     assert found["command"] == f"python train_search.py {DEMO}"
 
 
