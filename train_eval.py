@@ -91,7 +91,8 @@ def main():
     for remark in remarks + layout_remarks:
         run.log(remark)
     run.log(f"{run.path}: {args.arch} on {args.dataset}, {len(train_set.labels)} images, "
-            f"{facts['parameters']:,} parameters, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds, on {device}")
+            f"{facts['parameters']:,} parameters, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds, "
+            f"on {device}")
     for epoch in range(run.epoch, args.epochs):
         net.train()
         drop_path_prob = args.drop_path_prob * epoch / args.epochs

@@ -115,7 +115,7 @@ def test_mutated_cifar_raises_nothing_but_input_error(tmp_path):
     source, path, rng = SOURCES["cifar10"], tmp_path / "test_batch", random.Random(0)
     good = python2_pickle([1], rows(1))
     header, refused = good.index(rows(1).tobytes()), 0
-    for _ in range(800):
+    for _ in range(400):
         bad = bytearray(good)
         for _ in range(rng.randint(1, 3)):
             bad[rng.randrange(header) if rng.random() < 0.9 else -rng.randint(1, 3)] = rng.randrange(256)
@@ -125,7 +125,7 @@ def test_mutated_cifar_raises_nothing_but_input_error(tmp_path):
             assert images.shape == (1, 3, 32, 32) and 0 <= labels.item() < 10
         except InputError:
             refused += 1
-    assert refused > 200
+    assert refused > 100
 
 
 class Exploit:

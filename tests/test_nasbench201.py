@@ -62,7 +62,8 @@ def test_a_search_logs_the_truth_and_ends_with_it(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [
         "x", "--dataset", "synthetic", "--search_space", "nasbench201", "--init_channels", "2",
-        "--layers", "1", "--batch_size", "500", "--epochs", "2", "--lambda_reg", "0", "--save", "one",
+        "--image_size", "8", "--layers", "1", "--batch_size", "500", "--epochs", "2",
+        "--lambda_reg", "0", "--save", "one",
         "--arch_epsilon", "0.1"])
     train_search.main()
     output = capsys.readouterr().out.splitlines()

@@ -18,8 +18,8 @@ from ldarts.runs import load_checkpoint, parse_search_args
 from test_archives import python2_pickle, rows, write_cifar10
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--dataset", "synthetic", "--init_channels", "2", "--layers", "4", "--search_space", "s2",
-        "--report_freq", "3", "--batch_size", "500"]
+TINY = ["--dataset", "synthetic", "--image_size", "8", "--init_channels", "2", "--layers", "4",
+        "--search_space", "s2", "--report_freq", "3", "--batch_size", "500"]
 
 
 def run(folder, script, *args, **environment):
@@ -75,11 +75,13 @@ def test_the_genotype_of_a_search_is_trained_then_tested(searched):
     assert sorted(os.listdir(folder / "runs")) == ["eval", "one"]  # testing alone writes nothing
 
 
-def test_the_command_that_a_search_prints_is_accepted(searched):
+def test_the_command_that_a_search_prints_is_accepted(searched, monkeypatch, capsys):
     folder, printed = searched
-    command = shlex.split(printed.split("train it: python ")[1])
-    result = run(folder, *command, "--batch_size", 10**6)  # stops before the first step
-    assert result.returncode == 2 and "batch size 1000000" in result.stderr
+    monkeypatch.chdir(folder)
+    script, *flags = shlex.split(printed.split("train it: python ")[1])
+    assert Path(script).name == "train_eval.py"
+    # It stops before the first step.
+    assert "batch size 1000000" in refusal(capsys, train_eval, *flags, "--batch_size", 10**6)
 
 
 BAD_SEARCH = {
@@ -149,10 +151,9 @@ def test_cells_that_leave_weights_without_a_gradient_are_trained(tmp_path, arch,
             for name, value in ((kind, edges), (f"{kind}_concat", [2, 3, 4, 5]))}
     (tmp_path / "noise.json").write_text(json.dumps(cell))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [
-        "train_eval.py", "--dataset", "synthetic", "--arch", arch, "--init_channels", "4", "--layers", "1",
-        "--epochs", "1", "--batch_size", "500", "--no-auxiliary", "--save", "one"])
-    train_eval.main()
+    images = write_cifar10(tmp_path / "cifar", 8)
+    in_process(train_eval, "--data", images, "--arch", arch, "--init_channels", 4, "--layers", 1, "--epochs", 1,
+               "--batch_size", 8, "--no-auxiliary", "--save", "one")
     assert json.loads((tmp_path / "runs/one/metrics.jsonl").read_text())["epoch"] == 0
 
 
@@ -175,11 +176,9 @@ def assert_refused(script, args, named, folder, monkeypatch, capsys, before=()):
     assert sorted(os.listdir(folder)) == list(before)
 
 
-def test_an_existing_run_is_not_written_over(searched):
-    folder, _ = searched
-    result = run(folder, "train_search.py", *TINY, "--epochs", 2, "--save", "one")
-    assert result.returncode == 2 and "runs/one exists" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+def test_an_existing_run_is_not_written_over(searched, monkeypatch, capsys):
+    monkeypatch.chdir(searched[0])
+    assert "runs/one exists" in refusal(capsys, train_search, *TINY, "--epochs", 2, "--save", "one")
 
 
 def test_a_checkpoint_is_a_plain_dictionary_of_the_network(searched):

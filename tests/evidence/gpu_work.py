@@ -3,8 +3,8 @@
     python tests/evidence/gpu_work.py [--search_space darts --lambda_grad exact --no-unrolled --json]
 
 The step runs on PyTorch's `meta` device, whose tensors have shapes but no values: reading a value back and
-mixing devices are errors. LDARTS_FUSED=off in the environment counts the plain form. An operator's call counts
-as what a GPU has to do at least:
+mixing devices are errors. LDARTS_FUSED=off in the environment counts the plain form. A call of an operator
+counts as what a GPU has to do at least:
 
     launches   1; 0 for views, metadata, and calls whose results have no elements; for the backward pass of a
                convolution 1 for each gradient; for a foreach call or a fused optimizer 1 for as many tensors
