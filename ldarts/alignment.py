@@ -14,16 +14,19 @@ def layer_alignment(grads: Sequence[Tensor], kind: str = "cosine") -> Tensor:
 
     grads: g_l = ∂L/∂p_l of each cell, n ≥ 2 tensors of one size and any shape. kind: `cosine`, the cosine
     (Λ, eq. 7 of Movahedi et al., 2023), or `sign`, ⟨g_i, g_j⟩ / ⟨|g_i|, |g_j|⟩ with |·| per element (Λ±).
+    A pair in which a gradient is 0 agrees by 0.
     """
     if len(grads) < 2:
         raise InputError(f"Λ compares the gradients of at least two cells, got {len(grads)}: "
                          "use more layers or λ = 0")
     g = torch.stack([grad.flatten() for grad in grads])  # [n, edges * ops]
     if kind == "cosine":
-        g = g / g.norm(dim=1, keepdim=True)
+        lengths = g.norm(dim=1, keepdim=True)
+        g = g / lengths.where(lengths > 0, 1)
         pairs = g @ g.T  # [n, n]
     elif kind == "sign":
-        pairs = (g @ g.T) / (g.abs() @ g.abs().T)
+        of_sizes = g.abs() @ g.abs().T
+        pairs = (g @ g.T) / of_sizes.where(of_sizes > 0, 1)
     else:
         raise InputError(f"unknown alignment {kind!r}: use one of {', '.join(KINDS)}")
     n = len(grads)

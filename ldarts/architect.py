@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from .alignment import layer_alignment
 from .errors import InputError
-from .model_search import SearchNetwork, frozen_statistics
-from .operations import NoiseOp
+from .model_search import SearchNetwork
 
 Batch = tuple[Tensor, Tensor]  # x [N, 3, H, W], y [N]
-METHODS = ("central", "forward", "exact", "random")
+METHODS = ("central", "exact", "random")
 
 
 class WeightGrads(NamedTuple):
@@ -30,10 +29,13 @@ class Architect:
     w_momentum, w_weight_decay: those of the SGD on w, which the unrolled step imitates; average: tensors ->
     their means over the processes. A gradient is averaged before anything that is not linear in it: results,
     loss included, are those of the global batch (logits: of the process). amp: the dtype to which autocast
-    lowers the passes that no difference is taken of. eps: of Adam; far below the gradient every α
-    takes steps of one length, far above it steps of lr / eps times its gradient.
-    No method changes a weight, a buffer or a momentum, but lambda_grads, a training pass, moves the
-    batch-norm statistics once.
+    lowers the passes that no difference is taken of. eps: of Adam; far
+    below the gradient every α takes steps of one length, far above it steps of lr / eps times its gradient.
+
+    No method changes a weight, a buffer or a momentum, but lambda_grads, a training pass, moves running
+    statistics once. Weights that do not require a gradient stay as they are and are left out of all lists;
+    where the loss does not reach a weight its gradient is 0. The passes of one difference draw the same
+    random numbers. The modules of net are listed once, here: build it before.
     """
 
     def __init__(self, net: SearchNetwork, criterion: Callable[[Tensor, Tensor], Tensor], lr: float = 3e-4,
@@ -46,9 +48,12 @@ class Architect:
         self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas,
                                           weight_decay=weight_decay, eps=eps)
         # Lists, because a walk through the thousands of modules of a supernet takes milliseconds.
-        self.weights = net.weight_parameters()
-        self._norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-        self._noisy = any(isinstance(m, NoiseOp) for m in net.modules())
+        self._weights, self._statistics = net.weight_parameters(), RunningStatistics(net)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """w: those of net.weight_parameters() that require a gradient."""
+        return [p for p in self._weights if p.requires_grad]
 
     def step(self, grads: Sequence[Tensor]) -> None:
         """One step of Adam along the gradients of alpha_grads."""
@@ -67,32 +72,32 @@ class Architect:
         if hessian not in ("central", "exact"):
             raise InputError(f"unknown way {hessian!r} to the product with the Hessian: use central or exact")
         alphas = self.net.arch_parameters()
-        with frozen_statistics(self._norms):
+        with self._statistics.kept():
             w = self.weights
             if not unrolled:
                 with without_grad(w):  # which nobody would read
-                    grads = torch.autograd.grad(self._loss(valid, amp=self.amp), alphas)
+                    grads = gradients(self._loss(valid, amp=self.amp), alphas)
                     return in_layout_of(alphas, self.average(grads))
-            rng = self._rng(train[0].device)
+            rng = random_state(train[0].device)
             loss = self._loss(train, amp=self.amp)
-            dw = torch.autograd.grad(loss, w, create_graph=hessian == "exact")
+            dw = gradients(loss, w, create_graph=hessian == "exact")
             unrolled_w = torch._foreach_mul([p.detach() for p in w], 1 - eta * self.w_weight_decay)
             torch._foreach_sub_(unrolled_w, torch._foreach_mul([g.detach() for g in self.average(dw)], eta))
             if (momenta := self._momenta(w, w_optimizer)) is not None:
                 torch._foreach_sub_(unrolled_w, torch._foreach_mul(momenta, eta * self.w_momentum))
-            with placed(w, unrolled_w):
-                grads = self.average(torch.autograd.grad(self._loss(valid, amp=self.amp), [*alphas, *w]))
+            with temporary_values(w, unrolled_w):
+                grads = self.average(gradients(self._loss(valid, amp=self.amp), [*alphas, *w]))
             d_alpha, vector = grads[: len(alphas)], grads[len(alphas) :]  # ∂L_valid(w', α), by α and by w'
             if hessian == "exact":
-                product = torch.autograd.grad(dw, alphas, vector)
+                product = torch.autograd.grad(dw, alphas, vector, materialize_grads=True)
             else:
                 r = 1e-2 / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
 
                 def side(sign: int) -> tuple[Tensor, ...]:  # ∂L_train(w + sign r vector, α) by α
                     shifted = torch._foreach_add([p.detach() for p in w],
                                                  torch._foreach_mul(vector, sign * r))
-                    with placed(w, shifted), without_grad(w):
-                        return torch.autograd.grad(self._loss(train, rng=rng), alphas)
+                    with temporary_values(w, shifted), without_grad(w):
+                        return gradients(self._loss(train, rng=rng), alphas)
 
                 product = [(up - down) / (2 * r) for up, down in zip(side(1), side(-1))]
         return in_layout_of(alphas, [d - eta * h for d, h in zip(d_alpha, self.average(product))])
@@ -103,9 +108,9 @@ class Architect:
 
         kind: `cosine` or `sign`, see layer_alignment. With g_l = ∂L/∂p_l and u_l = ∂Λ/∂g_l over the normal
         cells, ∇_w Λ = Σ_l ∂²L/∂w∂p_l · u_l, by the method `central`, a difference of ∇_w L at p ± ε u with
-        ε = epsilon / ‖u‖, as published (Movahedi et al., 2023, section 4); `forward`, between p + ε u and p;
-        or `exact`, by double backward. `random` is no gradient but the control of an experiment: a direction
-        drawn anew in every call, as long as what `central` gives on this batch.
+        ε = epsilon / ‖u‖, as published (Movahedi et al., 2023, section 4), or `exact`, by double backward.
+        `random` is no gradient but the control of an experiment: a direction drawn anew in every call, as
+        long as what `central` gives on this batch.
         """
         if method not in METHODS:
             raise InputError(f"unknown method {method!r} for the gradient of Λ: "
@@ -121,11 +126,11 @@ class Architect:
         first backward pass.
         """
         w, p = self.weights, self.cell_leaves()
-        rng = self._rng(batch[0].device)
+        rng = random_state(batch[0].device)
         as_one = method == "exact" and lambda_t is not None
         logits, own_loss = self._pass(batch, p, self.amp)
         wanted = w if method is None else p if as_one else [*w, *p]
-        own = torch.autograd.grad(own_loss, wanted, create_graph=method == "exact")  # of this process
+        own = gradients(own_loss, wanted, create_graph=method == "exact")  # of this process
         loss, *means = self.average([t.detach() for t in (own_loss, *own)])
 
         def result(dw: Sequence[Tensor], d_lambda: Sequence[Tensor] | None,
@@ -141,22 +146,19 @@ class Architect:
             normal, d = zip(*((layer, direction) for layer, direction in zip(g, u) if direction is not None))
             if as_one:
                 d = [torch.ones_like(own_loss), *torch._foreach_mul(d, -lambda_t)]
-                dw = torch.autograd.grad([own_loss, *normal], w, d)
+                dw = torch.autograd.grad([own_loss, *normal], w, d, materialize_grads=True)
                 return result(self.average(dw), None, value)
             # The last weights (the classifier's bias) may act on no g_l: their gradient is 0.
             return result(dw, self.average(torch.autograd.grad(normal, w, d, materialize_grads=True)), value)
-        eps = epsilon / torch.linalg.vector_norm(torch.cat([d.flatten() for d in u if d is not None]))
+        length = torch.linalg.vector_norm(torch.cat([d.flatten() for d in u if d is not None]))
+        eps = epsilon / length.clamp_min(torch.finfo(length.dtype).tiny)  # u is 0 where all g_l are
 
         def shifted(sign: int) -> tuple[Tensor, ...]:  # ∇_w L at p + sign ε u
             at = [q.detach() if d is None else q.detach() + sign * eps * d for q, d in zip(p, u)]
-            with frozen_statistics(self._norms):
-                return torch.autograd.grad(self._loss(batch, at, rng=rng), w)
+            with self._statistics.kept():
+                return gradients(self._loss(batch, at, rng=rng), w)
 
-        if method == "forward":
-            d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), own[: -len(p)]), eps)
-        else:
-            d_lambda = torch._foreach_div(torch._foreach_sub(shifted(1), shifted(-1)), 2 * eps)
-        d_lambda = self.average(d_lambda)
+        d_lambda = self.average(torch._foreach_div(torch._foreach_sub(shifted(1), shifted(-1)), 2 * eps))
         if method == "random":
             d_lambda = self._random_direction(d_lambda)
         if lambda_t is None:
@@ -171,14 +173,14 @@ class Architect:
         """
         device, alphas = batch[0].device, self.net.arch_parameters()
         generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with frozen_statistics(self._norms), without_grad(self.weights), generators:
+        with self._statistics.kept(), without_grad(self.weights), generators:
             torch.manual_seed(0)
-            gradient = torch.autograd.grad(self._loss(batch), alphas, create_graph=True)
+            gradient = gradients(self._loss(batch), alphas, create_graph=True)
             gradient = torch.cat([g.flatten() for g in gradient])
             v, value = torch.randn_like(gradient), 0.0
             for _ in range(iterations):
                 v = v / v.norm()
-                parts = torch.autograd.grad(gradient, alphas, v, retain_graph=True)
+                parts = torch.autograd.grad(gradient, alphas, v, retain_graph=True, materialize_grads=True)
                 product = torch.cat([h.flatten() for h in parts])
                 before, value, v = value, float(v @ product), product
                 if abs(value - before) < tolerance * abs(value):
@@ -199,9 +201,9 @@ class Architect:
 
     def cell_gradients(self, batch: Batch) -> list[Tensor]:
         """g_l = ∂L/∂p_l [edges, ops] of every searched cell on one batch, changing nothing."""
-        with frozen_statistics(self._norms), without_grad(self.weights):
+        with self._statistics.kept(), without_grad(self.weights):
             p = self.cell_leaves()
-            return self.average(torch.autograd.grad(self._loss(batch, p), p))
+            return self.average(gradients(self._loss(batch, p), p))
 
     def batch_alignment(self, batch: Batch, kind: str = "cosine") -> Tensor:
         """Λ on one batch, changing nothing."""
@@ -210,7 +212,7 @@ class Architect:
     def gradient_norms(self, batch: Batch, kind: str, epsilon: float,
                        method: str | None) -> tuple[Tensor, Tensor]:
         """‖∇_w L‖ and ‖∇_w Λ‖ (method None: 0) on one batch, by the passes of a step, changing nothing."""
-        with frozen_statistics(self._norms):
+        with self._statistics.kept():
             grads = self.weight_grads(batch, kind, epsilon, method)
         norm = nn.utils.get_total_norm(grads.dw)
         return norm, nn.utils.get_total_norm(grads.d_lambda) if method else torch.zeros_like(norm)
@@ -223,9 +225,9 @@ class Architect:
 
     def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None, rng: Tensor | None = None,
               amp: torch.dtype | None = None) -> Tensor:
-        """The loss at p; rng: draw the same noise as a pass before did."""
+        """The loss at p; rng: draw the same random numbers as a pass that began in this state."""
         if rng is not None:
-            self._set_rng(batch[0].device, rng)
+            set_random_state(batch[0].device, rng)
         return self._pass(batch, p, amp)[1]
 
     def _pass(self, batch: Batch, p: Sequence[Tensor] | None,
@@ -237,21 +239,13 @@ class Architect:
             logits = self.net(x, p)
             return logits, self.criterion(logits, y)
 
-    # A difference between passes needs the same noise in each: only S4 draws any.
-    def _rng(self, device: torch.device) -> Tensor | None:
-        if not self._noisy:
-            return None
-        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-    def _set_rng(self, device: torch.device, state: Tensor) -> None:
-        torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
-
     @staticmethod
     def _momenta(w: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> list[Tensor] | None:
-        """SGD's momentum buffers, or None before its first step."""
-        if optimizer is None or optimizer.state.get(w[0], {}).get("momentum_buffer") is None:
+        """SGD's momentum buffers, 0 where there is none yet; None where there is none at all."""
+        buffers = [optimizer.state.get(p, {}).get("momentum_buffer") for p in w] if optimizer else []
+        if all(v is None for v in buffers):
             return None
-        return [optimizer.state[p]["momentum_buffer"] for p in w]
+        return [torch.zeros_like(p) if v is None else v for p, v in zip(w, buffers)]
 
 
 def search_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch, valid: Batch, *,
@@ -293,8 +287,51 @@ def in_layout_of(parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> list[
             for p, grad in zip(parameters, grads, strict=True)]
 
 
+def gradients(loss: Tensor, tensors: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+    """∂loss/∂tensor of each, 0 where the loss does not reach it."""
+    return torch.autograd.grad(loss, tensors, create_graph=create_graph, materialize_grads=True)
+
+
+def random_state(device: torch.device) -> Tensor | None:
+    """The state of a device's random numbers; None under a CUDA graph's capture, where none may be drawn."""
+    if device.type != "cuda":
+        return torch.get_rng_state()
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.get_rng_state(device)
+
+
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+
+
+class RunningStatistics:
+    """What the modules of a network track in training passes: running means and variances, other buffers."""
+
+    def __init__(self, net: nn.Module):
+        obey = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm  # the flag that stops them
+        modules = list(net.modules())
+        self.norms = [m for m in modules if type(m) in obey]
+        self.others = [m for m in modules if type(m) not in obey and m._buffers]
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within, batch norms track nothing; other buffers are put back at the end."""
+        tracking = [norm for norm in self.norms if norm.track_running_stats]
+        buffers = [(m._buffers, name, b, b.clone()) for m in self.others for name, b in m._buffers.items()
+                   if b is not None]
+        for norm in tracking:
+            object.__setattr__(norm, "track_running_stats", False)  # Module's own looks for parameters first
+        try:
+            yield
+        finally:
+            for norm in tracking:
+                object.__setattr__(norm, "track_running_stats", True)
+            for of_module, name, buffer, value in buffers:
+                buffer.data.copy_(value)
+                of_module[name] = buffer  # a module may have put another tensor in its place
+
+
 @contextmanager
-def placed(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+def temporary_values(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
     """Within, the weights have these values."""
     before = [p.data for p in weights]
     for p, value in zip(weights, values):
@@ -309,10 +346,11 @@ def placed(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterato
 @contextmanager
 def without_grad(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     """Within, no gradient by the weights is prepared for."""
-    for p in weights:
+    required = [p for p in weights if p.requires_grad]
+    for p in required:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in weights:
+        for p in required:
             p.requires_grad_(True)

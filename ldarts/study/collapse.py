@@ -10,7 +10,7 @@ from .. import nasbench201
 from ..architect import Architect, Batch, WeightGrads, search_step
 from ..data import Batches, ImageSet, eval_batches, load
 from ..distributed import Processes
-from ..model_search import SearchNetwork, frozen_statistics
+from ..model_search import SearchNetwork
 from ..runs import evaluate, seed_everything
 
 
@@ -52,7 +52,7 @@ class RandomDirection(Architect):
         if method is None:
             return grads
         if self.step_number % 10 == 0:
-            with frozen_statistics(self._norms):
+            with self._statistics.kept():
                 estimate = super().weight_grads(batch, kind, epsilon, "central")
             self.length = nn.utils.get_total_norm(estimate.d_lambda)
         self.step_number += 1

@@ -95,7 +95,7 @@ def measure(args, net: SearchNetwork, batches: list[Batch],
                 if dtype == args.dtypes[0]:
                     directions += [("−∇L", None, -dw), ("random", None, drawn)]
                 directions += [(method, epsilon, grads(dtype, batch, kind, epsilon, method)[1])
-                               for method in ("central", "forward") for epsilon in args.epsilons]
+                               for method in ("central",) for epsilon in args.epsilons]
                 for name, epsilon, direction in directions:
                     change = [a - b for a, b in zip(alignments(kind, batch, direction), before)]
                     yield {"batch": b, "kind": kind, "dtype": dtype, "estimator": name, "epsilon": epsilon,
