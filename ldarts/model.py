@@ -61,8 +61,11 @@ class Network(nn.Module):
 
     Cells, with reductions at 1/3 and 2/3, and with `auxiliary` a second classifier behind the latter.
     forward: x [N, 3, H, W] -> (logits [N, num_classes], logits_aux or None), logits_aux only in training.
-    drop_path_prob: probability to drop a path of a sample, in training.
+    drop_path_prob: probability to drop a path of a sample, in training; left out it is self.drop_path_prob,
+    which the original's scripts set.
     """
+
+    drop_path_prob: float | Tensor = 0.0
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype):
         super().__init__()
@@ -97,7 +100,9 @@ class Network(nn.Module):
         s = self.stem(x)
         return s, s
 
-    def forward(self, x: Tensor, drop_path_prob: float | Tensor = 0.0) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor,
+                drop_path_prob: float | Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        drop_path_prob = self.drop_path_prob if drop_path_prob is None else drop_path_prob
         s0, s1 = self._stem_states(x)
         logits_aux = None
         for i, cell in enumerate(self.cells):

@@ -1,10 +1,10 @@
-"""`SearchNetwork`, the supernet: every candidate operation on every edge, weighted by softmax(α).
+"""`SearchNetwork`, the supernet: every candidate operation on every edge, weighted by p = softmax(α).
 
-What is computed, in plain terms (Liu et al., 2019, section 2). In `SearchNetwork.forward` is the door to
-`fused`, which computes the same faster.
+The equations in plain PyTorch (Liu et al., 2019, section 2). `SearchNetwork.forward` has the door to the
+engine, `fused`, which computes the same faster.
 """
-from contextlib import contextmanager
-from typing import Callable, Iterable, Iterator, Sequence
+import warnings
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from . import fused
 from .errors import InputError
 from .genotypes import Genotype, format_arch
-from .operations import OPS, FactorizedReduce, ReLUConvBN, ResNetBasicblock, Zero
+from .operations import OPS, FactorizedReduce, ReLUConvBN, ResNetBasicblock
 from .spaces import get
 
 
 class MixedOp(nn.Module):
-    """The candidate operations of one edge; the node it leads to sums them, weighted by p = softmax(α)."""
+    """The candidate operations of one edge, weighted by p = softmax(α): Σ_k p_k op_k(x)."""
 
     def __init__(self, C: int, stride: int, primitives: Sequence[str]):
         super().__init__()
@@ -29,73 +29,68 @@ class MixedOp(nn.Module):
                 op = nn.Sequential(op, nn.BatchNorm2d(C, affine=False))
             self._ops.append(op)
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._ops)
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """weights: p of this edge [ops]"""
+        return sum(w * op(x) for w, op in zip(weights, self._ops, strict=True))
 
 
-class SearchedCell(nn.Module):
-    """What the two kinds of cell share: nodes, each with an edge from every state before it."""
-
-    reduction = False
-    preprocess: Sequence[nn.Module] = ()  # what turns the inputs into states
-    outputs = 1  # the last nodes, which are put out side by side
-
-    def connect(self, primitives: Sequence[Sequence[str]], inputs: int, edge: Callable) -> None:
-        """edge: (number of the state it leaves, its operations) -> module; inputs: states before the nodes"""
-        self.inputs = inputs
-        self.nodes: list[list[nn.Module]] = []  # of each the edges into it, in the order of their states
-        names = iter(primitives)
-        while sum(map(len, self.nodes)) < len(primitives):
-            self.nodes.append([edge(j, next(names)) for j in range(inputs + len(self.nodes))])
-        connects = torch.tensor([name != "none" for edge in primitives for name in edge])
-        self.register_buffer("_kept", connects.nonzero().flatten(), persistent=False)
-
-    def add_nodes(self, states: list[Tensor], weights: Tensor) -> list[Tensor]:
-        """Node = Σ_j Σ_k p_jk op_k(state j) over its edges j, their operations k. weights: p [edges, ops]"""
-        p, used = weights.flatten()[self._kept], 0
-        for edges in self.nodes:
-            terms = [op(x) for x, edge in zip(states, edges) for op in edge if not isinstance(op, Zero)]
-            states.append(fused.mixed_sum(p[used : used + len(terms)], terms))
-            used += len(terms)
-        return states
-
-
-class Cell(SearchedCell):
+class Cell(nn.Module):
     """A DARTS cell: two inputs, four nodes, output [N, 4 * C, H, W]."""
 
     def __init__(self, primitives: Sequence[Sequence[str]], C_prev_prev: int, C_prev: int, C: int,
-                 reduction: bool, reduction_prev: bool):
+                 reduction: bool, reduction_prev: bool, steps: int = 4, multiplier: int = 4):
         super().__init__()
-        self.reduction = reduction
+        self.reduction, self._steps, self._multiplier = reduction, steps, multiplier
         if reduction_prev:
             self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
         else:
             self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
-        self.preprocess = self.preprocess0, self.preprocess1
-        self.connect(primitives, 2, lambda j, names: MixedOp(C, 2 if reduction and j < 2 else 1, names))
-        self.outputs = len(self.nodes)
-        self._ops = nn.ModuleList(edge for edges in self.nodes for edge in edges)
+        self._ops = nn.ModuleList()
+        for i in range(steps):
+            for j in range(2 + i):
+                stride = 2 if reduction and j < 2 else 1
+                self._ops.append(MixedOp(C, stride, primitives[len(self._ops)]))
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
-        """s0, s1: what the two cells before put out; weights: p [edges, ops]"""
-        states = self.add_nodes([self.preprocess0(s0), self.preprocess1(s1)], weights)
-        return torch.cat(states[-self.outputs :], dim=1)
+        """s0, s1: the outputs of the two cells before; weights: p [edges, ops]"""
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        offset = 0
+        for _ in range(self._steps):
+            s = sum(self._ops[offset + j](h, weights[offset + j]) for j, h in enumerate(states))
+            offset += len(states)
+            states.append(s)
+        return torch.cat(states[-self._multiplier :], dim=1)
 
 
-class NAS201Cell(SearchedCell):
+class NAS201Edge(nn.ModuleList):
+    """The candidate operations of one edge in NAS-Bench-201: Σ_k p_k op_k(x). Its pool has no batch norm."""
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """weights: p of this edge [ops]"""
+        return sum(w * op(x) for w, op in zip(weights, self, strict=True))
+
+
+class NAS201Cell(nn.Module):
     """A searched cell of NAS-Bench-201: one input, three nodes, the last of them the output, [N, C, H, W]."""
 
-    def __init__(self, primitives: Sequence[Sequence[str]], C: int):
+    reduction = False
+
+    def __init__(self, primitives: Sequence[Sequence[str]], C: int, max_nodes: int = 4):
         super().__init__()
-        # An edge is a plain list of operations, and its pool has no batch norm.
-        self.connect(primitives, 1, lambda j, names: nn.ModuleList(OPS[name](C, 1, False) for name in names))
-        self.edges = nn.ModuleDict({f"{i}<-{j}": edge for i, edges in enumerate(self.nodes, 1)
-                                    for j, edge in enumerate(edges)})
+        self.max_nodes = max_nodes
+        self.edges = nn.ModuleDict()
+        for i in range(1, max_nodes):
+            for j in range(i):
+                names = primitives[len(self.edges)]
+                self.edges[f"{i}<-{j}"] = NAS201Edge(OPS[name](C, 1, False) for name in names)
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """weights: p [6, ops]"""
-        return self.add_nodes([x], weights)[-1]
+        nodes, p = [x], iter(weights)
+        for i in range(1, self.max_nodes):
+            nodes.append(sum(self.edges[f"{i}<-{j}"](nodes[j], next(p)) for j in range(i)))
+        return nodes[-1]
 
 
 class SearchNetwork(nn.Module):
@@ -104,6 +99,8 @@ class SearchNetwork(nn.Module):
     C: channels of the first cell (a DARTS cell puts out four times as many); layers: cells, in nasbench201
     cells a stage. Cells of one type share α: alphas_normal, alphas_reduce [14, ops]; arch_parameters [6, 5].
     state_dict keys are the original's, plus α. Raises InputError for an unknown space.
+
+    parameters() has w and α: give SGD weight_parameters(), or it steps α as well.
     """
 
     def __init__(self, C: int, num_classes: int, layers: int, space: str = "darts"):
@@ -140,15 +137,16 @@ class SearchNetwork(nn.Module):
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """α of each type of cell."""
-        return [self._parameters[name] for name in self._alpha_names]
+        parameters = self.__dict__.get("_former_parameters", self._parameters)  # the former: in DataParallel
+        return [parameters[name] for name in self._alpha_names]
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """w: every parameter but α."""
         return [p for name, p in self.named_parameters() if name not in self._alpha_names]
 
-    def searched_cells(self) -> list[SearchedCell]:
+    def searched_cells(self) -> list[Cell | NAS201Cell]:
         """The cells that α weighs, in order."""
-        return [cell for cell in self.cells if isinstance(cell, SearchedCell)]
+        return [cell for cell in self.cells if isinstance(cell, (Cell, NAS201Cell))]
 
     def cell_weights(self) -> list[Tensor]:
         """p = softmax(α), [edges, ops] for each searched cell; cells of one type share one tensor."""
@@ -158,8 +156,15 @@ class SearchNetwork(nn.Module):
     def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
         """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights()."""
         weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
-        run = fused.run_cells if fused.takes(x) else run_cells  # the door to the engine
-        x = run(self.stem, self.cells, x, weights)
+        run = fused.runner(x)  # the door to the engine: run(module, *inputs) is module(*inputs)
+        before = x = run(self.stem, x)
+        for cell in self.cells:
+            if isinstance(cell, Cell):
+                before, x = x, run(cell, before, x, next(weights))
+            elif isinstance(cell, NAS201Cell):
+                x = run(cell, x, next(weights))
+            else:
+                x = cell(x)
         return self.classifier(self.lastact(x).mean((2, 3)))
 
     def genotype(self) -> "Genotype | str":
@@ -173,20 +178,25 @@ class SearchNetwork(nn.Module):
         return Genotype(normal, (2, 3, 4, 5), reduce, (2, 3, 4, 5))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        for name, alpha in zip(self._alpha_names, self.arch_parameters()):
-            state_dict.setdefault(prefix + name, alpha.detach())  # the original keeps α elsewhere
+        alphas = zip(self._alpha_names, self.arch_parameters())
+        kept = {prefix + name: alpha.detach() for name, alpha in alphas
+                if prefix + name not in state_dict}  # the original keeps α elsewhere
+        if kept:
+            warnings.warn(f"ldarts: these weights come without {' and '.join(kept)}: α stays as it was, and "
+                          "genotype() reads α", stacklevel=5)
+            state_dict.update(kept)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    @property
+    def drop_path_prob(self) -> float:
+        """0: the supernet drops no paths."""
+        return 0.0
 
-def run_cells(stem: nn.Module, cells: Iterable[nn.Module], x: Tensor, weights: Iterator[Tensor]) -> Tensor:
-    """x through the stem and all cells, with the next of the weights for each that is searched."""
-    before = x = stem(x)
-    for cell in cells:
-        if isinstance(cell, ResNetBasicblock):
-            x = cell(x)
-        else:
-            before, x = x, cell(*[before, x][-cell.inputs :], next(weights))
-    return x
+    @drop_path_prob.setter
+    def drop_path_prob(self, value: float) -> None:
+        if value:
+            raise InputError(f"drop_path_prob = {value}: the supernet drops no paths; edit MixedOp.forward "
+                             "for that")
 
 
 def strongest(p: Sequence[float], names: Sequence[str], excluded: str = "") -> tuple[float, str]:
@@ -204,16 +214,3 @@ def derive(p: Sequence[Sequence[float]], primitives: Sequence[Sequence[str]]) ->
         chosen += [(best[j][1], j) for j in order]
         edges = edges[states:]
     return tuple(chosen)
-
-
-@contextmanager
-def frozen_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, the batch norms among these modules leave their running statistics alone in training mode."""
-    norms = [module for module in modules if getattr(module, "track_running_stats", False)]
-    for norm in norms:
-        object.__setattr__(norm, "track_running_stats", False)  # Module's own looks for parameters first
-    try:
-        yield
-    finally:
-        for norm in norms:
-            object.__setattr__(norm, "track_running_stats", True)

@@ -48,7 +48,11 @@ SPACES = {
 
 
 def get(name: str) -> Space:
-    """The space called `name`. Raises InputError that lists the known ones."""
+    """The space called `name`. Raises InputError that lists the known ones, or for edges of unequal length."""
     if name not in SPACES:
         raise InputError(f"unknown search space {name!r}: use one of {', '.join(SPACES)}")
+    for edges in SPACES[name]:
+        if len(counts := sorted({len(edge) for edge in edges})) > 1:
+            raise InputError(f"search space {name!r}: its edges have {counts[0]} to {counts[-1]} operations, "
+                             "α has one column for each; fill the shorter ones up with \"none\"")
     return SPACES[name]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import ldarts
 from ldarts import bench, fused
 from ldarts.fused import compiled_for
-from ldarts.fused.cell import State, indices, run_cell
+from ldarts.fused.cell import indices
 from ldarts.fused.normalised_sum import node_sum, normalised_terms, ones
 from ldarts.fused.separable import separable_convolutions
 from ldarts.operations import DilConv, SepConv
@@ -86,14 +86,14 @@ def test_a_supernet_of_banks_has_the_derivatives_of_the_plain_one(space, C, engi
     """Loss, gradients by weights and p, their gradients along random directions, batch-norm statistics."""
     device = "cuda" if engine == "cuda" else "cpu"
     if engine != "cpu":  # the separable convolutions are those of the cell, the norms and sums are not
-        monkeypatch.setattr("ldarts.fused.cell.takes", lambda x: False)
+        monkeypatch.setattr("ldarts.fused.cell.groups_separable", lambda x: False)
     nets = [ldarts.SearchNetwork(C, 10, 1 if space == "nasbench201" else 3, space).double().to(
         device, memory_format=torch.channels_last) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     x, y = images(3, 3, 12, 12).to(device), torch.tensor([1, 2, 3], device=device)
     results = []
     for net, engine in zip(nets, (True, False)):
-        monkeypatch.setattr(fused, "takes", lambda x, engine=engine: engine)
+        monkeypatch.setattr(fused, "engine_supports", lambda x, engine=engine: engine)
         torch.manual_seed(1)
         w, p = net.weight_parameters(), [q.detach().clone().requires_grad_() for q in net.cell_weights()]
         loss = F.cross_entropy(net(x, p), y)
@@ -193,7 +193,7 @@ def test_logits_in_float32_are_as_exact_as_contiguous_ones():
             net = copy.deepcopy(wide).float().to(memory_format=layout)
             with pytest.MonkeyPatch.context() as patch:
                 if not engine:
-                    patch.setattr(fused, "takes", lambda x: False)
+                    patch.setattr(fused, "engine_supports", lambda x: False)
                 errors.append((net(x.contiguous(memory_format=layout)) - expected).norm().item())
     finally:
         torch.set_num_threads(threads)
@@ -212,24 +212,6 @@ def test_mismatches_of_a_bank_are_named():
         x_, dw_, pw_ = arguments
         with pytest.raises(ValueError, match=named):
             ops.separable_forward(x_, None, dw_, pw_, 1, [1] * len(dw_))
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last],
-                         ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("space", ["darts", "s1", "s3", "nasbench201"])
-def test_a_cell_by_the_engine_is_the_cell(space, layout, training):
-    """Output and running statistics, of a normal and of a reduction cell."""
-    net = ldarts.SearchNetwork(4, 10, 1 if space == "nasbench201" else 4, space).double().train(training)
-    for cell, weights in zip(net.searched_cells()[:2], net.cell_weights()):
-        twin = copy.deepcopy(cell)
-        channels = [block.op[1].in_channels for block in cell.preprocess]
-        channels = channels or [cell.edges["1<-0"][3].op[1].in_channels]
-        inputs = [torch.randn(2, C, 6, 6).double().contiguous(memory_format=layout) for C in channels]
-        found = run_cell(cell, [State(x) for x in inputs], weights)
-        compare([found], [twin(*inputs, weights)], 1e-10)
-        for (name, buffer), other in zip(cell.named_buffers(), twin.buffers()):
-            torch.testing.assert_close(buffer, other, msg=name)
 
 
 def test_channels_last_computes_what_the_default_layout_does():

@@ -1,232 +1,321 @@
-"""A cell as `model_search` defines it, with what its operations have in common computed once.
+"""A cell of the supernet in training, channels-last: each node is one sum of normalised terms.
 
-In training and channels-last a node is one sum of normalised terms, and on the CPU the separable convolutions
-that leave a state are one call; elsewhere the operations are those of the cell, and the ReLU, the pools and
-the pixels of reductions of a state are computed once for all edges that leave it.
+What the operations that leave one state have in common is computed once: its ReLU, its pools, on a CPU all
+its separable convolutions in one call. What is not recognised runs as its module says, in its place in the
+cell's order, and is added to its node.
 """
 from functools import cache, cached_property
 from itertools import repeat
-from typing import Iterable, Iterator, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operations import DilConv, FactorizedReduce, ReLUConvBN, ResNetBasicblock, SepConv, Zero
-from .mixed_sum import mixed_sum
 from .normalised_sum import Copies, Terms, node_sum, normalise, normalised_terms
-from .separable import separable_convolutions, takes
-
-Product = tuple[Tensor, nn.BatchNorm2d | None]  # what an operation computes, and the norm that it ends in
-
+from .recognise import SETTINGS, Halves, Link, Reader, Unrecognised, is_1x1
+from .separable import Pair, pairs_of, separable_convolutions
 
 ON_A_GPU = torch.float32, torch.float64, torch.bfloat16
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": ON_A_GPU, "meta": ON_A_GPU}
+MOST_TERMS = 384  # that leave one state: kMaxNormed of csrc/norms.h
 
 
-def run_cells(stem: nn.Module, cells: Iterable[nn.Module], x: Tensor, weights: Iterator[Tensor]) -> Tensor:
-    """The same as model_search.run_cells."""
-    conv, norm = stem
-    before = state = State(batch_norm(conv(x), norm))
-    for cell in cells:
-        if isinstance(cell, ResNetBasicblock):
-            inner = State(batch_norm(*state.product(cell.conv_a)))
-            state = State(cell.downsample(state.x) + batch_norm(*inner.product(cell.conv_b)))
-        else:
-            inputs = [before, state][-cell.inputs :]
-            before, state = state, State(run_cell(cell, inputs, next(weights)))
-    return state.x
+class Operation(NamedTuple):
+    """A recognised operation of an edge: norm(chain(state)), or chain(state) where norm is None."""
+
+    column: int  # of its weight in the flattened p [edges, ops]
+    chain: list[Link]
+    norm: nn.BatchNorm2d | None
 
 
-def run_cell(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -> Tensor:
-    """cell(*inputs, weights); cell: a SearchedCell of model_search."""
-    states = (normalised_states if normalises(cell, inputs[0].x) else shared_states)(cell, inputs, weights)
-    return states[-1] if cell.outputs == 1 else concat(*states[-cell.outputs :])
+class ModuleTerm(NamedTuple):
+    """What runs as its module says: an operation, or an edge, which weighs its operations itself."""
+
+    module: nn.Module
+    state: int
+    edge: int
+    operation: int | None  # None: the whole edge
 
 
-def normalises(module: nn.Module, x: Tensor) -> bool:
-    """Whether the norms of this cell (or this norm) that read such an x are computed by normalised_sum."""
-    return (module.training and x.dtype in DTYPES.get(x.device.type, ())
-            and x.is_contiguous(memory_format=torch.channels_last))
+class Plan:
+    """How a module in training is computed, made of its registered modules."""
+
+    def fits(self, *inputs: Tensor) -> bool:
+        """Whether the operators take these inputs of the module."""
+        return all(x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ()) and x.numel() > 0
+                   and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
-def batch_norm(z: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """norm(z). PyTorch's own, channels-last on a CPU, sums all pixels in float32 one after the other."""
-    return normalise([z], [norm])[0] if normalises(norm, z) else norm(z)
+class ChainPlan(Plan):
+    """A chain of PyTorch's own modules."""
+
+    def __init__(self, chain: list[Link]):
+        self.chain = chain
+
+    def run(self, state_of: Callable[[Tensor], "State"], x: Tensor) -> Tensor:
+        return run_chains([state_of(x)], [self.chain])[0]
 
 
-def normalised_states(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -> list[Tensor]:
-    """All states of a cell, each node as one sum of normalised terms."""
-    states = [state.x for state in inputs]
-    if cell.preprocess:
-        states = normalise(*zip(*(state.product(block) for block, state in zip(cell.preprocess, inputs))))
-    plans = [Outgoing(cell.nodes, j, weights.shape[1], takes(states[0]))
-             for j in range(len(states) + len(cell.nodes) - 1)]
-    index = indices(tuple(k for plan in plans for k in plan.columns), weights.device)
-    p = weights.flatten().index_select(0, index).split([len(plan.columns) for plan in plans])
-    leaving: list[Iterator[list[Terms]]] = []  # of each state: its edges' terms, in the order of the nodes
-    for _ in cell.nodes:
-        for j in range(len(leaving), len(states)):
-            leaving.append(iter(outgoing_terms(states[j], plans[j], p[j])))
-        states.append(node_sum([terms for edges in leaving for terms in next(edges)]))
-    return states
+class CellPlan(Plan):
+    """A cell of the supernet.
+
+    operations: how many it has but for `none`; recognised: how many of these the engine computes;
+    refusals: why it does not compute the others. Raises Unrecognised where the whole cell runs as it is.
+    """
+
+    def __init__(self, reader: Reader, blocks: Sequence[nn.Module], edges: Sequence[nn.Module], nodes: int,
+                 outputs: int):
+        """blocks: one for each input, before the nodes, or none; outputs: how many of the last nodes are put
+        out, side by side"""
+        self.reader, self.operations, self.recognised, self.refusals = reader, 0, 0, []
+        self.outputs = outputs
+        self.edges, self.width = len(edges), None  # the shape of p
+        self.eps: float | None = None  # of all norms behind operations
+        self.preprocess = [reader.chain(block) for block in blocks]
+        inputs = max(1, len(blocks))
+        # Of each state, for each edge that leaves it, the recognised operations; of each node the others.
+        leaving: list[list[list[Operation]]] = [[] for _ in range(inputs + nodes - 1)]
+        self.module_terms: list[list[ModuleTerm]] = []
+        remaining = iter(enumerate(edges))
+        for node in range(nodes):
+            self.module_terms.append([])
+            for state in range(inputs + node):
+                leaving[state].append(self._operations_of(*next(remaining), state))
+            if not self.module_terms[-1] and not any(of_state[-1] for of_state in leaving if of_state):
+                raise Unrecognised("a node of `none` alone")
+        if any(len(sum(of_state, [])) > MOST_TERMS for of_state in leaving):
+            raise Unrecognised(f"more than {MOST_TERMS} operations that leave one state")
+        self.leaving = {grouped: [Leaving(of_state, grouped) for of_state in leaving]
+                        for grouped in (True, False)}
+
+    def _operations_of(self, edge: int, module: nn.Module, state: int) -> list[Operation]:
+        """The recognised operations of an edge; the others become terms of their modules."""
+        try:
+            kind = self.reader.kind(module)
+            if kind not in ("mixed_op", "nas201_edge"):
+                raise Unrecognised(type(module).__name__)
+        except Unrecognised as reason:
+            self._add_module_term(ModuleTerm(module, state, edge, None), reason)
+            return []
+        modules = self.reader.members(module if kind == "nas201_edge" else module._ops)
+        self.width = len(modules) if self.width is None else self.width
+        if len(modules) != self.width:
+            raise Unrecognised("edges of different numbers of operations")
+        found = []
+        for k, op in enumerate(modules):
+            try:
+                chain = self.reader.operation(op)
+                if chain is None:  # `none`
+                    continue
+                norm = None
+                if chain and type(chain[-1]) is nn.BatchNorm2d and not chain[-1].affine:
+                    *chain, norm = chain
+                    self.eps = norm.eps if self.eps is None else self.eps
+                    if norm.eps != self.eps:
+                        raise Unrecognised("another eps than its neighbours'")
+                found.append(Operation(edge * self.width + k, chain, norm))
+            except Unrecognised as reason:
+                self._add_module_term(ModuleTerm(op, state, edge, k), reason)
+        self.operations += len(found)
+        self.recognised += len(found)
+        return found
+
+    def _add_module_term(self, term: ModuleTerm, reason: Unrecognised) -> None:
+        name, why = type(term.module).__name__, str(reason)
+        if any(getattr(module, "inplace", False) for module in term.module.modules()):
+            raise Unrecognised(f"{name}, which may change a state in place")
+        self.operations += 1
+        self.refusals.append(name if why == name else f"{name} with {why}")
+        self.module_terms[-1].append(term)
+
+    def fits(self, *inputs: Tensor) -> bool:
+        *states, weights = inputs
+        shape_of_p = self.edges, self.width or weights.shape[-1]
+        return super().fits(*states) and weights.shape == shape_of_p and len({x.dtype for x in states}) == 1
+
+    def run(self, state_of: Callable[[Tensor], "State"], *inputs: Tensor) -> Tensor:
+        """The cell's output, of its input states and p [edges, ops]."""
+        *states, weights = inputs
+        if self.preprocess:
+            states = run_chains([state_of(x) for x in states], self.preprocess)
+        plans = self.leaving[groups_separable(states[0])]
+        columns = indices(tuple(k for plan in plans for k in plan.columns), weights.device)
+        p = weights.flatten().index_select(0, columns).split([len(plan.columns) for plan in plans])
+        leaving: list[Iterator[list[Terms]]] = []  # of each state the terms of its edges, node by node
+        for module_terms in self.module_terms:
+            for j in range(len(leaving), len(states)):
+                leaving.append(iter(outgoing_terms(states[j], plans[j], p[j])))
+            terms = [terms for edges in leaving for terms in next(edges)]
+            node = [node_sum(terms)] if terms else []
+            for module, state, edge, k in module_terms:
+                x, p_edge = states[state], weights[edge]
+                node.append(module(x, p_edge) if k is None else p_edge[k] * module(x))
+            states.append(sum(node[1:], node[0]).contiguous(memory_format=torch.channels_last))
+        return states[-1] if self.outputs == 1 else concat(*states[-self.outputs :])
+
+
+def make_plan(module: nn.Module, reader: Reader) -> Plan:
+    """Raises Unrecognised where the module has to run as it is."""
+    kind, children = reader.kind(module), module.__dict__["_modules"]
+    if kind == "cell":
+        blocks, edges = [children["preprocess0"], children["preprocess1"]], reader.members(children["_ops"])
+        return CellPlan(reader, blocks, edges, module._steps, module._multiplier)
+    if kind == "nas201_cell":
+        return CellPlan(reader, [], reader.members(children["edges"]), module.max_nodes - 1, 1)
+    return ChainPlan(reader.chain_of(module, kind))
 
 
 @cache  # a copy to the device is no part of a CUDA graph: made before its capture; also for training, as ones
 @torch.inference_mode(False)
 def indices(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
-def shared_states(cell: nn.Module, inputs: Sequence["State"], weights: Tensor) -> list[Tensor]:
-    """All states of a cell, by its own operations."""
-    states = [State(state.term(block)) for block, state in zip(cell.preprocess, inputs)] or list(inputs)
-    p, used = weights.flatten()[cell._kept], 0
-    for edges in cell.nodes:
-        terms = [state.term(op) for state, edge in zip(states, edges)
-                 for op in edge if not isinstance(op, Zero)]
-        states.append(State(mixed_sum(p[used : used + len(terms)], terms)))
-        used += len(terms)
-    return [state.x for state in states]
-
-
-class State:
-    """A state of a cell, and what depends on it alone."""
-
-    def __init__(self, x: Tensor, readers: int = 0):
-        """readers: unless 0, how often relu(x) is read at most; its gradients are then added up at once"""
-        self.x, self.readers = x, readers
-        self.pools: dict[type, Tensor] = {}
-        self.normed: dict[type, tuple[Tensor, nn.BatchNorm2d]] = {}  # of the pools
-        self.products: dict[nn.Module, Product] = {}
-
-    @cached_property
-    def _positives(self) -> Iterator[Tensor]:
-        x = relu(self.x)
-        return iter(Copies.apply(x, self.readers)) if self.readers else repeat(x)
-
-    def positive(self) -> Tensor:
-        """relu(x), for one more reader."""
-        return next(self._positives)
-
-    @cached_property
-    def pixels(self) -> tuple[Tensor, Tensor]:
-        """What the two convolutions of a FactorizedReduce read."""
-        return self.positive()[:, :, ::2, ::2].clone(), self.positive()[:, :, 1::2, 1::2].clone()
-
-    def add_products(self, ops: Sequence[SepConv]) -> None:
-        """Those of some separable convolutions, the norms inside of which are normalised together."""
-        if ops:
-            inner = normalise([op.op[1:3](self.positive()) for op in ops], [op.op[3] for op in ops])
-            self.products = {op: (op.op[5:7](relu(x)), op.op[7]) for op, x in zip(ops, inner)}
-
-    def product(self, op: nn.Module) -> Product:
-        """(z, norm), where op(x) is norm(z), or z without a norm."""
-        if op in self.products:
-            return self.products[op]
-        pool, *norm = op if isinstance(op, nn.Sequential) else [op]
-        if isinstance(pool, (nn.AvgPool2d, nn.MaxPool2d)):
-            if type(pool) not in self.pools:
-                self.pools[type(pool)] = pool(self.x)
-            return self.pools[type(pool)], norm[0] if norm else None
-        if isinstance(op, FactorizedReduce):
-            halves = [conv_1x1(x, conv.weight) for x, conv in zip(self.pixels, (op.conv_1, op.conv_2))]
-            return torch.cat(halves, dim=1), op.bn
-        if isinstance(op, ReLUConvBN):
-            conv = op.op[1]
-            is_1x1 = conv.kernel_size == conv.stride == (1, 1)
-            return conv_1x1(self.positive(), conv.weight) if is_1x1 else conv(self.positive()), op.op[2]
-        if isinstance(op, (SepConv, DilConv)):
-            return op.op[1:-1](self.positive()), op.op[-1]
-        return op(self.x), None
-
-    def term(self, op: nn.Module) -> Tensor:
-        """op(x). A pool is normalised once; its running statistics are those of every norm behind it."""
-        z, norm = self.product(op)
-        if norm is None:
-            return z
-        if not isinstance(op, nn.Sequential):
-            return norm(z)
-        kind = type(op[0])
-        if kind not in self.normed:
-            self.normed[kind] = norm(z), norm
-        elif norm.training:
-            copy_buffers(norm, self.normed[kind][1])
-        return self.normed[kind][0]
-
-
-class Outgoing:
+class Leaving:
     """The operations on the edges that leave a state, sorted by the way in which they are computed.
 
-    separable, dilated, others: lists of operations, one an edge; columns: the position of their weights in
-    the flattened [edges, ops], of all separable ones, then of all dilated ones, then of the others.
+    separable (twice a depthwise and a pointwise convolution), dilated (once), others: of each edge a list;
+    columns: those of all separable ones, then of all dilated ones, then of the others.
     """
 
-    def __init__(self, nodes: Sequence[Sequence[nn.Module]], state: int, width: int, as_one: bool):
-        """nodes: for each the edges into it, one from every state before it; width: operations on an edge;
-        as_one: whether separable convolutions are one call, else they are among the others"""
-        self.separable, self.dilated, self.others = [], [], []
-        columns: dict[int, list[int]] = {id(kind): [] for kind in (self.separable, self.dilated, self.others)}
-        row = state  # of the edge from this state, among all edges
-        for edges in nodes:
-            if state < len(edges):
-                for kind in (self.separable, self.dilated, self.others):
-                    kind.append([])
-                for k, op in enumerate(edges[state]):
-                    if not isinstance(op, Zero):
-                        kind = (self.separable if as_one and isinstance(op, SepConv) else
-                                self.dilated if as_one and isinstance(op, DilConv) else self.others)
-                        kind[-1].append(op)
-                        columns[id(kind)].append(row * width + k)
-            row += len(edges)
-        self.columns = sum(columns.values(), [])
+    def __init__(self, edges: Sequence[Sequence[Operation]], grouped: bool):
+        """grouped: whether separable convolutions are one call, else they are among the others"""
+        self.separable: list[list[list[Pair]]] = []
+        self.dilated: list[list[list[Pair]]] = []
+        self.others: list[list[Operation]] = []
+        columns: tuple[list[int], ...] = [], [], []
+        stride = None
+        for edge in edges:
+            for kind in (self.separable, self.dilated, self.others):
+                kind.append([])
+            for op in edge:
+                pairs = pairs_of(op.chain, op.norm) if grouped else []
+                if pairs and stride is None:
+                    stride = pairs[0].depthwise.stride
+                if pairs and pairs[0].depthwise.stride == stride:
+                    kind = 0 if len(pairs) == 2 else 1
+                    (self.separable, self.dilated)[kind][-1].append(pairs)
+                else:
+                    kind = 2
+                    self.others[-1].append(op)
+                columns[kind].append(op.column)
+        self.columns = sum(columns, [])
 
 
-def outgoing_terms(state: Tensor, plan: Outgoing, p: Tensor) -> list[list[Terms]]:
+def groups_separable(x: Tensor) -> bool:
+    """Whether the operators of csrc/separable.cpp are there; on a GPU the convolutions are cuDNN's."""
+    return x.device.type == "cpu"
+
+
+def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]:
     """The terms p_k op_k(state) of each edge that leaves a state. p: in the order of plan.columns"""
     separable, dilated = (sum(kind, []) for kind in (plan.separable, plan.dilated))
     p_separable, p_dilated, p_others = p.split(
         [len(separable), len(dilated), len(p) - len(separable) - len(dilated)])
     terms: list[list[Terms]] = [[] for _ in plan.others]
 
-    def share_out(found: list[Terms], kind: Sequence[Sequence[nn.Module]]) -> None:
+    def share_out(of_edges: list[Terms], kind: Sequence[Sequence]) -> None:
         with_terms = [of_edge for of_edge, ops in zip(terms, kind) if ops]
-        for of_edge, one in zip(with_terms, found, strict=True):
-            of_edge.append(one)
+        for of_edge, its_terms in zip(with_terms, of_edges, strict=True):
+            of_edge.append(its_terms)
 
     if separable or dilated:
-        first = separable_convolutions([state], None, [tuple(list(op.op)[1:4]) for op in separable + dilated],
-                                       p_dilated, widths_of(plan.dilated))
+        first = separable_convolutions([state], None, [pairs[0] for pairs in separable + dilated], p_dilated,
+                                       widths_of(plan.dilated))
         share_out(first.terms, plan.dilated)
     if separable:
-        count, pairs = len(separable), [tuple(list(op.op)[5:8]) for op in separable]
-        second = separable_convolutions(first.z[:count], first.rstd_mean[:count], pairs, p_separable,
+        count = len(separable)
+        second = separable_convolutions(first.z[:count], first.rstd_mean[:count],
+                                        [pairs[1] for pairs in separable], p_separable,
                                         widths_of(plan.separable))
         share_out(second.terms, plan.separable)
-    readers = [op for edge in plan.others for op in edge if isinstance(op, (SepConv, DilConv, ReLUConvBN))]
-    shared = State(state, len(readers) + 2)  # two for the pixels of reductions
-    shared.add_products([op for edge in plan.others for op in edge if isinstance(op, SepConv)])
-    products = [[shared.product(op) for op in edge] for edge in plan.others]
-    places: dict[int, int] = {}  # of each z in the order in which it is met
-    edges = [[places.setdefault(id(z), len(places)) for z, _ in edge] for edge in products]
-    if places:
-        zs = list({id(z): z for edge in products for z, _ in edge}.values())
-        norms: list[list[nn.BatchNorm2d]] = [[] for _ in zs]
-        for (_, norm), place in zip(sum(products, []), sum(edges, [])):
-            if norm is not None:
-                norms[place].append(norm)
-        share_out(normalised_terms(zs, norms, [edge for edge in edges if edge], p_others), plan.others)
+    operations = sum(plan.others, [])
+    if operations:
+        readers = sum(type(op.chain[0]) is nn.ReLU for op in operations if op.chain) + 2  # two for the pixels
+        results = run_chains([State(state, readers)] * len(operations), [op.chain for op in operations])
+        places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm, in their order
+        of_operation = [places.setdefault((id(z), op.norm is None), len(places))
+                        for z, op in zip(results, operations)]
+        zs = dict(zip(of_operation, results))
+        norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
+        for place, op in zip(of_operation, operations):
+            norms[place] += [] if op.norm is None else [op.norm]
+        remaining = iter(of_operation)
+        edges = [[next(remaining) for _ in edge] for edge in plan.others if edge]
+        share_out(normalised_terms([zs[k] for k in range(len(zs))], norms, edges, p_others), plan.others)
     return terms
 
 
-def widths_of(edges: Sequence[Sequence[nn.Module]]) -> list[int]:
+def widths_of(edges: Sequence[Sequence]) -> list[int]:
     return [len(ops) for ops in edges if ops]
 
 
-@torch.no_grad()
-def copy_buffers(to: nn.Module, source: nn.Module) -> None:
-    for old, new in zip(to.buffers(), source.buffers()):
-        old.copy_(new)
+class State:
+    """A tensor [N, C, H, W], and what chains that begin with it have in common."""
+
+    def __init__(self, x: Tensor, readers: int = 0):
+        """readers: unless 0, how often relu(x) is read at most; its gradients are then added up at once"""
+        self.x, self.readers = x, readers
+        self.pools: dict[tuple, Tensor] = {}
+
+    @cached_property
+    def relus(self) -> Iterator[Tensor]:
+        y = relu(self.x)
+        return iter(Copies.apply(y, self.readers)) if self.readers > 1 else repeat(y)
+
+    @cached_property
+    def pixels(self) -> tuple[Tensor, Tensor]:
+        """What the two convolutions of a FactorizedReduce read."""
+        return next(self.relus)[:, :, ::2, ::2].clone(), next(self.relus)[:, :, 1::2, 1::2].clone()
+
+    def first(self, link: Link) -> Tensor:
+        """link(x)"""
+        if type(link) is nn.ReLU:
+            return next(self.relus)
+        if type(link) is Halves:
+            return torch.cat([conv_1x1(x, conv.weight) for x, conv in zip(self.pixels, link)], dim=1)
+        if type(link) in (nn.AvgPool2d, nn.MaxPool2d):
+            key = type(link), *(getattr(link, name) for name in SETTINGS[type(link)])
+            if key not in self.pools:
+                self.pools[key] = link(self.x)
+            return self.pools[key]
+        return apply(link, self.x)
+
+
+def run_chains(states: Sequence[State], chains: Sequence[Sequence[Link]]) -> list[Tensor]:
+    """Each chain's result from its state. Norms that several chains have come to are computed together."""
+    values = [state.first(chain[0]) if chain else state.x for state, chain in zip(states, chains)]
+    places = [1] * len(chains)
+    while True:
+        waiting: dict[tuple, list[int]] = {}  # for a norm, by what norms computed together have in common
+        for i, chain in enumerate(chains):
+            while places[i] < len(chain) and type(chain[places[i]]) is not nn.BatchNorm2d:
+                values[i] = apply(chain[places[i]], values[i])
+                places[i] += 1
+            if places[i] < len(chain):
+                key = values[i].shape, values[i].dtype, chain[places[i]].eps
+                waiting.setdefault(key, []).append(i)
+        if not waiting:
+            return values
+        for together in waiting.values():
+            results = normalise([values[i] for i in together], [chains[i][places[i]] for i in together])
+            for i, result in zip(together, results):
+                values[i] = result
+                places[i] += 1
+
+
+def apply(link: Link, x: Tensor) -> Tensor:
+    """link(x), but for norms, which are computed together."""
+    if type(link) is nn.ReLU:
+        return relu(x)
+    if type(link) is nn.BatchNorm2d:
+        return normalise([x], [link])[0]
+    if type(link) is Halves:
+        return State(x).first(link)
+    if is_1x1(link, 1):
+        return conv_1x1(x, link.weight)
+    return link(x)
 
 
 class ReLU(torch.autograd.Function):

@@ -79,13 +79,17 @@ def ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 @torch.no_grad()
 def move_statistics(norms: Sequence[nn.BatchNorm2d], mean_var: Sequence[Tensor], count: int) -> None:
     """Running statistics after a batch: `count` pixels, mean and (biased) variance for each norm, [2, C]."""
-    if not norms[0].track_running_stats:
-        return
-    mean, variance = zip(*(of_norm.to(norms[0].running_mean.dtype) for of_norm in mean_var))
-    unbiased, momentum = torch._foreach_mul(variance, count / max(1, count - 1)), norms[0].momentum
-    torch._foreach_lerp_([norm.running_mean for norm in norms], mean, momentum)
-    torch._foreach_lerp_([norm.running_var for norm in norms], unbiased, momentum)
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    by_momentum: dict[float, list[tuple[nn.BatchNorm2d, Tensor]]] = {}
+    for norm, of_norm in zip(norms, mean_var):
+        if norm.track_running_stats:
+            by_momentum.setdefault(norm.momentum, []).append((norm, of_norm.to(norm.running_mean.dtype)))
+    for momentum, tracked in by_momentum.items():
+        tracking, mean_var = zip(*tracked)
+        mean, variance = zip(*mean_var)
+        unbiased = torch._foreach_mul(variance, count / max(1, count - 1))
+        torch._foreach_lerp_([norm.running_mean for norm in tracking], mean, momentum)
+        torch._foreach_lerp_([norm.running_var for norm in tracking], unbiased, momentum)
+        torch._foreach_add_([norm.num_batches_tracked for norm in tracking], 1)
 
 
 def pixels(z: Tensor) -> int:

@@ -24,7 +24,12 @@ from torch.autograd.function import once_differentiable
 
 from .normalised_sum import TermNorms, Terms, move_statistics, pixels, terms_of_edges, zeros_for_none
 
-Pair = tuple[nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]  # depthwise, pointwise, the norm behind them
+class Pair(NamedTuple):
+    """A depthwise and a pointwise convolution, and the norm behind them."""
+
+    depthwise: nn.Conv2d
+    pointwise: nn.Conv2d
+    norm: nn.BatchNorm2d
 
 
 class Separable(NamedTuple):
@@ -35,9 +40,25 @@ class Separable(NamedTuple):
     terms: list[Terms]  # of each edge
 
 
-def takes(x: Tensor) -> bool:
-    """Whether these operators are there for a tensor; on a GPU the convolutions are cuDNN's."""
-    return x.device.type == "cpu"
+def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
+    """The one or two pairs that norm(chain(x)) consists of, each behind a ReLU; [] for anything else."""
+    links = [*chain, norm]
+    if len(links) not in (4, 8) or any(type(relu) is not nn.ReLU for relu in links[::4]):
+        return []
+    pairs = [Pair(*links[i + 1 : i + 4]) for i in range(0, len(links), 4)]
+    return pairs if all(is_pair(*pair, norm, first=pair is pairs[0]) for pair in pairs) else []
+
+
+def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
+    """Whether the operators of csrc/separable.cpp compute these three. norm: that at the end of the chain."""
+    if not type(depthwise) is type(pointwise) is nn.Conv2d or type(inner) is not nn.BatchNorm2d:
+        return False
+    C, no_bias = depthwise.in_channels, depthwise.bias is None and pointwise.bias is None
+    square = all(len(set(getattr(depthwise, name))) == 1 for name in ("kernel_size", "stride", "dilation"))
+    return (no_bias and square and C == depthwise.groups == depthwise.out_channels == pointwise.out_channels
+            and depthwise.padding_mode == "zeros" and (first or depthwise.stride == (1, 1))
+            and pointwise.kernel_size == pointwise.stride == (1, 1) and pointwise.groups == 1
+            and not inner.affine and inner.eps == norm.eps)
 
 
 def separable_convolutions(x: Sequence[Tensor], before: Tensor | None, pairs: Sequence[Pair], p: Tensor,
@@ -48,7 +69,7 @@ def separable_convolutions(x: Sequence[Tensor], before: Tensor | None, pairs: Se
     least 1. Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
     """
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
-    weights = [pair[k].weight for k in (0, 1) for pair in pairs]
+    weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
     rstd_mean, mean_var, scale_shift, *tensors = SeparableConvolutions.apply(
         (stride, dilations), pairs[0][2].eps, widths, before, p, *x, *weights)
     z, links = tensors[: len(pairs)], tensors[len(pairs) :]

@@ -1,0 +1,421 @@
+"""What a fork changes in a supernet's blocks: the engine computes what the modules say, or steps aside.
+
+A row is a change of a network that the engine has computed before, so that the change has to be noticed. The
+network is then computed by the engine and as it is written, in both layouts, in training and evaluation.
+"""
+import gc
+import types
+import weakref
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import ldarts
+from ldarts import fused, model_search
+from ldarts.architect import RunningStatistics, search_step
+from ldarts.fused import compiled_for
+from ldarts.operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
+
+needs_build = pytest.mark.skipif(not compiled_for("cpu"),
+                                 reason="the extension is not compiled: no compiler here")
+
+
+def every(net, of_type):
+    return [m for cell in net.cells for m in cell.modules() if type(m) is of_type]
+
+
+def some(modules):
+    return modules[::3]
+
+
+def set_all(modules, **settings):
+    for module in modules:
+        for name, value in settings.items():
+            setattr(module, name, value)
+
+
+def replace(net, of_type, make):
+    """make(old) in the place of every module of a type in the cells."""
+    for cell in net.cells:
+        for parent in list(cell.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is of_type:
+                    setattr(parent, name, make(child).double())
+
+
+def append(net, of_type, make):
+    replace(net, of_type, lambda old: nn.Sequential(old, make()))
+
+
+def replace_norms(net, make):
+    """By norms of random affine parameters, where they have any."""
+    replace(net, nn.BatchNorm2d, lambda old: make(old.num_features))
+    for cell in net.cells:
+        for module in cell.modules():
+            if getattr(module, "affine", False):
+                nn.init.normal_(module.weight)
+
+
+def as_class(net, old, new):
+    for module in every(net, old):
+        module.__class__ = new
+
+
+def conv_like(old, kernel_size=None, **changed):
+    kernel_size = kernel_size or old.kernel_size
+    settings = dict(padding=old.padding, dilation=old.dilation, groups=old.groups, bias=False) | changed
+    return nn.Conv2d(old.in_channels, old.out_channels, kernel_size, old.stride, **settings)
+
+
+class SqueezeExcitation(nn.Module):
+    def forward(self, x):
+        return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+
+class GatedSepConv(SepConv):
+    def forward(self, x):
+        return self.op(x) * x.mean((1, 2, 3), keepdim=True).sigmoid()
+
+
+class OwnBlock(nn.Module):
+    """A fork's own block of the usual pieces."""
+
+    def __init__(self, C, stride):
+        super().__init__()
+        self.op = nn.Sequential(nn.ReLU(), nn.Conv2d(C, C, 3, stride, 1, groups=C, bias=False),
+                                nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=False))
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class DropPathEdge(model_search.MixedOp):
+    def forward(self, x, weights):
+        return F.dropout2d(super().forward(x, weights), 0.3, self.training)
+
+
+class ActivatedCell(model_search.Cell):
+    def forward(self, s0, s1, weights):
+        return torch.tanh(super().forward(s0, s1, weights))
+
+
+def another_kernel(conv):
+    return conv_like(conv, 7, padding=3) if conv.kernel_size == (3, 3) and conv.groups > 1 else conv
+
+
+def patch_forwards(net):
+    for module in some(every(net, SepConv)):
+        module.forward = types.MethodType(lambda self, x: self.op(x).tanh(), module)
+
+
+def hook_outputs(net):
+    for module in some(every(net, nn.BatchNorm2d)):
+        module.register_forward_hook(lambda module, inputs, output: output.tanh())
+
+
+def hook_inputs(net):
+    for module in some(every(net, nn.ReLU)):
+        module.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 0.5,))
+
+
+def hook_gradients(net):
+    for module in some(every(net, nn.Conv2d)):
+        module.register_full_backward_hook(lambda module, by_inputs, by_outputs: tuple(
+            None if g is None else 2 * g for g in by_inputs))
+
+
+def share_weights(net):
+    first, *others = (m for m in every(net, nn.Conv2d) if m.groups == m.in_channels == 4)
+    for module in others:
+        module.weight = first.weight
+
+
+def freeze(modules):
+    for module in modules:
+        for p in module.parameters():
+            p.requires_grad_(False)
+
+
+def track_nothing(net):
+    for module in some(every(net, nn.BatchNorm2d)):
+        module.track_running_stats, module.running_mean, module.running_var = False, None, None
+
+
+def larger_pools(net):
+    """Two max pools of different kernels leave a state."""
+    for edge in some(every(net, model_search.MixedOp)):
+        edge._ops[0][0] = nn.MaxPool2d(5, edge._ops[0][0].stride, 2)
+
+
+def add_dropout(net, place):
+    for edge in every(net, model_search.MixedOp):
+        edge._ops[place] = nn.Sequential(edge._ops[place], nn.Dropout(0.4))
+
+
+def replace_an_edge(net):
+    net.cells[0]._ops[3] = DropPathEdge(4, 1, ["skip_connect", "sep_conv_3x3"]).double()
+
+
+def replace_an_operation(net):
+    net.cells[0]._ops[1]._ops[1] = OwnBlock(4, 1).double()
+
+
+CHANGES = {  # what a fork does -> the space, the change
+    "nothing": ("darts", lambda net: None),
+    "nothing, nasbench201": ("nasbench201", lambda net: None),
+    "nothing, s1": ("s1", lambda net: None),
+    "nothing, s4": ("s4", lambda net: None),
+    "SiLU": ("s3", lambda net: replace(net, nn.ReLU, lambda old: nn.SiLU())),
+    "GELU": ("s3", lambda net: replace(net, nn.ReLU, lambda old: nn.GELU())),
+    "LeakyReLU": ("nasbench201", lambda net: replace(net, nn.ReLU, lambda old: nn.LeakyReLU())),
+    "ReLU6 in some": ("s3", lambda net: [setattr(op.op, "4", nn.ReLU6())
+                                         for op in some(every(net, SepConv))]),
+    "ReLU in place": ("s3", lambda net: set_all([op.op[4] for op in every(net, SepConv)], inplace=True)),
+    "bias": ("s3", lambda net: replace(net, nn.Conv2d, lambda old: conv_like(old, bias=True))),
+    "bias, nasbench201": ("nasbench201",
+                          lambda net: replace(net, nn.Conv2d, lambda old: conv_like(old, bias=True))),
+    "circular padding": ("s3", lambda net: replace(net, nn.Conv2d, lambda old: conv_like(
+        old, padding_mode="circular"))),
+    "another kernel": ("s3", lambda net: replace(net, nn.Conv2d, another_kernel)),
+    "affine norms": ("s3", lambda net: replace_norms(net, nn.BatchNorm2d)),
+    "instance norms": ("s3", lambda net: replace_norms(net, nn.InstanceNorm2d)),
+    "tracking instance norms": ("nasbench201", lambda net: replace_norms(
+        net, partial(nn.InstanceNorm2d, track_running_stats=True))),
+    "group norms": ("s3", lambda net: replace_norms(net, partial(nn.GroupNorm, 2))),
+    "SyncBatchNorm": ("s3", lambda net: replace_norms(net, partial(nn.SyncBatchNorm, affine=False))),
+    "another eps in some": ("s3", lambda net: set_all(some(every(net, nn.BatchNorm2d)), eps=0.1)),
+    "another momentum in some": ("darts", lambda net: set_all(
+        some(every(net, nn.BatchNorm2d)), momentum=0.5)),
+    "momentum None": ("s3", lambda net: set_all(some(every(net, nn.BatchNorm2d)), momentum=None)),
+    "untracked norms": ("s3", track_nothing),
+    "norms in eval()": ("s3", lambda net: [m.eval() for m in some(every(net, nn.BatchNorm2d))]),
+    "a subclass of SepConv": ("s3", lambda net: as_class(net, SepConv, GatedSepConv)),
+    "an own block": ("s3", lambda net: replace(net, SepConv, lambda op: OwnBlock(
+        op.op[1].in_channels, op.op[1].stride))),
+    "a patched forward": ("s3", patch_forwards),
+    "a hook on outputs": ("s3", hook_outputs),
+    "a hook on inputs": ("darts", hook_inputs),
+    "a hook on gradients": ("s3", hook_gradients),
+    "a module behind convolutions": ("s3", lambda net: append(net, SepConv, SqueezeExcitation)),
+    "a module behind pools": ("darts", lambda net: append(net, nn.MaxPool2d, SqueezeExcitation)),
+    "a module behind reductions": ("s3", lambda net: append(net, FactorizedReduce, nn.Tanh)),
+    "a module behind dilated convolutions": ("darts", lambda net: append(net, DilConv, nn.Tanh)),
+    "pools of two sizes": ("darts", larger_pools),
+    "pools that count their padding": ("darts", lambda net: set_all(
+        some(every(net, nn.AvgPool2d)), count_include_pad=True)),
+    "shared weights": ("s3", share_weights),
+    "frozen weights": ("s3", lambda net: freeze(some(every(net, nn.Conv2d)))),
+    "a frozen stem": ("s3", lambda net: freeze([net.stem])),
+    "weight norm": ("s3", lambda net: [parametrizations.weight_norm(m) for m in some(every(net, nn.Conv2d))]),
+    "pruned weights": ("s3", lambda net: [prune.random_unstructured(m, "weight", 0.5)
+                                          for m in some(every(net, nn.Conv2d))]),
+    "another edge": ("s2", replace_an_edge),
+    "another operation": ("s2", replace_an_operation),
+    "drop path on edges": ("s3", lambda net: as_class(net, model_search.MixedOp, DropPathEdge)),
+    "dropout behind skips": ("s2", lambda net: add_dropout(net, 0)),
+    "a subclass of Cell": ("s3", lambda net: as_class(net, model_search.Cell, ActivatedCell)),
+    "another preprocess": ("s3", lambda net: append(net, ReLUConvBN, nn.Tanh)),
+    "another stem": ("s3", lambda net: net.stem.append(nn.Hardtanh())),
+}
+
+
+def images(seed):
+    torch.manual_seed(seed)
+    return torch.randn(3, 3, 8, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+
+
+def changed_network(space, change, layers=3):
+    torch.manual_seed(0)
+    net = ldarts.SearchNetwork(4, 10, 1 if space == "nasbench201" else layers, space).double()
+    net.to(memory_format=torch.channels_last)
+    net(images(1))  # the engine has planned it before
+    torch.manual_seed(2)
+    change(net)
+    return net
+
+
+def computed(net, layout):
+    """Outputs, gradients, their gradients and statistics of a training pass; the output in evaluation."""
+    net = net.to(memory_format=layout)
+    x, y = images(3).contiguous(memory_format=layout), torch.tensor([1, 2, 3])
+    w = [p for p in net.weight_parameters() if p.requires_grad]
+    p = [q.detach().clone().requires_grad_() for q in net.cell_weights()]
+    torch.manual_seed(4)
+    logits = net(x, p)
+    loss = F.cross_entropy(logits, y)
+    first = torch.autograd.grad(loss, [*w, *p], create_graph=True, materialize_grads=True)
+    result = {"logits": [logits], "gradients": first}
+    if layout is torch.channels_last:  # else the engine has no part in it
+        along = [torch.randn_like(g) for g in first[len(w) :]]
+        result["second"] = torch.autograd.grad(first[len(w) :], [*w, *p], along, materialize_grads=True)
+    result["statistics"] = [b.double().clone() for b in net.buffers()]
+    net.eval()
+    with torch.no_grad():
+        result["evaluation"] = [net(x)]
+    net.train()
+    return result
+
+
+@needs_build
+@pytest.mark.parametrize("space, change", CHANGES.values(), ids=CHANGES)
+def test_a_fork_computes_what_its_modules_say(space, change, monkeypatch):
+    for layout in (torch.channels_last, torch.contiguous_format):
+        monkeypatch.undo()
+        found = computed(changed_network(space, change), layout)
+        net = changed_network(space, change)
+        monkeypatch.setattr(fused, "engine_supports", lambda x: False)
+        expected = computed(net, layout)
+        for name, values in expected.items():
+            for a, b in zip(found[name], values, strict=True):
+                atol = 1e-9 * max(1.0, float(b.detach().abs().max()))
+                torch.testing.assert_close(a, b, rtol=1e-8, atol=atol, msg=lambda text: f"{name}: {text}")
+
+
+@needs_build
+@pytest.mark.parametrize("owner, name", [(model_search.MixedOp, "forward"), (model_search.Cell, "forward"),
+                                         (SepConv, "forward"), (nn.ReLU, "forward")], ids=str)
+def test_an_edited_class_runs_as_it_is_written(owner, name, monkeypatch):
+    net = changed_network("s3", lambda net: None)
+    x, original = images(3), getattr(owner, name)
+    before = net(x)
+    monkeypatch.setattr(owner, name, lambda self, *inputs: 2 * original(self, *inputs))
+    found = net(x)
+    assert not torch.allclose(before, found)
+    monkeypatch.setattr(fused, "engine_supports", lambda x: False)
+    torch.testing.assert_close(found, net(x), rtol=1e-9, atol=1e-9)
+
+
+@needs_build
+def test_the_engine_says_what_it_leaves_to_the_modules():
+    net = changed_network("s3", lambda net: None)
+    cells = net.searched_cells()  # three, of 14 edges with two operations and `none`
+    assert fused.coverage(cells) == "84 of 84 operations run in the engine"
+    handle = every(net, SepConv)[0].register_forward_hook(lambda *_: None)
+    assert fused.coverage(cells) == ("83 of 84 operations run in the engine; "
+                                     "SepConv with a hook on SepConv runs as it is")
+    handle.remove()
+    every(net, SepConv)[5].op[4] = nn.SiLU()
+    assert fused.coverage(cells).endswith("; SepConv with SiLU runs as it is")
+    net.cells[1].__class__ = ActivatedCell
+    assert "56 operations run in the engine; 1 of 3 cells run as they are, ActivatedCell" in fused.coverage(cells)
+
+
+@needs_build
+@pytest.mark.parametrize("transform", ["torch.func", "forward mode", "jit.trace", "a global hook", "meta"])
+def test_transforms_of_a_supernet_see_its_modules(transform):
+    net, x = changed_network("s3", lambda net: None), images(3)
+    if transform == "torch.func":
+        with RunningStatistics(net).kept():
+            grads = torch.func.grad(lambda w: torch.func.functional_call(net, w, (x,)).sum())(
+                {name: p.detach() for name, p in net.named_parameters()})
+        assert grads["stem.0.weight"].shape == net.stem[0].weight.shape
+    elif transform == "forward mode":
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            assert torch.autograd.forward_ad.unpack_dual(net(dual)).tangent is not None
+    elif transform == "jit.trace":
+        with torch.no_grad():
+            traced = torch.jit.trace(net, x, check_trace=False)
+        assert "batch_norm" in str(traced.inlined_graph)
+    elif transform == "a global hook":
+        seen = []
+        with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+            net(x)
+        assert set(m for m in net.cells.modules() if isinstance(m, nn.Conv2d)) <= set(seen)
+    else:
+        with torch.device("meta"):
+            assert ldarts.SearchNetwork(4, 10, 3, "darts")(torch.empty(2, 3, 8, 8)).shape == (2, 10)
+
+
+@needs_build
+def test_a_planned_network_is_freed():
+    net = changed_network("s3", lambda net: None)
+    cell = weakref.ref(net.cells[0])
+    del net
+    gc.collect()
+    assert cell() is None
+
+
+def two_batches():
+    return (images(5), torch.tensor([1, 2, 3])), (images(6), torch.tensor([3, 2, 1]))
+
+
+@pytest.mark.parametrize("change", ["dropout", "SyncBatchNorm", "BatchNorm1d", "frozen stem",
+                                    "unreached weights"])
+def test_an_architect_of_a_changed_network(change):
+    """Passes of a difference draw the same numbers; statistics, frozen and unreached weights stay."""
+    net = changed_network("s3", lambda net: add_dropout(net, -1) if change == "dropout" else None, layers=4)
+    if change == "SyncBatchNorm":
+        replace_norms(net, partial(nn.SyncBatchNorm, affine=False))
+    if change == "BatchNorm1d":
+        net.classifier = nn.Sequential(nn.BatchNorm1d(net.classifier.in_features), net.classifier).double()
+    if change == "frozen stem":
+        freeze([net.stem])
+    if change == "unreached weights":
+        net.spare = nn.Linear(3, 3).double()
+    optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4)
+    arch = ldarts.Architect(net, F.cross_entropy)
+    train, valid = two_batches()
+    buffers, stem = [b.clone() for b in net.buffers()], net.stem[0].weight.detach().clone()
+    central, exact = [], []
+    for method, result in (("central", central), ("exact", exact)):
+        torch.manual_seed(7)
+        result += arch.alpha_grads(train, valid, 0.025, None, True, method)
+    assert all(torch.equal(b, before) for b, before in zip(net.buffers(), buffers))
+    for method, result in (("central", central), ("exact", exact)):
+        torch.manual_seed(7)
+        result += arch.lambda_grads(train, "cosine", 1e-7, method)[2]
+    # The published radius of the second order crosses kinks: compare its direction, and Λ's gradient exactly.
+    of_lambda = slice(len(net.arch_parameters()), None)
+    norm = torch.nn.utils.get_total_norm
+    assert norm([a - b for a, b in zip(central[of_lambda], exact[of_lambda])]) < 1e-4 * norm(exact[of_lambda])
+    assert norm(central[: of_lambda.start]) < 30 * norm(exact[: of_lambda.start])
+    search_step(arch, optimizer, train, valid, unrolled=True, alpha_first=True, lambda_t=0.1, kind="cosine",
+                epsilon=1e-4, method="exact", grad_clip=5.0)
+    assert torch.equal(net.stem[0].weight, stem) == (change == "frozen stem")
+    assert [p.requires_grad for p in net.stem.parameters()] == 3 * [change != "frozen stem"]
+
+
+def test_alignment_of_gradients_that_are_zero():
+    some_grads = [torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(3, 2)]
+    for kind in ("cosine", "sign"):
+        leaves = [g.clone().requires_grad_() for g in some_grads]
+        value = ldarts.layer_alignment(leaves, kind)
+        assert value.item() == 0
+        assert all(g.isfinite().all() for g in torch.autograd.grad(value, leaves))
+
+
+def test_weights_without_alpha_say_that_alpha_is_kept():
+    net = changed_network("s2", lambda net: None)
+    state = {name: t for name, t in net.state_dict().items() if "alpha" not in name}
+    with pytest.warns(UserWarning, match="without alphas_normal and alphas_reduce: α stays"):
+        net.load_state_dict(state)
+
+
+def test_edges_of_unequal_length_and_dropped_paths_are_refused(monkeypatch):
+    monkeypatch.setitem(ldarts.spaces.SPACES, "ragged", ldarts.spaces.Space(
+        (("skip_connect",), *(("skip_connect", "sep_conv_3x3"),) * 13), (("skip_connect",),) * 14))
+    with pytest.raises(ldarts.InputError, match="1 to 2 operations.*none"):
+        ldarts.SearchNetwork(4, 10, 3, "ragged")
+    net = ldarts.SearchNetwork(4, 10, 1, "s2")
+    net.drop_path_prob = 0.0
+    with pytest.raises(ldarts.InputError, match="drops no paths"):
+        net.drop_path_prob = 0.2
+    del net.cells[0]._ops[0]._ops[1]  # as pruning does: refused, not weighed wrongly
+    with pytest.raises(ValueError, match="shorter"):
+        net(torch.randn(2, 3, 8, 8))
+
+
+def test_the_original_s_drop_path_prob_works():
+    torch.manual_seed(0)
+    net, x = ldarts.Network(4, 10, 3, False, ldarts.genotypes.load("DARTS_V2")), torch.randn(2, 3, 8, 8)
+    results = []
+    for by_argument in (True, False):
+        torch.manual_seed(1)
+        net.drop_path_prob = 0.0 if by_argument else 0.5
+        results.append(net(x, 0.5)[0] if by_argument else net(x)[0])
+    assert torch.equal(*results) and not torch.equal(results[0], net(x, 0.0)[0])
