@@ -18,7 +18,7 @@ from .genotypes import Genotype, is_text
 from .operations import OPS
 from .runs import Parser, grouped, read_run, script
 
-BOX, PITCH, LANE = 0.62, 1.8, 0.3  # inches: width of a state, distance of states, distance of lanes
+PITCH, HEIGHT = 1.8, 0.36  # inches: from state to state; height of an edge's arc per state that it advances
 CURVES = {  # metric -> title of its panel, in the order of the panels
     "valid_accuracy": "validation accuracy, %", "test_accuracy": "test accuracy, %",
     "true_cifar10": "the cell fully trained (NAS-Bench-201), %",
@@ -68,78 +68,53 @@ def cell_graphs(genotype: Genotype | str) -> dict[str, Graph]:
     return graphs
 
 
-def lanes(edges: list[Edge]) -> list[int]:
-    """The lane of each edge: 1, 2, … above the states, -1, -2, … below. Edges in one lane do not overlap."""
-    lane_of: dict[int, int] = {}
-    for k in sorted(range(len(edges)), key=lambda k: edges[k].target - edges[k].source):  # short edges inside
-        source, target, _ = edges[k]
-        siblings = [e for e, edge in enumerate(edges) if edge.target == target]
-        side = (-1) ** siblings.index(k)  # edges into one state alternate
-        taken = [lane for e, lane in lane_of.items() if source < edges[e].target and edges[e].source < target]
-        lane_of[k] = side
-        while lane_of[k] in taken:
-            lane_of[k] += side
-    return [lane_of[k] for k in range(len(edges))]
+def sides(edges: list[Edge]) -> list[int]:
+    """1 for an edge above the states, -1 for one below: the edges into a state alternate."""
+    targets = [edge.target for edge in edges]
+    return [(-1) ** targets[:k].count(target) for k, target in enumerate(targets)]
 
 
-def end_of_edge(state: int, lane: int, arrives: bool, edges: list[Edge], edge_lanes: list[int]) -> float:
-    """Where on its state an edge ends, in inches. In this order no two edges of a state cross."""
-    same_side = [(edge, abs(other)) for edge, other in zip(edges, edge_lanes) if other * lane > 0]
-    arriving = sorted({distance for edge, distance in same_side if edge.target == state})
-    leaving = sorted({distance for edge, distance in same_side if edge.source == state}, reverse=True)
-    place = arriving.index(abs(lane)) if arrives else len(arriving) + leaving.index(abs(lane))
-    ends = len(arriving) + len(leaving)
-    step = min(0.12, (BOX - 0.12) / ends)
-    return PITCH * state + step * (place - (ends - 1) / 2)
-
-
-def draw_edge(ax, edge: Edge, lane: int, start: float, end: float) -> None:
-    """An arrow from a state up or down to its lane, along the lane, and back; grey without an operation."""
-    from matplotlib.patches import FancyArrowPatch
-    from matplotlib.path import Path as Outline
-    up, r = math.copysign(1, lane), 0.12  # r: radius of the corners
-    foot, y = 0.17 * up, (0.17 + LANE * abs(lane)) * up
-    points = [(start, foot), (start, y - r * up), (start, y), (start + r, y),
-              (end - r, y), (end, y), (end, y - r * up), (end, foot)]
-    line_and_corner = [Outline.LINETO, Outline.CURVE3, Outline.CURVE3]
-    outline = Outline(points, [Outline.MOVETO, *line_and_corner, *line_and_corner, Outline.LINETO])
-    op = edge.operation
-    colour = pyplot().get_cmap("tab20")(list(OPS).index(op)) if op else "0.7"
-    weightless = op in ("skip_connect", "none", "noise") or "pool" in op
-    ax.add_patch(FancyArrowPatch(path=outline, color=colour, ls=(0, (3, 1.5)) if weightless else "-", lw=1.8,
-                                 arrowstyle="-|>", mutation_scale=9, zorder=1))
-    if op:  # the label is left of the last state, where no line runs up or down
-        ax.text(PITCH * (edge.target - 0.5), y, op, ha="center", va="center", fontsize=9.5, zorder=3,
-                bbox=dict(fc="white", ec="none", pad=1))
+def top_of_arc(edge: Edge, side: int) -> tuple[float, float]:
+    """Where the label of an edge is, in inches."""
+    return PITCH * (edge.source + edge.target) / 2, side * (0.15 + HEIGHT * (edge.target - edge.source))
 
 
 def draw_cell(ax, names: list[str], edges: list[Edge], concat: tuple[int, ...]) -> None:
-    """One cell: states from left to right; the concatenated states lead to the output in the lowest lane."""
-    from matplotlib.patches import FancyBboxPatch
-    at, output = lanes(edges), len(names) - 1
-    at += [min(at) - 1] * len(concat)
-    edges = edges + [Edge(state, output, "") for state in concat]
-    for edge, lane in zip(edges, at):
-        start = end_of_edge(edge.source, lane, False, edges, at)
-        end = end_of_edge(edge.target, lane, True, edges, at)
-        draw_edge(ax, edge, lane, start, end)
+    """One cell: states from left to right, edges as arcs, below them grey ones for the concatenation."""
+    from matplotlib.patches import FancyArrowPatch
+    output, colours = len(names) - 1, pyplot().get_cmap("tab20")
+    above_or_below = sides(edges) + [-1] * len(concat)
+    for edge, side in zip(edges + [Edge(state, output, "") for state in concat], above_or_below):
+        op = edge.operation
+        start, end = ((PITCH * state, 0.15 * side) for state in (edge.source, edge.target))
+        colour = colours(list(OPS).index(op)) if op else "0.8"
+        weightless = op in ("skip_connect", "none", "noise") or "pool" in op
+        ax.add_patch(FancyArrowPatch(
+            start, end, connectionstyle=f"arc3,rad={-2 * side * HEIGHT / PITCH}", shrinkA=0, shrinkB=0,
+            color=colour, ls=(0, (3, 1.5)) if weightless else "-", lw=1.8, arrowstyle="-|>", mutation_scale=9,
+            zorder=2 if op else 1))
+        ax.text(*top_of_arc(edge, side), op, ha="center", va="center", fontsize=9.5, zorder=3,
+                bbox=dict(fc="white", ec="none", pad=1 if op else 0))
     for state, name in enumerate(names):
-        ax.add_patch(FancyBboxPatch((PITCH * state - BOX / 2, -0.13), BOX, 0.26, boxstyle="round,pad=0.04",
-                                    fc="0.93", ec="0.4", zorder=2))
-        ax.text(PITCH * state, 0, name, ha="center", va="center", fontsize=11, zorder=3)
-    ax.set(xlim=(-BOX, PITCH * output + BOX), aspect="equal",
-           ylim=(LANE * min(at) - 0.45, LANE * max(at) + 0.45))
+        ax.text(PITCH * state, 0, name, ha="center", va="center", fontsize=11, zorder=4,
+                bbox=dict(boxstyle="round", fc="0.93", ec="0.4"))
+    reach = reach_of(edges)
+    ax.set(xlim=(-0.6, PITCH * output + 0.6), ylim=(-reach, reach), aspect="equal")
     ax.axis("off")
+
+
+def reach_of(edges: list[Edge]) -> float:
+    """How far a cell reaches above and below its states, in inches."""
+    return HEIGHT * max(edge.target - edge.source for edge in edges) + 0.5
 
 
 def draw_cells(genotype: Genotype | str, path: Path) -> None:
     """The cells as graphs. Operations without weights are dashed, the concatenation is grey."""
     graphs = cell_graphs(genotype)
     width = PITCH * max(len(names) for names, _, _ in graphs.values())
-    used = [lanes(edges) for _, edges, _ in graphs.values()]
-    heights = [0.9 + LANE * (max(at) - min(at) + 1) for at in used]
-    figure, axes = pyplot().subplots(len(graphs), squeeze=False, height_ratios=heights,
-                                     figsize=(width, sum(heights) + 0.3 * len(graphs)))
+    heights = [2 * reach_of(edges) + 0.3 for _, edges, _ in graphs.values()]
+    figure, axes = pyplot().subplots(len(graphs), squeeze=False, layout="constrained", height_ratios=heights,
+                                     figsize=(width, sum(heights)))
     for ax, (part, graph) in zip(axes[:, 0], graphs.items()):
         draw_cell(ax, *graph)
         ax.set_title(part, loc="left", fontsize=12)

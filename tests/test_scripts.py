@@ -152,8 +152,8 @@ def test_cells_that_leave_weights_without_a_gradient_are_trained(tmp_path, arch,
     (tmp_path / "noise.json").write_text(json.dumps(cell))
     monkeypatch.chdir(tmp_path)
     images = write_cifar10(tmp_path / "cifar", 8)
-    in_process(train_eval, "--data", images, "--arch", arch, "--init_channels", 4, "--layers", 1, "--epochs", 1,
-               "--batch_size", 8, "--no-auxiliary", "--save", "one")
+    in_process(train_eval, "--data", images, "--arch", arch, "--init_channels", 4, "--layers", 1,
+               "--epochs", 1, "--batch_size", 8, "--no-auxiliary", "--save", "one")
     assert json.loads((tmp_path / "runs/one/metrics.jsonl").read_text())["epoch"] == 0
 
 
