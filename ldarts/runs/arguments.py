@@ -10,6 +10,7 @@ from typing import Any, Callable, Iterable, Sequence
 
 from .. import genotypes
 from ..alignment import KINDS
+from ..architect import METHODS
 from ..data import DATASETS
 from ..errors import InputError, require
 from ..spaces import SPACES
@@ -99,7 +100,7 @@ SEARCH = [
     ("--lambda_reg", Default(0.125, nasbench201=0.25, svhn=0.25), NUMBER,
      "λ of the last epoch; 0: plain DARTS"),
     ("--lambda_kind", "cosine", one_of(KINDS), f"kind of Λ: {', '.join(KINDS)}"),
-    ("--lambda_grad", "central", one_of(("central", "exact", "random")),
+    ("--lambda_grad", "central", one_of(METHODS),
      "how ∇Λ is computed: central, exact; random: a control, a random direction as long as central's"),
     ("--epsilon", Default(1e-4, nasbench201=1e-4, svhn=1e-3), POSITIVE, "ε₀ of central"),
     ("--probe_batches", None, COUNT,
