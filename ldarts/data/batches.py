@@ -117,29 +117,32 @@ def cutout(x: Tensor, centre: Tensor, length: int, keep: Tensor) -> Tensor:
     return x.masked_fill((rows[:, :, None] & columns[:, None, :] & keep[:, None, None])[:, None], 0)
 
 
+def share_of(batch_size: int, images: int, rank: int, world: int) -> slice:
+    """The part of each global batch that the process `rank` gets. Raises InputError for other sizes than
+    multiples of `world` up to the number of images."""
+    if not 1 <= batch_size <= images or batch_size % world:
+        raise InputError(f"batch size {batch_size} with {images} images: use a number from 1 to {images}"
+                         + (f" that {world} processes divide" if world > 1 else ""))
+    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+
 class Batches:
     """Shuffled batches of one data set, or of its `indices`, without an incomplete last batch.
 
     batch_size: images of a global batch, over all `world` processes; the process `rank` gets a contiguous
     1 / world of each. tag: gives streams of one seed different random numbers. augment: as in DARTS, random
     crop (zero padding 4) and flip before normalisation, cutout of `cutout_length` pixels (0: none) after it.
-    Raises InputError if the images do not fill one batch, or if `world` does not divide the batch.
+    Raises InputError as share_of does.
     """
 
     def __init__(self, data: ImageSet, indices: Tensor | None, batch_size: int, seed: int, *, augment: bool,
                  tag: str = "train", cutout_length: int = 0, rank: int = 0, world: int = 1,
                  dtype=torch.float32, memory_format=torch.contiguous_format):
         self.indices = torch.arange(len(data.labels)) if indices is None else indices.cpu()
-        if not 1 <= batch_size <= len(self.indices):
-            raise InputError(f"batch size {batch_size} with {len(self.indices)} {tag} images: "
-                             f"use a batch size from 1 to {len(self.indices)}")
-        if batch_size % world:
-            raise InputError(f"batch size {batch_size} does not divide by {world} processes: "
-                             f"use a multiple of {world}")
+        self.share = share_of(batch_size, len(self.indices), rank, world)
         self.data, self.batch_size, self.seed, self.tag = data, batch_size, seed, tag
         self.augment, self.cutout_length, self.memory_format = augment, cutout_length, memory_format
         self.normalize = Normalize(data.mean, data.std, dtype, data.images.device)
-        self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def __len__(self) -> int:
         return len(self.indices) // self.batch_size

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, brief, require
-from .batches import Batch, Normalize, generator_of
+from .batches import Batch, Normalize, generator_of, share_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
 
@@ -155,12 +155,10 @@ class FolderBatches:
     def __init__(self, root: Path, batch_size: int, seed: int, *, train: bool, device: torch.device,
                  workers: int, memory_format=torch.contiguous_format, rank: int = 0, world: int = 1):
         self.images = ImageFolder(root, train, seed)
-        if train and not 1 <= batch_size <= len(self.images.files) or batch_size % world:
-            raise InputError(f"batch size {batch_size} with {len(self.images.files)} images and {world} "
-                             "processes: use a multiple of the processes, at most the number of images")
+        # A test may have fewer images than a batch.
+        self.share = share_of(batch_size, len(self.images.files) if train else batch_size, rank, world)
         self.batch_size, self.seed, self.device, self.workers = batch_size, seed, device, workers
         self.memory_format = memory_format
-        self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def __len__(self) -> int:
         return len(self.images.files) // self.batch_size

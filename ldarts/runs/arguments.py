@@ -151,8 +151,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_flag(self, name: str, default: Any, takes: Any, meaning: str) -> None:
         """A row of the tables above."""
-        if default not in (None, False) and "(default" not in meaning:
-            meaning = f"{meaning} (default {default})".strip()
+        if default is not None and default is not False and "(default" not in meaning:
+            meaning += f" (default {default})"
         kind = {"action": takes} if takes in (SWITCH, YES_OR_NO) else {"type": takes}
         default = None if isinstance(default, Default) else default
         self.add_argument(name, default=default, help=meaning, **kind)
@@ -187,7 +187,8 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
         parser.add_flag(*row)
     args = parser.parse_args(argv)
     if getattr(args, "demo", False):
-        print(f"--demo stands for: {DEMO}", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--demo stands for: {DEMO}", flush=True)
         argv = [*DEMO.split(), *argv]
     if getattr(args, "evaluate", None):
         with contextlib.suppress(InputError):  # weights that lie in no run's folder
