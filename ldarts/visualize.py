@@ -217,15 +217,15 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
     save(figure, path)
 
 
-def draw_shares(groups: dict[str, list[list[dict]]], path: Path) -> None:
+def draw_shares(groups: dict[str, list[list[list[float]]]], path: Path) -> None:
     """Each cell's share in the gradient by α over the epochs: a panel for each group, its runs averaged.
 
-    groups: name -> metrics of each run. Cells go from input (below) to output; white is a share of 1/n.
+    groups: name -> of each run, of each epoch, the cells' shares. Cells go from input (below) to output; white is a share of 1/n.
     """
     means = {}  # of each group [epochs, cells]
     for label, runs in groups.items():
         length = min(map(len, runs))
-        means[label] = torch.tensor([[line["cell_shares"] for line in run[:length]] for run in runs]).mean(0)
+        means[label] = torch.tensor([run[:length] for run in runs]).mean(0)
     equal = 1 / next(iter(means.values())).shape[1]
     # If cells cancel each other, one share may be far from all others; it should not fade the rest.
     reach = float(torch.cat([share.flatten() for share in means.values()]).sub(equal).abs().quantile(0.95))
@@ -258,7 +258,7 @@ def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
     if "alphas" in metrics[-1]:
         draw(draw_alphas, "alphas", config["search_space"], [line["alphas"] for line in metrics], genotype)
     if "cell_shares" in metrics[-1]:
-        draw(draw_shares, "shares", {folder.name: [metrics]})
+        draw(draw_shares, "shares", {folder.name: [[line["cell_shares"] for line in metrics]]})
     return written
 
 

@@ -1,10 +1,11 @@
 """The experiment of collapse/PLAN.md, read: its tables, tests and pictures.
 
-    python tests/evidence/collapse.py keep OUT/runs/*   # each finished search, as a small file in collapse/results
-    python tests/evidence/collapse.py                   # from these: findings.md, cells.json and the pictures
+    python tests/evidence/collapse.py keep OUT/A/runs/*/  # a small file in collapse/results for each search
+    python tests/evidence/collapse.py                     # from these: findings.md, cells.json and the pictures
 """
 import itertools
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -12,18 +13,21 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 
-from ldarts import nasbench201
-from ldarts.runs import read_run, script, spread, table, write_atomically
-from ldarts.visualize import draw_shares, pyplot, save
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from ldarts import nasbench201  # noqa: E402
+from ldarts.runs import read_run, script, spread, table, write_atomically  # noqa: E402
+from ldarts.visualize import draw_shares, pyplot, save  # noqa: E402
 
 FOLDER = Path(__file__).with_suffix("")
 PLANNED = {"DARTS": 10, "central": 10, "exact": 10, "random": 10, "sign": 5}  # seeds of each variant
 TESTED = [("central", "DARTS"), ("exact", "DARTS"), ("random", "DARTS"), ("exact", "random")]
-KEPT = ("true_cifar10", "skip_connections", "valid_accuracy", "train_accuracy", "lambda_train", "lambda_valid",
-        "alpha_eigenvalue", "gini", "lambda_grad_norm", "loss_grad_norm", "cell_shares", "operation_grads", "alphas")
+KEPT = ("true_cifar10", "skip_connections", "valid_accuracy", "train_accuracy", "lambda_train",
+        "lambda_valid", "alpha_eigenvalue", "gini", "lambda_grad_norm", "loss_grad_norm", "cell_shares",
+        "operation_grads", "alphas")
 
-Search = dict[str, Any]  # a file of results: what was run, and `epochs`, lists over the epochs by their names
-Searches = dict[str, dict[int, Search]]  # variant -> seed -> search
+Search = dict[str, Any]  # a file of results: what was run, and `epochs`, the list of each number by its name
+Seeds = dict[int, Search]  # the searches of a variant
+Searches = dict[str, Seeds]
 
 
 def variant_of(config: dict[str, Any]) -> str:
@@ -51,6 +55,7 @@ def keep(runs: Sequence[str]) -> None:
         seconds = [float(number) for number in run.with_suffix(".cpu").read_text().split()]
         result = {"variant": variant_of(config), "seed": config["seed"], "commit": config["commit"],
                   "device": config["device_name"], "torch": config["versions"]["torch"],
+                  **{name: config[name] for name in ("init_channels", "arch_learning_rate")},
                   "processor_minutes": round(sum(seconds) / 60, 1),
                   "cell": json.loads((run / "genotype.json").read_text()),
                   "epochs": {name: rounded([line[name] for line in metrics]) for name in KEPT}}
@@ -70,6 +75,17 @@ def read_results() -> Searches:
 
 # ---- measures of one search
 
+def quarter(values: list, last: bool) -> list:
+    """The last or the first quarter of the epochs."""
+    size = len(values) // 4
+    return values[-size:] if last else values[:size]
+
+
+def late(name: str) -> Callable[[Search], float]:
+    """The median of a number over the last quarter of the epochs."""
+    return lambda search: float(np.median(quarter(search["epochs"][name], last=True)))
+
+
 def accuracy(search: Search) -> float:
     """Test accuracy of the last cell after full training, CIFAR-10, %."""
     return search["epochs"]["true_cifar10"][-1]
@@ -80,33 +96,32 @@ def skips(search: Search) -> int:
     return search["epochs"]["skip_connections"][-1]
 
 
-def late(name: str) -> Callable[[Search], float]:
-    """The median of a number over the last quarter of the epochs."""
-    return lambda search: float(np.median(quarter(search["epochs"][name], last=True)))
-
-
-def quarter(values: list, last: bool) -> list:
-    size = len(values) // 4
-    return values[-size:] if last else values[:size]
-
-
 def p_skip(search: Search) -> float:
     """p of skip_connect at the end, mean over the edges."""
-    alpha = np.exp(np.array(search["epochs"]["alphas"][-1][0]))  # [edges, ops]
-    return float((alpha / alpha.sum(1, keepdims=True))[:, nasbench201.OPERATIONS.index("skip_connect")].mean())
+    p = np.exp(np.array(search["epochs"]["alphas"][-1][0]))  # [edges, ops]
+    p /= p.sum(1, keepdims=True)
+    return float(p[:, nasbench201.OPERATIONS.index("skip_connect")].mean())
 
 
 def stage_shares(search: Search, last: bool) -> np.ndarray:
-    """Of each third of the cells its share in the gradient by α: the median over a quarter of the epochs -> [3]"""
+    """The share of each stage's cells in the gradient by α, its median over a quarter of the epochs -> [3]"""
     shares = np.array(quarter(search["epochs"]["cell_shares"], last))  # [epochs, cells]
     return np.median(shares.reshape(len(shares), 3, -1).sum(2), 0)
 
 
+def last_stage(search: Search) -> float:
+    return stage_shares(search, last=True)[2]
+
+
 def pull(search: Search, operation: str) -> float:
-    """How strongly the cells agree on an operation: the mean over the operations of ∂L/∂p less that of this
-    one, over all edges, cells and epochs. Positive: α of the operation grows."""
-    grads = [epoch[operation] - statistics.fmean(epoch.values()) for epoch in search["epochs"]["operation_grads"]]
-    return -statistics.fmean(grads)
+    """How far the gradient is for an operation: the mean of ∂L/∂p over all operations less that of this one,
+    the mean over edges, cells and epochs, times 1000. Positive: α of the operation grows."""
+    by_epoch = search["epochs"]["operation_grads"]
+    return 1000 * statistics.fmean(statistics.fmean(grads.values()) - grads[operation] for grads in by_epoch)
+
+
+def skips_pull(search: Search) -> float:
+    return pull(search, "skip_connect")
 
 
 def noise_ratio(search: Search) -> float:
@@ -118,8 +133,8 @@ def noise_ratio(search: Search) -> float:
 # ---- tests
 
 def sign_flip(differences: Sequence[float]) -> float:
-    """The exact two-sided p-value of paired differences: the share of the 2^n choices of their signs that bring
-    their mean at least as far from 0."""
+    """The exact two-sided p-value of paired differences: the share of the 2^n choices of their signs that
+    bring their mean at least as far from 0."""
     signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
     sums = np.abs(signs @ np.array(differences))
     return float((sums >= abs(sum(differences)) - 1e-9).mean())
@@ -134,57 +149,86 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def tests_table(searches: Searches, of: Callable[[Search], float]) -> str:
-    rows, p_values = [], []
-    for one, other in TESTED:
-        pairs = sorted(searches.get(one, {}).keys() & searches.get(other, {}).keys())
-        differences = [of(searches[one][seed]) - of(searches[other][seed]) for seed in pairs]
-        complete = len(pairs) >= PLANNED[one]
-        p_values += [sign_flip(differences)] if complete else []
-        rows.append([f"{one} − {other}", f"{len(pairs)} of {PLANNED[one]}", spread(differences),
-                     f"{p_values[-1]:.4f}" if complete else "not yet"])
-    done = len(p_values) == len(TESTED)
-    for row, p in zip(rows, holm(p_values) if done else ["not yet"] * len(rows)):
-        row.append(f"{p:.4f}" if done else p)
-    return table(["difference", "pairs", "mean ± deviation", "p", "p, Holm"], rows)
+def differences(searches: Searches, one: str, other: str, of: Callable[[Search], float]) -> list[float]:
+    """Of a measure, between two variants, for each seed that both have."""
+    pairs = searches.get(one, {}).keys() & searches.get(other, {}).keys()
+    return [of(searches[one][seed]) - of(searches[other][seed]) for seed in sorted(pairs)]
+
+
+def tests_table(rows: dict[str, list[float]], corrected: bool) -> str:
+    """The tests of differences, by their names; no p before all seeds of all of them are there."""
+    complete = all(len(values) == PLANNED["DARTS"] for values in rows.values())
+    p_values = [sign_flip(values) if complete else math.nan for values in rows.values()]
+    columns = [p_values, holm(p_values)] if corrected else [p_values]
+    return table(["difference", "pairs", "mean ± deviation", "p", "p, Holm"][: 3 + len(columns)], [
+        [name, f"{len(values)} of {PLANNED['DARTS']}", spread(values),
+         *(f"{p:.4f}" if complete else "not yet" for p in of_row)]
+        for (name, values), *of_row in zip(rows.items(), *columns)])
 
 
 # ---- tables and pictures
 
 COLUMNS: dict[str, tuple[Callable[[Search], float], int]] = {  # name -> (measure, digits)
     "true accuracy, %": (accuracy, 2), "skips": (skips, 1), "p of skip": (p_skip, 3),
-    "1 − Σ p²": (late("gini"), 3), "Λ, training": (late("lambda_train"), 2), "Λ, validation": (late("lambda_valid"), 2),
-    "eigenvalue": (late("alpha_eigenvalue"), 1), "supernet, validation, %": (late("valid_accuracy"), 1),
-    "‖λ∇Λ‖ / ‖∇L‖": (noise_ratio, 1), "processor minutes": (lambda search: search["processor_minutes"], 0),
+    "1 − Σ p²": (late("gini"), 3), "Λ, training": (late("lambda_train"), 2),
+    "Λ, validation": (late("lambda_valid"), 2), "eigenvalue": (late("alpha_eigenvalue"), 1),
+    "supernet, validation, %": (late("valid_accuracy"), 1), "‖λ∇Λ‖ / ‖∇L‖": (noise_ratio, 1),
+    "processor minutes": (lambda search: search["processor_minutes"], 0),
 }
 
 
 def findings(searches: Searches) -> str:
     """All tables."""
+    def by_variant(header: list[str], row: Callable[[str, Seeds], list]) -> str:
+        return table(["variant", *header], [[name, *row(name, seeds)] for name, seeds in searches.items()])
+
+    def ends(variant: str, of_variant: Seeds) -> list:
+        collapsed = sum(skips(search) >= 5 for search in of_variant.values())
+        return [f"{len(of_variant)} of {PLANNED[variant]}", f"{collapsed} of {len(of_variant)}",
+                *(spread([of(search) for search in of_variant.values()], digits)
+                  for of, digits in COLUMNS.values())]
+
+    def cells(_, of_variant: Seeds) -> list:
+        return [f"{accuracy(of_variant[seed]):.2f} ({skips(of_variant[seed])})" if seed in of_variant else ""
+                for seed in seeds]
+
+    def stages(_, of_variant: Seeds) -> list:
+        return [spread(list(shares)) for last in (False, True)
+                for shares in zip(*(stage_shares(search, last) for search in of_variant.values()))]
+
+    def pulls(_, of_variant: Seeds) -> list:
+        return [spread([pull(search, operation) for search in of_variant.values()])
+                for operation in nasbench201.OPERATIONS]
+
     seeds = sorted({seed for of_variant in searches.values() for seed in of_variant})
-    done, planned = sum(map(len, searches.values())), sum(PLANNED.values())
-    text = f"{done} of {planned} searches are finished.\n\nThe end of a search, mean ± deviation over the seeds:\n\n"
-    text += table(["variant", "seeds", "five skips or six", *COLUMNS], [
-        [variant, f"{len(of_variant)} of {PLANNED[variant]}",
-         f"{sum(skips(search) >= 5 for search in of_variant.values())} of {len(of_variant)}",
-         *(spread([of(search) for search in of_variant.values()], digits) for of, digits in COLUMNS.values())]
-        for variant, of_variant in searches.items()])
-    text += "\nTrue accuracy and skips of each last cell:\n\n"
-    text += table(["variant", *(f"seed {seed}" for seed in seeds)], [
-        [variant, *(f"{accuracy(of_variant[seed]):.2f} ({skips(of_variant[seed])})" if seed in of_variant else ""
-                    for seed in seeds)] for variant, of_variant in searches.items()])
+    text = f"{sum(map(len, searches.values()))} of {sum(PLANNED.values())} searches are finished.\n"
+    text += "\nThe end of a search, mean ± deviation over the seeds:\n\n"
+    text += by_variant(["seeds", "five skips or six", *COLUMNS], ends)
+    text += "\nTrue accuracy of each last cell, %, and its skips:\n\n"
+    text += by_variant([f"seed {seed}" for seed in seeds], cells)
     for name, of in (("true accuracy, %", accuracy), ("skips", skips)):
-        text += f"\nTests on {name}, exact, paired by seed:\n\n" + tests_table(searches, of)
-    text += "\nWho decides: share in the gradient by α of the cells of each stage, first and last quarter:\n\n"
-    text += table(["variant", *(f"stage {stage}, {which}" for which in ("first", "last") for stage in (1, 2, 3))], [
-        [variant, *(spread(list(values)) for last in (False, True)
-                    for values in zip(*(stage_shares(search, last) for search in of_variant.values())))]
-        for variant, of_variant in searches.items()])
-    text += "\nOn what: −∂L/∂p of an operation less its mean over the operations, times 1000:\n\n"
-    text += table(["variant", *nasbench201.OPERATIONS], [
-        [variant, *(spread([1000 * pull(search, op) for search in of_variant.values()])
-                    for op in nasbench201.OPERATIONS)] for variant, of_variant in searches.items()])
+        text += f"\nExact tests of the difference in {name}, paired by seed:\n\n"
+        text += tests_table({f"{one} − {other}": differences(searches, one, other, of)
+                             for one, other in TESTED}, corrected=True)
+    text += "\nExact tests of what the paper explains collapse by:\n\n"
+    text += tests_table({
+        "DARTS: share of stage 3 − 1/3": [last_stage(search) - 1 / 3
+                                          for search in searches.get("DARTS", {}).values()],
+        "exact − DARTS: share of stage 3": differences(searches, "exact", "DARTS", last_stage),
+        "exact − DARTS: gradient for skips, times 1000": differences(searches, "exact", "DARTS", skips_pull)},
+        corrected=False)
+    text += "\nWho decides: the share of each stage's cells in the gradient by α:\n\n"
+    text += by_variant([f"stage {stage}, {part} quarter" for part in ("first", "last")
+                        for stage in (1, 2, 3)], stages)
+    text += "\nOn what: the mean of ∂L/∂p over the operations less that of one, times 1000:\n\n"
+    text += by_variant(list(nasbench201.OPERATIONS), pulls)
     return text
+
+
+def cells_of(searches: Searches) -> dict[str, dict[int, str]]:
+    """The last cells, as arch strings."""
+    return {variant: {seed: search["cell"] for seed, search in of_variant.items()}
+            for variant, of_variant in searches.items()}
 
 
 def draw_along(searches: Searches, path: Path) -> None:
@@ -212,16 +256,15 @@ def main() -> None:
     if sys.argv[1:2] == ["keep"]:
         return keep(sys.argv[2:])
     searches = read_results()
-    cells = {variant: {seed: search["cell"] for seed, search in of_variant.items()}
-             for variant, of_variant in searches.items()}
     text = findings(searches)
-    (FOLDER / "cells.json").write_text(json.dumps(cells, indent=1) + "\n")
+    (FOLDER / "cells.json").write_text(json.dumps(cells_of(searches), indent=1) + "\n")
     (FOLDER / "findings.md").write_text(text)
-    draw_along({name: of for name, of in searches.items() if name != "sign"}, FOLDER / "along.png")
-    lines = {variant: [[{"cell_shares": shares} for shares in search["epochs"]["cell_shares"]]
-                       for search in of_variant.values()] for variant, of_variant in searches.items()}
-    draw_shares(lines, FOLDER / "shares.png")
     print(text, end="")
+    if not searches:
+        return
+    draw_along({name: of for name, of in searches.items() if name != "sign"}, FOLDER / "along.png")
+    draw_shares({variant: [search["epochs"]["cell_shares"] for search in of_variant.values()]
+                 for variant, of_variant in searches.items()}, FOLDER / "shares.png")
 
 
 if __name__ == "__main__":
