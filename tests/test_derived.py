@@ -147,6 +147,8 @@ def test_unfinished_runs_are_named_and_stay_out_of_means(tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert "| search | 2 (2 unfinished left out) | 21.50 ± 2.12 |" in printed
     assert printed.endswith("unfinished: runs/s2, 1 of 2 epochs\nunfinished: runs/begun, 0 of 2 epochs\n")
+    run_main(monkeypatch, runs, "--best", *names)
+    assert capsys.readouterr().out == "runs/s1\n"  # s2 is better, but not finished
     run_main(monkeypatch, runs, *names, "--unfinished")
     assert "| search | 3 (2 unfinished in) | 41.00 ± 33.81 |" in capsys.readouterr().out
     (tmp_path / "config.json").write_text("{}")
