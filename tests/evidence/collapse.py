@@ -46,7 +46,7 @@ def rounded(value: Any) -> Any:
 
 
 def keep(runs: Sequence[str]) -> None:
-    """Write what is needed of each finished run to FOLDER/results."""
+    """Write what is needed of each finished run to FOLDER/results, or FOLDER/explored by its seed."""
     for run in map(Path, runs):
         config, metrics = read_run(run)
         if len(metrics) < config["epochs"]:
@@ -60,17 +60,26 @@ def keep(runs: Sequence[str]) -> None:
                   "cell": json.loads((run / "genotype.json").read_text()),
                   "epochs": {name: rounded([line[name] for line in metrics]) for name in KEPT}}
         path = FOLDER / "results" / f"{result['variant']}-{result['seed']}.json"
+        if config["seed"] >= 100:
+            path = FOLDER / "explored" / "{init_channels}-{arch_learning_rate}-{seed}.json".format(**result)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda path: path.write_text(json.dumps(result) + "\n"))
         print(path)
 
 
 def read_results() -> Searches:
-    searches: Searches = {variant: {} for variant in PLANNED}
-    for path in (FOLDER / "results").glob("*.json"):
-        search = json.loads(path.read_text())
-        searches[search["variant"]][search["seed"]] = search
-    return {variant: dict(sorted(seeds.items())) for variant, seeds in searches.items() if seeds}
+    searches = [json.loads(path.read_text()) for path in (FOLDER / "results").glob("*.json")]
+    searches.sort(key=lambda search: (list(PLANNED).index(search["variant"]), search["seed"]))
+    return {variant: {search["seed"]: search for search in group}
+            for variant, group in itertools.groupby(searches, lambda search: search["variant"])}
+
+
+def explored_table() -> str:
+    """The end of plain DARTS in each regime that was explored."""
+    searches = [json.loads(path.read_text()) for path in sorted((FOLDER / "explored").glob("*.json"))]
+    return table(["channels", "learning rate of α", "seed", "skips", "true accuracy, %", "processor minutes"], [
+        [search["init_channels"], search["arch_learning_rate"], search["seed"], skips(search),
+         f"{accuracy(search):.2f}", search["processor_minutes"]] for search in searches])
 
 
 # ---- measures of one search
@@ -201,7 +210,8 @@ def findings(searches: Searches) -> str:
                 for operation in nasbench201.OPERATIONS]
 
     seeds = sorted({seed for of_variant in searches.values() for seed in of_variant})
-    text = f"{sum(map(len, searches.values()))} of {sum(PLANNED.values())} searches are finished.\n"
+    text = "The regimes, plain DARTS:\n\n" + explored_table()
+    text += f"\n{sum(map(len, searches.values()))} of {sum(PLANNED.values())} searches are finished.\n"
     text += "\nThe end of a search, mean ± deviation over the seeds:\n\n"
     text += by_variant(["seeds", "five skips or six", *COLUMNS], ends)
     text += "\nTrue accuracy of each last cell, %, and its skips:\n\n"
