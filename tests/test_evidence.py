@@ -13,7 +13,7 @@ from torch import nn
 
 import train_eval
 import train_search
-from ldarts import InputError, NetworkImageNet, genotypes, nasbench201, runs, visualize
+from ldarts import NetworkImageNet, genotypes, nasbench201, runs, visualize
 from ldarts.runs import count_multiply_adds, count_parameters
 from ldarts.runs.arguments import DEMO
 from ldarts.study import cases, collapse, collapse_report, gradient

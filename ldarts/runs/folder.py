@@ -212,10 +212,6 @@ class Run:
             if (world := state["processes"]) != self.processes.world:
                 raise InputError(f"{where}: written by {world} processes, not {self.processes.world}; "
                                  f"continue it with --nproc_per_node={world}")
-            for name, value in self.carried.items():
-                if state.get(name, value) != value:
-                    raise InputError(f"{where}: has another {name} than {self.path / name}.json; correct "
-                                     "that, or start again with another --save")
             if (data := state["data"]) != self.data:
                 raise InputError(f"{where}: the run was started on {described(data)}, --data "
                                  f"{self.args.data} holds {described(self.data)}; give the same images")
