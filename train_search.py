@@ -87,14 +87,11 @@ def main():
     arch = Architect(net, criterion, args.arch_learning_rate, (0.5, 0.999), args.arch_weight_decay,
                      args.momentum, args.weight_decay, processes.average, amp, eps=args.arch_epsilon)
 
-    def step_by(method):
-        def take(x, y, valid_x, valid_y, lambda_t):
-            return search_step(arch, optimizer, (x, y), (valid_x, valid_y), unrolled=args.unrolled,
-                               alpha_first=args.search_space != "nasbench201", hessian=args.hessian,
-                               lambda_t=lambda_t, kind=args.lambda_kind, epsilon=args.epsilon, method=method,
-                               grad_clip=args.grad_clip)
-
-        return Captured(take, net, [optimizer, arch.optimizer], run.log) if graph else take
+    def take(x, y, valid_x, valid_y, lambda_t, method):
+        return search_step(arch, optimizer, (x, y), (valid_x, valid_y), unrolled=args.unrolled,
+                           alpha_first=args.search_space != "nasbench201", hessian=args.hessian,
+                           lambda_t=lambda_t, kind=args.lambda_kind, epsilon=args.epsilon, method=method,
+                           grad_clip=args.grad_clip)
 
     compiled_for(device.type)  # a first compilation is no time of the run's steps
     parts = {"model": net, "optimizer": optimizer, "arch": arch.optimizer, "scheduler": scheduler}
@@ -103,20 +100,20 @@ def main():
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
             f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
     probe = next(eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))
-    method = take = None
+    if graph:
+        take = Captured(take, net, [optimizer, arch.optimizer], run.log)
     for epoch in range(run.epoch, args.epochs):
         lambda_t = args.lambda_reg * epoch / max(1, args.epochs - 1)
         grown = args.cutout_prob * epoch / max(1, args.epochs - 1)
         net.train()
-        if take is None or method != (args.lambda_grad if lambda_t else None):  # the first epoch has λ = 0
-            method = args.lambda_grad if lambda_t else None
-            take = step_by(method)
+        method = args.lambda_grad if lambda_t else None  # the first epoch has λ = 0
         weight = torch.tensor(lambda_t, device=device)
-        for step, train in enumerate(train_batches.epoch(epoch, grown, run.step), run.step):
-            if step == run.step or step % len(valid_batches) == 0:  # α's half starts over
+        first = run.step
+        for step, train in enumerate(train_batches.epoch(epoch, grown, first), first):
+            if step == first or step % len(valid_batches) == 0:  # α's half starts over
                 valid_stream = valid_batches.epoch(epoch, grown, step % len(valid_batches))
             run.seed()
-            grads = take(*train, *next(valid_stream), weight)
+            grads = take(*train, *next(valid_stream), weight, method=method)
             run.after_step(grads.loss, grads.logits, train[1], grads.clipped, Λ=grads.alignment)
         scheduler.step()
 

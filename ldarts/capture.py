@@ -9,14 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Captured:
-    """Calls step(*inputs), captured on its first call as a CUDA graph that later calls replay.
+    """Calls step(*inputs, **options), captured on its first call as a CUDA graph that later calls replay.
 
     step: from tensors to any structure of tensors, without waiting for the device; it changes nothing but the
     parameters and buffers of `net` and the state of `optimizers`, which starts as zeros. Numbers that change
     from call to call are inputs; learning rates are read from the optimizers. A graph holds addresses and
-    numbers: where one has changed since the capture (a tensor replaced, inputs of another shape, another
-    momentum) the step is captured anew. warn: told once if a capture fails; then step runs without a graph.
-    The result lies in the same memory after every call.
+    numbers: if one has changed since the capture (a tensor was replaced, inputs have another shape, an option
+    or a momentum another value) the step is captured again. warn: called once, with a line, if a capture
+    fails; from then on step runs without a graph. Each call's result overwrites the one before.
     """
 
     def __init__(self, step: Callable[..., Any], net: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
@@ -26,15 +26,13 @@ class Captured:
         self.rates = self.held = self.graph = None
         self.failed = False
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor, **options: Any) -> Any:
         with self._numbers_on_device(inputs[0].device):
+            if not self.failed and self.held != self._holds(inputs, options):
+                self._capture(inputs, options)
+                self.held = self._holds(inputs, options)
             if self.failed:
-                return self.step(*inputs)
-            if self.held != self._holds(inputs):
-                self._capture(inputs)
-                self.held = self._holds(inputs)
-            if self.failed:
-                return self.step(*inputs)
+                return self.step(*inputs, **options)
             for own, given in zip(self.inputs, inputs):
                 own.copy_(given)
             self.graph.replay()
@@ -42,9 +40,9 @@ class Captured:
 
     @contextmanager
     def _numbers_on_device(self, device: torch.device) -> Iterator[None]:
-        """Within, learning rates are tensors of the device, as is the number of Adam's steps ("capturable").
+        """Within, learning rates are tensors of the device, and so is Adam's count of steps ("capturable").
 
-        Outside the schedulers have their numbers, in double precision, and checkpoints do not depend on this.
+        Outside, rates are the schedulers' numbers, so that a checkpoint does not depend on a graph's use.
         """
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         if self.rates is None:
@@ -58,22 +56,22 @@ class Captured:
             for group, numbers in zip(groups, before):
                 group |= numbers
 
-    def _holds(self, inputs: Sequence[Tensor]) -> tuple:
-        """What a graph captured now would hold of memory and numbers."""
+    def _holds(self, inputs: Sequence[Tensor], options: dict[str, Any]) -> tuple:
+        """The addresses and numbers that a graph captured now would hold."""
         groups = [{name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
                   for optimizer in self.optimizers for group in optimizer.param_groups]
-        return [t.data_ptr() for t in self._state()], groups, [(t.shape, t.dtype) for t in inputs]
+        return [t.data_ptr() for t in self._state()], groups, options, [(t.shape, t.dtype) for t in inputs]
 
     def _state(self) -> list[Tensor]:
         """The tensors that a step may change."""
         states = [values for optimizer in self.optimizers for values in optimizer.state.values()]
         return self.net_tensors + [t for values in states for t in values.values() if isinstance(t, Tensor)]
 
-    def _capture(self, inputs: Sequence[Tensor]) -> None:
+    def _capture(self, inputs: Sequence[Tensor], options: dict[str, Any]) -> None:
         self.graph = self.result = None  # the memory of a graph before
         for optimizer in self.optimizers:
             for p, values in optimizer.state.items():
-                if "step" in values:  # on the host where no graph was used before
+                if "step" in values:  # on the host if no graph was used so far
                     values["step"] = values["step"].to(p.device)
         self.inputs = [t.clone() for t in inputs]
         before = {id(t): t.detach().clone() for t in self._state()}
@@ -82,13 +80,13 @@ class Captured:
         try:
             with torch.cuda.stream(stream):  # a capture that fails does not leave its own
                 for _ in range(3):  # libraries choose and load their kernels, which a capture may not do
-                    self.step(*self.inputs)
+                    self.step(*self.inputs, **options)
                 with torch.no_grad():  # as if nothing had been
                     for t in self._state():
                         t.copy_(before[id(t)]) if id(t) in before else t.zero_()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=stream), operations:
-                    self.result = self.step(*self.inputs)
+                    self.result = self.step(*self.inputs, **options)
             self.graph = graph
         except RuntimeError as error:
             if operations.last is None:  # before the capture

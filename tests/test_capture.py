@@ -1,7 +1,5 @@
-"""What surrounds a CUDA graph; the stand-in for torch.cuda is like a graph: a capture computes nothing."""
-import contextlib
+"""Passes in bf16, and a CUDA graph on a GPU; see test_on_a_gpu.py for what a pretended one shows."""
 import copy
-import importlib
 
 import pytest
 import torch
@@ -10,78 +8,6 @@ import torch.nn.functional as F
 import ldarts
 from ldarts.architect import search_step
 from ldarts.capture import Captured
-
-
-class Stream:
-    def wait_stream(self, other):
-        pass
-
-
-class Graph:
-    """Records one call of `step`, undoes it; replay calls it again, into the memory of the first results."""
-
-    def __init__(self, captured):
-        self.captured = captured
-
-    @contextlib.contextmanager
-    def capture(self):
-        state = [(t, t.detach().clone()) for t in self.captured._state()]
-        yield
-        with torch.no_grad():
-            for t, old in state:
-                t.copy_(old)
-
-    def replay(self):
-        found = self.captured.step(*self.captured.inputs)
-        for held, new in zip(flat(self.captured.result), flat(found), strict=True):
-            held.copy_(new)
-
-
-def flat(result):
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [t for part in result or () for t in flat(part)]
-
-
-def search(capture, monkeypatch, unrolled):
-    torch.manual_seed(0)
-    net = ldarts.SearchNetwork(2, 10, 4, "s2").double().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.weight_parameters(), 0.0, 0.9, weight_decay=3e-4, fused=True)
-    arch = ldarts.Architect(net, F.cross_entropy, lr=2**-12)
-
-    def step(x, y, valid_x, valid_y, lambda_t):
-        return search_step(arch, optimizer, (x, y), (valid_x, valid_y), unrolled=unrolled, alpha_first=True,
-                           lambda_t=lambda_t, kind="cosine", epsilon=1e-4, method="central", grad_clip=5.0)
-
-    take = step
-    if capture:
-        take = Captured(step, net, [optimizer, arch.optimizer])
-        adam = importlib.import_module("torch.optim.adam")
-        monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda: ["cpu"])
-        monkeypatch.setattr(torch.cuda, "Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(take))
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph.capture())
-    losses = []
-    for i in range(3):
-        optimizer.param_groups[0]["lr"] = 2.0 ** -(5 + i)  # a number of float32, which a graph holds it in
-        x = [torch.randn(4, 3, 8, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-             for _ in range(2)]
-        y = [torch.randint(10, (4,)) for _ in range(2)]
-        lambda_t = torch.tensor(0.1 * i, dtype=torch.float64)
-        losses.append(float(take(x[0], y[0], x[1], y[1], lambda_t).loss))
-    return losses, [*net.parameters(), *net.buffers()]
-
-
-@pytest.mark.parametrize("unrolled", [False, True], ids=["first order", "second order"])
-def test_a_captured_search_is_the_search(unrolled, monkeypatch):
-    """Warming up leaves no trace, and images, λ and the learning rate of every step reach the graph."""
-    expected, state = search(False, monkeypatch, unrolled)
-    found, captured_state = search(True, monkeypatch, unrolled)
-    assert found == pytest.approx(expected, rel=1e-6)
-    for a, b in zip(captured_state, state):  # a graph's Adam corrects its bias in float32
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_passes_in_bf16_point_where_float64_does():
