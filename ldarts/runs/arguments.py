@@ -95,17 +95,12 @@ SEARCH = [
     ("--hessian", "central", one_of(("central", "exact")), "second-order product: central, exact"),
     ("--arch_learning_rate", Default(3e-4, nasbench201=1e-4), POSITIVE, "of Adam on α"),
     ("--arch_weight_decay", 1e-3, NUMBER, "of Adam on α"),
-    ("--arch_epsilon", 1e-8, POSITIVE, "ε of Adam on α; with 0.1 steps follow the gradient's length, not its "
-                                       "sign alone"),
-    ("--lambda_reg", Default(0.125, nasbench201=0.25, svhn=0.25), NUMBER,
-     "λ of the last epoch; 0: plain DARTS"),
+    ("--arch_epsilon", 1e-8, POSITIVE, "of Adam on α; with 0.1 a step follows the gradient's length too"),
+    ("--lambda_reg", Default(0.125, nasbench201=0.25, svhn=0.25), NUMBER, "λ of the last epoch; 0: DARTS"),
     ("--lambda_kind", "cosine", one_of(KINDS), f"kind of Λ: {', '.join(KINDS)}"),
-    ("--lambda_grad", "central", one_of(METHODS),
-     "how ∇Λ is computed: central, exact; random: a control, a random direction as long as central's"),
+    ("--lambda_grad", "central", one_of(METHODS), "way to ∇Λ: central, exact; random is a control"),
     ("--epsilon", Default(1e-4, nasbench201=1e-4, svhn=1e-3), POSITIVE, "ε₀ of central"),
-    ("--probe_batches", None, COUNT,
-     "fresh batches of each half over which the metrics average Λ and the cells' gradients (default: the "
-     "last batch of the epoch)"),
+    ("--probe_batches", None, COUNT, "fresh batches of each half for the metrics (default: the last one)"),
     ("--eigenvalue", False, SWITCH, "log the dominant eigenvalue of ∂²L_valid/∂α² every epoch"),
     ("--plot", False, SWITCH, "draw the cells, α and the curves every epoch (needs matplotlib)"),
     ("--tensorboard", False, SWITCH, "write TensorBoard's event files (needs tensorboard)"),
@@ -114,20 +109,14 @@ SEARCH = [
 ]
 EVAL_SETS = (*DATASETS, "imagenet")
 EVAL = [
-    ("--arch", None, str,
-     "a published name (default LAMBDA_DARTS), a search's run folder, a genotype.json, a log of DARTS, its "
-     "genotypes.py:NAME, or the text of a genotype or an arch string"),
+    ("--arch", None, str, "a cell: a published name (default LAMBDA_DARTS), a search's run, a file, a text"),
     ("--evaluate", None, checkpoint_file, "test a run or the weights in this file, and stop"),
     ("--dataset", "cifar10", one_of(EVAL_SETS), ", ".join(EVAL_SETS)),
     ("--batch_size", Default(96, imagenet=1024), COUNT, "images of a step"),
     ("--epochs", Default(600, imagenet=250), COUNT, "over which the schedules run"),
-    ("--init_channels", None, COUNT,
-     "channels of the first cell (default 36, imagenet 48; 16 for cells of S1 to S4 on CIFAR-100 and SVHN, "
-     "and of nasbench201)"),
-    ("--layers", None, COUNT,
-     "cells (default 20, imagenet 14; 8 where channels are 16); in nasbench201 cells per stage (default 5)"),
-    ("--learning_rate", Default(0.025, imagenet=0.5), POSITIVE,
-     "at the start; falls to 0 along a cosine, on imagenet linearly"),
+    ("--init_channels", None, COUNT, "channels of the first cell (default as published: 36, imagenet 48)"),
+    ("--layers", None, COUNT, "cells (default as published: 20, imagenet 14), in nasbench201 per stage"),
+    ("--learning_rate", Default(0.025, imagenet=0.5), POSITIVE, "at the start; falls to 0 at the end"),
     ("--weight_decay", Default(3e-4, imagenet=3e-5), NUMBER, "of SGD"),
     ("--warmup_epochs", 5, COUNT_OR_0, "epochs in which imagenet's learning rate grows"),
     ("--auxiliary", None, YES_OR_NO, "auxiliary tower (default: on, in nasbench201 off)"),
