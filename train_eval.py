@@ -18,8 +18,8 @@ from ldarts.data import Batches, eval_batches, folder_batches, load
 from ldarts.distributed import Processes
 from ldarts.genotypes import to_json
 from ldarts.runs import (Run, amp_dtype, check_images, count_multiply_adds, count_parameters, evaluate,
-                         load_weights, parse_eval_args, pick_device, safe_layout, script, seed_everything,
-                         set_deterministic)
+                         load_weights, machine_facts, parse_eval_args, pick_device, safe_layout, script,
+                         seed_everything, set_deterministic)
 
 
 def main():
@@ -84,7 +84,8 @@ def main():
             optimizer, lambda epoch: (1 - epoch / args.epochs) * min(1, (epoch + 1) / warmup))
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    facts = {"parameters": count_parameters(net), "multiply_adds": count_multiply_adds(net, image)}
+    facts = {"parameters": count_parameters(net), "multiply_adds": count_multiply_adds(net, image),
+             "machine": machine_facts(device, engine=False, graph=False)}
     run = Run("eval", args, processes, {"model": net, "optimizer": optimizer, "scheduler": scheduler},
               len(train_batches), [train_set, test_set], facts, carried={"genotype": to_json(genotype)})
     run.write("genotype.json", to_json(genotype))

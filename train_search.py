@@ -22,10 +22,10 @@ from ldarts.architect import search_step
 from ldarts.capture import Captured
 from ldarts.data import Batches, eval_batches, halves, load
 from ldarts.distributed import Processes
-from ldarts.fused import compiled_for
 from ldarts.genotypes import to_json
-from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, check_images, evaluate, parse_search_args,
-                         pick_device, script, seed_everything, set_deterministic, uses_graph)
+from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, check_images, evaluate, machine_facts,
+                         parse_search_args, pick_device, script, seed_everything, set_deterministic,
+                         uses_graph)
 
 
 def skip_connections(genotype) -> int:
@@ -93,9 +93,9 @@ def main():
                            lambda_t=lambda_t, kind=args.lambda_kind, epsilon=args.epsilon, method=method,
                            grad_clip=args.grad_clip)
 
-    compiled_for(device.type)  # a first compilation is no time of the run's steps
     parts = {"model": net, "optimizer": optimizer, "arch": arch.optimizer, "scheduler": scheduler}
-    run = Run("search", args, processes, parts, len(train_batches), [train_set], means=1)
+    facts = {"machine": machine_facts(device, engine=True, graph=graph)}  # compiles the engine if need be
+    run = Run("search", args, processes, parts, len(train_batches), [train_set], facts, means=1)
     weights = sum(p.numel() for p in net.weight_parameters())
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
             f"{len(for_alpha)} for α, {weights:,} weights, on {device}")

@@ -92,7 +92,7 @@ def test_a_failure_is_one_warning_with_the_error_and_the_remedy(machine, monkeyp
     part, breaks, reason, remedy = FAILURES[name]
     breaks(machine, lambda *what: (monkeypatch.setenv if len(what) == 2 else monkeypatch.setattr)(*what))
     with pytest.warns(UserWarning) as found:
-        assert not build.load.__wrapped__(part)
+        assert build.hindrance.__wrapped__(part)
     (message,) = [str(warning.message) for warning in found]
     assert reason in message and remedy in message and "\n" not in message
     assert ("operators for CUDA" in message) == (part == "cuda") and "collect2" not in message
@@ -205,11 +205,11 @@ def test_values_of_the_switch(machine, monkeypatch, value, off):
     if off:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert not build.load.__wrapped__("cpu")
+            assert build.hindrance.__wrapped__("cpu")
         assert not told(machine)  # nothing was compiled
     monkeypatch.setenv("LDARTS_FUSED", value + "?")
     with pytest.raises(InputError, match=f"LDARTS_FUSED={value}.: use off"):
-        build.load.__wrapped__("cpu")
+        build.hindrance.__wrapped__("cpu")
 
 
 def test_without_a_compiler_the_reference_runs_with_one_warning(tmp_path):

@@ -36,11 +36,16 @@ def switched_off() -> bool:
     return value.lower() in OFF
 
 
-@functools.cache
 def load(part: str) -> bool:
     """Load the library "cpu" or "cuda"; compile it first if needed. False, with a warning, if that fails."""
+    return not hindrance(part)
+
+
+@functools.cache
+def hindrance(part: str) -> str:
+    """Why a library cannot be loaded; "" once it is."""
     if switched_off():
-        return False
+        return "LDARTS_FUSED=off"
     try:
         torch.ops.load_library(library(part))
     except Exception as error:  # a build fails in more ways than can be listed
@@ -48,9 +53,9 @@ def load(part: str) -> bool:
         reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
         device = " for CUDA" if part == "cuda" else ""  # the CPU's library has the operators of both
         warnings.warn(f"ldarts: no fused operators{device} ({reason}); the slower plain form runs. {remedy}; "
-                      "LDARTS_FUSED=off chooses it without this warning", stacklevel=3)
-        return False
-    return True
+                      "LDARTS_FUSED=off chooses it without this warning", stacklevel=4)
+        return reason
+    return ""
 
 
 def library(part: str) -> Path:

@@ -9,8 +9,8 @@ from .arguments import Parser, one_of, parse_eval_args, parse_search_args, uses_
 from .checkpoints import load_checkpoint, write_atomically
 from .derived import check_images, count_multiply_adds, count_parameters, load_weights, safe_layout
 from .folder import Run
-from .machine import (AMP, MEMORY_FORMATS, amp_dtype, device_name, pick_device, seed_everything,
-                      set_deterministic, versions)
+from .machine import (AMP, MEMORY_FORMATS, amp_dtype, device_name, machine_facts, pick_device,
+                      seed_everything, set_deterministic, versions)
 from .meters import evaluate
 from .records import read_config, read_metrics, read_run
 from .results import grouped, main, spread, table

@@ -19,6 +19,7 @@ from .checkpoints import (CHECKPOINT, PREVIOUS, load_checkpoint, not_written, re
                           write_atomically)
 from .machine import commit, device_name, seed_everything, versions
 from .meters import Meter
+from .records import read_config
 from .signals import Signals, lock
 
 NEVER = 2**62  # larger than any step
@@ -61,6 +62,8 @@ class Run:
             config = vars(args) | {"kind": kind, "processes": processes.world, "versions": versions(),
                                    "device_name": device_name(processes.device), "commit": commit()}
             self.write("config.json", json.dumps(config | (facts or {}), indent=1) + "\n")
+        if facts and self.writes:
+            self._log_machine(facts["machine"])
         self.board = None
         if self.writes and getattr(args, "tensorboard", False):
             from torch.utils.tensorboard import SummaryWriter
@@ -200,6 +203,13 @@ class Run:
             self.processes.largest(0)  # wait: torchrun ends the others when the first one leaves
             sys.exit(Signals.STATUS[signal_number])
 
+    def _log_machine(self, now: dict[str, str | int | bool]) -> None:
+        self.log("machine: " + ", ".join(f"{name} {value}" for name, value in now.items()))
+        before = read_config(self.path).get("machine", now)
+        if changes := [f"{name} {before.get(name)}, now {now.get(name)}" for name in before | now
+                       if before.get(name) != now.get(name)]:
+            self.log(f"warning: the bits will differ from an uninterrupted run's: {'; '.join(changes)}")
+
     def _resume(self) -> None:
         state = self._newest() if self.writes else None
         self.processes.largest(0)  # wait until rank 0 has moved a damaged file away
@@ -228,7 +238,6 @@ class Run:
             raise InputError(f"{where}: not a checkpoint of this run ({brief(error)}); "
                              "start again with another --save") from error
         self.log(f"{self.path}: continued at step {self.step} of epoch {self.epoch}")
-
     def _newest(self) -> dict[str, Any] | None:
         """The last whole checkpoint, None if there is none yet. A damaged one is moved away, because the next
         save would make it the previous one."""

@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__
 from ..errors import InputError
+from ..fused.build import hindrance
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 AMP = ("none", "bf16")
@@ -70,6 +71,16 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     on_gpu = device.type == "cuda"
     return torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def machine_facts(device: torch.device, engine: bool, graph: bool) -> dict[str, str | int | bool]:
+    """What the bits of a run depend on beside its arguments. engine, graph: whether it uses them"""
+    found = {"device": device_name(device), "threads": torch.get_num_threads()}
+    if engine:
+        hindrances = [hindrance(part) for part in dict.fromkeys(("cpu", device.type))]
+        reason = next(filter(None, hindrances), "")
+        found["engine"] = f"off, the plain form runs ({reason})" if reason else "on"
+    return found | {"graph": graph} if device.type == "cuda" else found
 
 
 def commit() -> str | None:

@@ -8,8 +8,8 @@ from .arguments import MAY_CHANGE, Parser
 from .records import read_config, read_metrics, read_run, run_folder, unfinished
 
 # Arguments and facts that may differ between runs of one row of a table, or of one band of a plot.
-INCIDENTAL = (*MAY_CHANGE, "resume", "seed", "save", "device_name", "versions", "commit", "deterministic",
-              "eigenvalue", "parameters", "multiply_adds")
+INCIDENTAL = (*MAY_CHANGE, "resume", "seed", "save", "device_name", "machine", "versions", "commit",
+              "deterministic", "eigenvalue", "parameters", "multiply_adds")
 COLUMNS = ("accuracy, %", "parameters, M", "multiply-adds, M", "search, min", "Λ", "true accuracy, %")
 
 
