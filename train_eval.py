@@ -116,7 +116,7 @@ def main():
             run.after_step(loss, logits, y)
         scheduler.step()
         run.seed()
-        train_loss, train_accuracy = run.meter.read()
+        train_loss, train_accuracy, _ = run.meter.read()
         test_loss, test_accuracy = test()
         best = max([test_accuracy, *(values["test_accuracy"] for values in run.history)])
         run.log(f"epoch {epoch}: test loss {test_loss:.4f}, accuracy {test_accuracy:.2f} % "

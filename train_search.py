@@ -95,7 +95,7 @@ def main():
 
     parts = {"model": net, "optimizer": optimizer, "arch": arch.optimizer, "scheduler": scheduler}
     facts = {"machine": machine_facts(device, engine=True, graph=graph)}  # compiles the engine if need be
-    run = Run("search", args, processes, parts, len(train_batches), [train_set], facts, means=1)
+    run = Run("search", args, processes, parts, len(train_batches), [train_set], facts)
     weights = sum(p.numel() for p in net.weight_parameters())
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
             f"{len(for_alpha)} for α, {weights:,} weights, on {device}")

@@ -446,7 +446,7 @@ def resumable(tmp_path, monkeypatch):
         return runs.Run("search", args, Processes(torch.device("cpu")), {"model": net}, 5, [])
 
     state = {"model": net.state_dict(), "processes": 1, "epoch": 0, "step": 1,
-             "seconds": 0.5, "meters": torch.ones(1, 3, dtype=torch.float64), "history": [{"epoch": 0}],
+             "seconds": 0.5, "meters": torch.ones(1, 4, dtype=torch.float64), "history": [{"epoch": 0}],
              "data": []}
     attempt.state = state
     assert attempt(sealed(state)).step == 1

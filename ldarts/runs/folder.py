@@ -30,24 +30,24 @@ class Run:
 
     The constructor makes the folder, or, with args.resume, continues the run from its last whole checkpoint.
     args: those of the script; parts: objects with a state_dict, by their names in the checkpoint; steps: per
-    epoch; sets: the images, each an ImageSet or ImageFolder; facts: more for config.json; means: how many
-    numbers are averaged beside loss and accuracy; carried: more for readers of the checkpoint. A checkpoint,
-    the arguments and the images determine the rest of the run, because batches and random numbers depend on
-    (seed, rank, epoch, step) alone. All processes call each method; only rank 0 writes.
+    epoch; sets: the images, each an ImageSet or ImageFolder; facts: more for config.json; carried: more for
+    readers of the checkpoint. A checkpoint, the arguments and the images determine the rest of the run,
+    because batches and random numbers depend on (seed, rank, epoch, step) alone. All processes call each
+    method; only rank 0 writes.
 
     epoch, step: the next ones; meter: of this epoch; history: the lines of metrics.jsonl. With and without
     interruptions only its `seconds` differ.
     """
 
     def __init__(self, kind: str, args: argparse.Namespace, processes: Processes, parts: dict[str, Any],
-                 steps: int, sets: Sequence[Any], facts: dict[str, Any] | None = None, means: int = 0,
+                 steps: int, sets: Sequence[Any], facts: dict[str, Any] | None = None,
                  carried: dict[str, Any] | None = None):
         self.args, self.processes, self.parts, self.steps = args, processes, parts, steps
         self.carried = carried or {}
         self.writes = processes.rank == 0
         self.epoch, self.step, self.history = 0, 0, []
         self.data = [images.identity() for images in sets]
-        self.means, self.meter = means, Meter(processes, means)
+        self.meter = Meter(processes)
         self.epoch_started = time.perf_counter()
         self.steps_taken, self.saves, self.save_seconds = 0, 0, 0.0  # by this process
         self.first_not_finite: dict[str, Tensor] = {}  # the step in which a quantity was not finite
@@ -89,14 +89,14 @@ class Run:
         """Seed the generators for the next step, or for what follows the last one of an epoch."""
         seed_everything(self.args.seed, self.processes.rank, self.epoch, self.step)
 
-    def after_step(self, loss: Tensor, logits: Tensor, y: Tensor, means: Tensor | None = None,
+    def after_step(self, loss: Tensor, logits: Tensor, y: Tensor, clipped: Tensor | None = None,
                    **watched: Tensor | None) -> None:
         """Record a finished step; report, save and stop if it is time.
 
-        loss: of the global batch; logits, y: of this process; means: [self.means], averaged over the epoch;
+        loss: of the global batch; logits, y: of this process; clipped: [1], 1 if the gradient was clipped;
         watched: further scalars that have to be finite.
         """
-        self.meter.update(loss, logits, y, means)
+        self.meter.update(loss, logits, y, clipped)
         for name, value in {"the loss": loss, **watched}.items():
             if value is not None:  # stays on the device, so that the step does not wait for it
                 at = torch.where(value.detach().isfinite(), NEVER, self.step)
@@ -129,7 +129,7 @@ class Run:
                 if name != "epoch" and isinstance(value, (int, float)):
                     self.board.add_scalar(name, value, self.epoch)
             self.board.flush()
-        self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.processes, self.means)
+        self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.processes)
         self.epoch_started = time.perf_counter()
         self.save()
         self._stop(*self.processes.largest(self.signals.received))
@@ -138,7 +138,7 @@ class Run:
         """Write a checkpoint. Raises NotFinite if a weight is not finite."""
         started = time.perf_counter()
         self._require_finite()
-        meters = self.processes.gather(self.meter.totals)  # [world, 3 + means]
+        meters = self.processes.gather(self.meter.totals)  # [world, 4]
         state = {name: part.state_dict() for name, part in self.parts.items()}
         finite = torch.stack([value.isfinite().all() for value in state["model"].values()]).tolist()
         for name, fine in zip(state["model"], finite):

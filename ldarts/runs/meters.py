@@ -8,24 +8,24 @@ from ..distributed import Processes
 
 
 class Meter:
-    """Means of loss, accuracy and further numbers over all processes. They stay on the device until read."""
+    """Means of loss, accuracy and clipped steps over all processes. They stay on the device until read."""
 
-    def __init__(self, processes: Processes, means: int = 0):
+    def __init__(self, processes: Processes):
         self.processes = processes
-        # number of images; sums of loss, correct answers, further numbers
-        self.totals = torch.zeros(3 + means, dtype=torch.float64, device=processes.device)
+        # number of images; sums over images of loss, correct answers, clipped steps
+        self.totals = torch.zeros(4, dtype=torch.float64, device=processes.device)
 
-    def update(self, loss: Tensor, logits: Tensor, y: Tensor, means: Tensor | None = None) -> None:
-        """loss: mean over y; logits [N, num_classes]; y [N]; means: the further numbers for this batch"""
+    def update(self, loss: Tensor, logits: Tensor, y: Tensor, clipped: Tensor | None = None) -> None:
+        """loss: mean over y; logits [N, num_classes]; y [N]; clipped: [1], 1 if the gradient was clipped"""
         correct = (logits.detach().argmax(1) == y).double().mean()
-        values = torch.stack([torch.ones_like(correct), loss.detach().double(), correct])
-        self.totals += len(y) * (values if means is None else torch.cat([values, means.detach().double()]))
+        self.totals[:3] += len(y) * torch.stack([torch.ones_like(correct), loss.detach().double(), correct])
+        if clipped is not None:
+            self.totals[3:] += len(y) * clipped.detach().double()
 
-    def read(self) -> tuple[float, ...]:
-        """(mean loss, accuracy in percent, mean of each further number)"""
-        count, *sums = self.processes.gather(self.totals).sum(0).tolist()
-        loss, correct, *means = (total / count for total in sums)
-        return loss, 100 * correct, *means
+    def read(self) -> tuple[float, float, float]:
+        """(mean loss, accuracy in percent, share of clipped steps)"""
+        count, loss, correct, clipped = self.processes.gather(self.totals).sum(0).tolist()
+        return loss / count, 100 * (correct / count), clipped / count
 
 
 @torch.no_grad()
@@ -36,4 +36,4 @@ def evaluate(net: Callable, criterion: nn.Module, batches: Iterable,
     for x, y in batches:
         logits = net(x)
         meter.update(criterion(logits, y), logits, y)
-    return meter.read()
+    return meter.read()[:2]
