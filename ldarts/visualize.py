@@ -220,7 +220,8 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> None:
 def draw_shares(groups: dict[str, list[list[list[float]]]], path: Path) -> None:
     """Each cell's share in the gradient by α over the epochs: a panel for each group, its runs averaged.
 
-    groups: name -> of each run, of each epoch, the cells' shares. Cells go from input (below) to output; white is a share of 1/n.
+    groups: name -> for each run, for each epoch, the cells' shares. Cells go from input (below) to output;
+    white is a share of 1/n.
     """
     means = {}  # of each group [epochs, cells]
     for label, runs in groups.items():

@@ -238,6 +238,7 @@ class Run:
             raise InputError(f"{where}: not a checkpoint of this run ({brief(error)}); "
                              "start again with another --save") from error
         self.log(f"{self.path}: continued at step {self.step} of epoch {self.epoch}")
+
     def _newest(self) -> dict[str, Any] | None:
         """The last whole checkpoint, None if there is none yet. A damaged one is moved away, because the next
         save would make it the previous one."""
