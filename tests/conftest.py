@@ -63,5 +63,8 @@ def figures(request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if path := os.environ.get("LDARTS_SKIPPED"):  # a file for their names, one a line, as pytest @FILE takes them
+        skipped = dict.fromkeys(report.nodeid for report in terminalreporter.stats.get("skipped", []))
+        Path(path).write_text("".join(f"{name}\n" for name in skipped))
     if counts := config.stash.get(FIGURES, None):
         terminalreporter.write_line(", ".join(f"{count} {what}" for what, count in counts.items()))

@@ -52,18 +52,19 @@ def assert_same(found, expected, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", ["s2", "s4", "nasbench201"])
 def test_without_lambda_every_estimator_is_plain_darts(space, method):
     assert_same(search(space, method, 1e-12), search(space, None, 0.0))
     assert any(float((a - b).abs().max()) > 1e-3 for a, b in zip(search(space), search(space, None, 0.0)))
 
 
-@pytest.mark.parametrize("changed", [{"layout": "contiguous"}, {"fused": False}, {"engine": False},
-                                     {"permuted": True}], ids=str)
-@pytest.mark.parametrize("space", SPACES)
+CHANGES = [{"layout": "contiguous"}, {"fused": False}, {"engine": False}, {"permuted": True}]
+OF_NOISE = [{"fused": False}, {"engine": False}]  # the noise of s4 is drawn in the order of memory
+
+
+@pytest.mark.parametrize("space, changed", [(space, changed) for space in SPACES
+                                            for changed in (OF_NOISE if space == "s4" else CHANGES)], ids=str)
 def test_what_changes_nothing(space, changed):
-    if space == "s4" and not changed.keys() & {"fused", "engine"}:
-        pytest.skip("the noise of s4 is drawn image by image, in the order of memory")
     if "engine" in changed and not compiled_for("cpu"):
         pytest.skip("the extension is not compiled: no compiler here")
     assert_same(search(space, **changed), search(space))
