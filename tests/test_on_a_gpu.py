@@ -60,6 +60,13 @@ def succeed(gpu, folder, *args, **options):
     return folder
 
 
+def succeed_together(gpu, *runs, **options):
+    """Each of the runs (folder, target, arguments …), at the same time."""
+    started = [gpu.start(*run, **options) for run in runs]
+    for status, run in zip([gpu.wait(process) for process in started], runs):
+        assert status == 0, printed(run[0])
+
+
 # ---- what the machine pretends
 
 def prohibitions():
@@ -192,8 +199,8 @@ def search_that_reads_back(*argv):
 
 def test_a_capture_that_fails_is_one_warning_and_the_search_goes_on(gpu, folder):
     failed, whole = folder("failed"), folder("whole")
-    succeed(gpu, failed, "test_on_a_gpu:search_that_reads_back", *IN_201)
-    succeed(gpu, whole, "train_search.py", *IN_201)
+    succeed_together(gpu, (failed, "test_on_a_gpu:search_that_reads_back", *IN_201),
+                     (whole, "train_search.py", *IN_201))
     warning, = re.findall("warning: .*graph.*", printed(failed))
     assert "aten._local_scalar_dense" in warning and "it runs without one" in warning
     assert_close(failed, whole)
@@ -227,8 +234,7 @@ SEARCHES = {
 def test_a_search_on_a_gpu_is_the_one_on_the_cpu(name, gpu, folder):
     on_gpu, on_cpu = folder("gpu"), folder("cpu")
     argv = ["train_search.py", *SEARCH, "--epochs", "2", "--batch_size", "20", *SEARCHES[name]]
-    succeed(gpu, on_gpu, *argv, "--no-graph")
-    succeed(gpu, on_cpu, *argv, "--device", "cpu")
+    succeed_together(gpu, (on_gpu, *argv, "--no-graph"), (on_cpu, *argv, "--device", "cpu"))
     assert lines(on_gpu) == lines(on_cpu)
     assert "on cuda:0" in printed(on_gpu) and "on cpu" in printed(on_cpu)
 
@@ -236,8 +242,7 @@ def test_a_search_on_a_gpu_is_the_one_on_the_cpu(name, gpu, folder):
 def test_training_on_a_gpu_is_that_on_the_cpu(gpu, folder):
     on_gpu, on_cpu = folder("gpu"), folder("cpu")
     argv = ["train_eval.py", *TRAIN, "--auxiliary", "--deterministic"]
-    succeed(gpu, on_gpu, *argv)
-    succeed(gpu, on_cpu, *argv, "--device", "cpu")
+    succeed_together(gpu, (on_gpu, *argv), (on_cpu, *argv, "--device", "cpu"))
     assert lines(on_gpu) == lines(on_cpu)
     succeed(gpu, on_gpu, "train_eval.py", "--data", "..", "--evaluate", "runs/one")
     assert "checkpoint.pt on cifar10: test loss" in printed(on_gpu)
@@ -288,21 +293,22 @@ def test_a_continued_search_is_the_whole_one(name, gpu, folder):
     flags, engine = CONTINUED[name]
     argv = [*SEARCH, "--epochs", "2", *flags]
     whole, stopped = folder("whole"), folder("stopped")
-    succeed(gpu, whole, "train_search.py", *argv, engine=engine)
-    succeed(gpu, stopped, "test_on_a_gpu:stopped_after", 1, "train_search.py", *argv, engine=engine)
+    succeed_together(gpu, (whole, "train_search.py", *argv),
+                     (stopped, "test_on_a_gpu:stopped_after", 1, "train_search.py", *argv), engine=engine)
     succeed(gpu, stopped, "train_search.py", "--resume", "runs/one", engine=engine)
     assert_same_bits(stopped, whole)
 
 
 def test_a_search_may_be_continued_with_a_graph_without_one_and_on_a_cpu(gpu, folder):
     """Rounding differs, numbers do not: the plain form, and ∇Λ by double backward."""
-    whole = succeed(gpu, folder("whole"), "train_search.py", *IN_201)
-    for first in ("--graph", "--no-graph"):
-        stopped = folder(first)
-        succeed(gpu, stopped, "test_on_a_gpu:stopped_after", 3, "train_search.py", *IN_201, first)
+    whole, *stopped = folder("whole"), folder("graph"), folder("no graph")
+    succeed_together(gpu, (whole, "train_search.py", *IN_201),
+                     *((path, "test_on_a_gpu:stopped_after", 3, "train_search.py", *IN_201, first)
+                       for path, first in zip(stopped, ("--graph", "--no-graph"))))
+    for path, first in zip(stopped, ("--graph", "--no-graph")):
         for then in ("--graph", "--no-graph", "--no-graph --device cpu"):
             continued = folder(f"{first} {then}")
-            shutil.copytree(stopped / "runs", continued / "runs")
+            shutil.copytree(path / "runs", continued / "runs")
             succeed(gpu, continued, "train_search.py", "--resume", "runs/one", *then.split())
             assert_close(continued, whole)
             differ = re.findall("warning: the bits will differ .*: (.*)", printed(continued))
@@ -314,8 +320,7 @@ def test_a_search_may_be_continued_with_a_graph_without_one_and_on_a_cpu(gpu, fo
 def test_a_continued_training_is_the_whole_one(gpu, folder):
     whole, stopped = folder("whole"), folder("stopped")
     argv = ["train_eval.py", *TRAIN, "--drop_path_prob", "0.2"]
-    succeed(gpu, whole, *argv)
-    succeed(gpu, stopped, "test_on_a_gpu:stopped_after", 3, *argv)
+    succeed_together(gpu, (whole, *argv), (stopped, "test_on_a_gpu:stopped_after", 3, *argv))
     succeed(gpu, stopped, "train_eval.py", "--resume", "runs/one")
     assert_same_bits(stopped, whole)
 
@@ -343,11 +348,10 @@ READ_BACK = {
     ("train_eval.py", [*TRAIN, "--drop_path_prob", "0.2"])])
 def test_no_step_between_two_reports_waits_for_the_device(script, flags, gpu, folder):
     """More steps in an epoch are no more waits."""
-    counts = []
-    for batch_size in (10, 5):
-        argv = [*flags, "--epochs", "1", "--batch_size", batch_size]
-        path = succeed(gpu, folder(f"batches of {batch_size}"), script, *argv, engine=True)
-        counts.append(waits(path))
+    runs = [(folder(f"batches of {size}"), script, *flags, "--epochs", "1", "--batch_size", size)
+            for size in (10, 5)]
+    succeed_together(gpu, *runs, engine=True)
+    counts = [waits(path) for path, *_ in runs]
     assert counts[0] == counts[1]
     functions = {place.split()[1] for what, place in counts[0] if what == "read back"}
     assert functions <= set.union(*READ_BACK.values())
