@@ -107,8 +107,9 @@ int64_t begin_capture() {
 }
 
 void end_capture() {  // nothing is computed under capture
+  at::AutoDispatchBelowADInplaceOrView below;
   for (auto pair = capture->overwritten.rbegin(); pair != capture->overwritten.rend(); ++pair)
-    std::memcpy(pair->first.mutable_data_ptr(), pair->second.data_ptr(), pair->first.nbytes());
+    pair->first.copy_(pair->second);
   capture->overwritten.clear();
   capture = nullptr;
 }
@@ -157,71 +158,77 @@ bool is_any_of(const std::string& name, std::initializer_list<const char*> names
 const std::initializer_list<const char*> NOT_DETERMINISTIC = {
     "aten::_adaptive_avg_pool2d_backward", "aten::adaptive_max_pool2d_backward", "aten::bincount", "aten::cumsum",
     "aten::histc", "aten::nll_loss2d_forward", "aten::put_", "aten::upsample_bilinear2d_backward"};
+const std::initializer_list<const char*> INDEXING = {"aten::index", "aten::index_put_", "aten::_index_put_impl_"};
+const std::initializer_list<const char*> READING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero",
+                                                    "aten::masked_select", "aten::_unique2"};
 
-void compute(const c10::OperatorHandle& op, Stack* stack) {
-  const auto& schema = op.schema();
-  const std::string& name = schema.name();
-  const size_t count = schema.arguments().size();
-  const bool indexes = is_any_of(name, {"aten::index", "aten::index_put_", "aten::_index_put_impl_"});
-  const bool copies = name == "aten::copy_";
-  std::vector<std::pair<Tensor, Tensor>> on_both;  // a tensor of the device, and the same memory on the host
-  bool of_host = false, masks = false;
-  Stack arguments;
-  for (size_t i = 0; i < count; ++i) {
-    const c10::IValue& value = (*stack)[stack->size() - count + i];
-    TORCH_CHECK(!value.isGenerator() || value.toGenerator().device().type() != c10::kCPU,
-                "Expected a 'cuda' device type for generator but found 'cpu' (", name, ")");
-    if (value.isDevice()) {
-      arguments.emplace_back(c10::Device(c10::kCPU));
-      continue;
+// The arguments of a call, as the kernel for CPUs takes them.
+struct Arguments {
+  Stack on_host;
+  std::vector<std::pair<Tensor, Tensor>> of_device;  // a tensor of the device, and the same memory on the host
+  bool any_of_host = false;  // but for numbers, which travel with the launch
+  bool any_mask = false;
+
+  Arguments(const std::string& name, c10::ArrayRef<c10::IValue> values) {
+    for (const c10::IValue& value : values) {
+      TORCH_CHECK(!value.isGenerator() || value.toGenerator().device().type() != c10::kCPU,
+                  "Expected a 'cuda' device type for generator but found 'cpu' (", name, ")");
+      on_host.push_back(value.isDevice() ? c10::IValue(c10::Device(c10::kCPU))
+                                         : map_tensors(value, [&](const Tensor& t) { return take(t); }));
     }
-    arguments.push_back(map_tensors(value, [&](const Tensor& t) {
-      if (!t.is_cuda()) {
-        of_host |= t.dim() > 0;
-        return t.dim() == 0 && capture && !copies ? t.clone() : t;
-      }
-      masks |= indexes && i > 0 && t.scalar_type() == at::kBool;
-      on_both.emplace_back(t, on_host(t));
-      return on_both.back().second;
-    }));
   }
-  if (copies) {
-    const bool to = stack->at(stack->size() - count).toTensor().is_cuda();
-    const bool from = stack->at(stack->size() - count + 1).toTensor().is_cuda();
-    if (to != from) wait(from ? "read back" : "sent", name);
-  } else if (of_host && !on_both.empty()) {
+
+  Tensor take(const Tensor& t) {
+    if (t.is_cuda()) {
+      any_mask |= t.scalar_type() == at::kBool;
+      of_device.emplace_back(t, ::on_host(t));
+      return of_device.back().second;
+    }
+    any_of_host |= t.dim() > 0;
+    return t.dim() == 0 && capture ? t.clone() : t;  // a graph has the number as it was
+  }
+};
+
+// The device's prohibitions, and where the host waits for it.
+void check(const std::string& name, const Arguments& arguments) {
+  TORCH_CHECK(!at::globalContext().deterministicAlgorithms() || !is_any_of(name, NOT_DETERMINISTIC),
+              name, " does not have a deterministic implementation, but use_deterministic_algorithms is set");
+  const bool indexes = is_any_of(name, INDEXING);
+  if (arguments.any_of_host && !arguments.of_device.empty()) {
     TORCH_CHECK(indexes, "Expected all tensors to be on the same device, but found at least two devices, "
                 "cuda:0 and cpu! (", name, ")");
     wait("sent", name);
   }
-  if (masks || is_any_of(name, {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select",
-                                "aten::_unique2"}))
-    wait("read back", name);
-  TORCH_CHECK(!at::globalContext().deterministicAlgorithms() || !is_any_of(name, NOT_DETERMINISTIC),
-              name, " does not have a deterministic implementation, but use_deterministic_algorithms is set");
-  if (capture) {
-    for (size_t i = 0; i < count; ++i) {
-      const auto* alias = schema.arguments()[i].alias_info();
-      const bool statistics = name == "aten::native_batch_norm" && (i == 3 || i == 4);
-      if ((alias && alias->isWrite()) || statistics)
-        map_tensors(arguments[i], [&](const Tensor& t) {
-          capture->overwritten.emplace_back(t, t.clone());
-          return t;
-        });
-    }
+  if (is_any_of(name, READING) || (indexes && arguments.any_mask)) wait("read back", name);
+}
+
+void keep_overwritten(const c10::FunctionSchema& schema, const Stack& arguments) {
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    const bool statistics = schema.name() == "aten::native_batch_norm" && (i == 3 || i == 4);
+    if ((alias && alias->isWrite()) || statistics)
+      map_tensors(arguments[i], [&](const Tensor& t) {
+        capture->overwritten.emplace_back(t, t.clone());
+        return t;
+      });
   }
-  Stack results = arguments;
+}
+
+// Calls the kernel for CPUs on the same memory, and puts its results on the device.
+void call(const c10::OperatorHandle& op, Stack* stack, Arguments& arguments) {
+  if (capture) keep_overwritten(op.schema(), arguments.on_host);
+  Stack results = arguments.on_host;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     op.callBoxed(&results);
   }
-  if (capture) capture->calls.push_back({op, arguments, results});
-  torch::jit::drop(*stack, count);
+  if (capture) capture->calls.push_back({op, arguments.on_host, results});
+  torch::jit::drop(*stack, arguments.on_host.size());
   for (const c10::IValue& result : results)
     stack->push_back(map_tensors(result, [&](const Tensor& t) {
-      for (auto& [device, host] : on_both)
-        if (t.is_same(host)) {
-          if (device.sizes() != host.sizes())  // arange makes its result larger
+      for (auto& [device, host] : arguments.of_device)
+        if (t.is_same(host)) {  // an argument that was written to
+          if (device.sizes() != host.sizes())  // and made larger, as arange does
             set_storage(device, on_device(host).storage(), host.storage_offset(), host.sizes(), host.strides());
           return device;
         }
@@ -229,7 +236,20 @@ void compute(const c10::OperatorHandle& op, Stack* stack) {
     }));
 }
 
-void fallback(const c10::OperatorHandle& op, Stack* stack) { compute(op, stack); }
+void fallback(const c10::OperatorHandle& op, Stack* stack) {
+  Arguments arguments(op.schema().name(), torch::jit::last(*stack, op.schema().arguments().size()));
+  check(op.schema().name(), arguments);
+  call(op, stack, arguments);
+}
+
+Tensor& copy(Tensor& self, const Tensor& source, bool) {
+  if (self.is_cuda() != source.is_cuda()) wait(source.is_cuda() ? "read back" : "sent", "aten::copy_");
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", "");
+  Stack stack{self, source, false};
+  Arguments arguments("aten::copy_", stack);
+  call(op, &stack, arguments);
+  return self;
+}
 
 Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
              std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
@@ -261,8 +281,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("resize_", &at::native::resize_);
   m.impl("set_.source_Storage", &set_whole_storage);
   m.impl("set_.source_Storage_storage_offset", &set_storage);
+  m.impl("copy_", &copy);
   // These have a form for all devices, which would look for a kernel of CUDA's.
-  for (const char* name : {"copy_", "convolution", "convolution_backward"})
+  for (const char* name : {"convolution", "convolution_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 

@@ -222,14 +222,6 @@ def test_a_deterministic_run_on_a_gpu_continues_to_the_same_bits(script, argv, f
     assert_same_bits(folder / "stopped", folder / "whole")
 
 
-def test_deterministic_algorithms_are_there_for_all_that_a_run_does(folder, forks):
-    for script, argv in (("train_search.py", UNROLLED), ("train_eval.py", EVAL)):
-        (folder / script[:-3]).mkdir()
-        process = forks.start(folder / script[:-3], script, *argv, "--data", "../..", "--epochs", "1",
-                              "--deterministic")
-        assert forks.finish(process) == 0, printed(folder / script[:-3])
-
-
 # ---- faults of the disk
 
 @pytest.fixture(scope="module")

@@ -220,11 +220,11 @@ def assert_close(folder, other):
 
 
 SEARCHES = {
-    "darts, second order": ["--search_space", "darts", "--unrolled"],
+    "darts, second order": ["--search_space", "darts", "--unrolled", "--deterministic"],
     "s1, first order": ["--search_space", "s1"],
     "s2, exact": ["--search_space", "s2", "--unrolled", "--hessian", "exact", "--lambda_grad", "exact"],
     "s3, sign": ["--search_space", "s3", "--lambda_kind", "sign", "--memory_format", "contiguous"],
-    "s4, second order": ["--search_space", "s4", "--unrolled", "--cutout"],
+    "s4, second order": ["--search_space", "s4", "--unrolled", "--cutout", "--deterministic"],
     "nasbench201, random": ["--search_space", "nasbench201", "--layers", "1", "--lambda_grad", "random",
                             "--eigenvalue", "--deterministic"],
 }
@@ -401,7 +401,7 @@ def test_two_processes_with_a_gpu_each(gpu, folder):
 
 
 @pytest.mark.parametrize("command", [
-    "step --search_space s2 --layers 4 --init_channels 2 --batch_size 2 --steps 1 --profile 0 --unrolled",
+    "step --search_space nasbench201 --layers 1 --init_channels 2 --batch_size 2 --steps 1 --profile 0",
     "eval --layers 3 --init_channels 4 --batch_size 2 --steps 1 --amp bf16",
     "mixed_sum --stages 3 --terms 2 --no-compile"])
 def test_the_bench(command, gpu, folder):
