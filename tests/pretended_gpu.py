@@ -156,10 +156,10 @@ def pretend_nccl(dist, gpu) -> None:
 def pretend_engine() -> None:
     """Let the library for CPUs stand for the one for CUDA: the operators find their way by the fallback."""
     from ldarts.fused import build
-    load = build.load
+    hindrance = build.hindrance
     for name, module in list(sys.modules.items()):
-        if name.startswith("ldarts.") and getattr(module, "load", None) is load:
-            module.load = lambda part: load("cpu")
+        if name.startswith("ldarts.") and getattr(module, "hindrance", None) is hindrance:
+            module.hindrance = lambda part: hindrance("cpu")
 
 
 # ---- processes that have one
