@@ -2,6 +2,7 @@
 
 Without a graph and the engine it has to give the bits of the CPU: both compute by the same kernels.
 """
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -138,22 +140,24 @@ def captured_steps():
 
     def load(search):
         for optimizer in (search.w, search.arch.optimizer):
-            state = optimizer.state_dict()
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            state = torch.load(io.BytesIO(file.getvalue()), map_location="cpu", weights_only=True)
             state["param_groups"][0]["lr"] /= 2
             optimizer.load_state_dict(state)
 
-    def set_group(optimizer, **values):
-        return lambda search: operator_of(search, optimizer).param_groups[0].update(values)
+    def set_w(**values):
+        return lambda search: search.w.param_groups[0].update(values)
 
-    def operator_of(search, name):
-        return search.w if name == "w" else search.arch.optimizer
+    def set_alpha(**values):
+        return lambda search: search.arch.optimizer.param_groups[0].update(values)
 
-    events = {"nothing": lambda search: None, "the learning rate": set_group("w", lr=0.0625),
-              "α's learning rate": set_group("α", lr=2**-9), "the optimizers' states": load,
-              "the learning rate after that": set_group("w", lr=0.03125),
+    events = {"nothing": lambda search: None, "the learning rate": set_w(lr=0.0625),
+              "α's learning rate": set_alpha(lr=2**-9), "the optimizers' states": load,
+              "the learning rate after that": set_w(lr=0.03125),
               "the weights": replace_weights, "running statistics": replace_statistics,
-              "the momentum": set_group("w", momentum=0.5), "Adam's betas": set_group("α", betas=(0.25, 0.9)),
-              "a smaller batch": lambda search: None, "without Λ": lambda search: None}
+              "the momentum": set_w(momentum=0.5), "Adam's betas": set_alpha(betas=(0.25, 0.9)),
+              "without Λ": lambda search: None, "a smaller batch": lambda search: None}
     plain, captured = Search(False), Search(True)
     for i, (event, change) in enumerate(events.items()):
         n = 3 if event == "a smaller batch" else 4
@@ -192,7 +196,6 @@ def search_that_reads_back(*argv):
         return search_step(arch, optimizer, train, *args, **kwargs)
 
     train_search.search_step = reading
-    import sys
     sys.argv = ["train_search.py", *argv]
     runs.script(train_search.main)
 
@@ -263,7 +266,6 @@ def test_default_flags_in_bf16_with_all_that_is_drawn(script, gpu, folder):
 
 def stopped_after(steps, script, *argv):
     """A script that is stopped after a number of its steps."""
-    import sys
     import train_eval
     import train_search
     from ldarts import runs
@@ -411,7 +413,6 @@ def test_the_bench(command, gpu, folder):
 
 
 def bench(*argv):
-    import sys
     from ldarts import bench
     sys.argv = ["bench", *argv]
     bench.main()
