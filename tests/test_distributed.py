@@ -150,7 +150,7 @@ def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
     whole, folder = images / "whole", images / "stopped"
     for path in (whole, folder):
         path.mkdir()
-    assert torchrun(whole, ROOT / "train_search.py", *SEARCH).wait(300) == 0, printed(whole)
+    undisturbed = pair(forks, whole, "train_search.py", *SEARCH)  # meanwhile
     launcher = torchrun(folder, ROOT / "train_search.py", *SEARCH)
     forks.wait_for(lambda: "epoch 0 step 1/" in printed(folder))
     launcher.send_signal(signal.SIGTERM)
@@ -161,7 +161,8 @@ def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
     shutil.copytree(folder, alone)
     assert forks.finish(forks.start(alone, "train_search.py", "--resume", "runs/one")) == 2
     assert "written by 2 processes, not 1; continue it with --nproc_per_node=2" in printed(alone)
-    assert torchrun(folder, ROOT / "train_search.py", "--resume", "runs/one").wait(300) == 0, printed(folder)
+    resumed = pair(forks, folder, "train_search.py", "--resume", "runs/one")
+    assert [forks.finish(process) for process in undisturbed + resumed] == [0] * 4, printed(folder)
     assert_same_bits(folder, whole)
 
 
