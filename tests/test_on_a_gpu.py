@@ -182,8 +182,11 @@ def captured_steps():
     assert captured.arch.optimizer.param_groups[0]["capturable"] is False  # nor does a checkpoint know
 
 
-def test_a_graph_reads_every_number_and_tensor_that_was_replaced(gpu, folder):
-    succeed(gpu, folder("process"), "test_on_a_gpu:captured_steps")
+def test_a_graph_reads_every_number_and_tensor_that_was_replaced(request, folder):
+    if torch.cuda.is_available():  # a real one
+        captured_steps()
+    else:
+        succeed(request.getfixturevalue("gpu"), folder("process"), "test_on_a_gpu:captured_steps")
 
 
 def search_that_reads_back(*argv):
