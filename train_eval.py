@@ -22,6 +22,14 @@ from ldarts.runs import (Run, amp_dtype, check_images, count_multiply_adds, coun
                          seed_everything, set_deterministic)
 
 
+def imagenet_rate(epoch, args):
+    """ImageNet's learning rate, as a share of --learning_rate: linear, flat in the last 5 epochs (P-DARTS)."""
+    if epoch < args.warmup_epochs and args.batch_size > 256:
+        return (epoch + 1) / args.warmup_epochs
+    left, steep = args.epochs - epoch, max(1, args.epochs - 5)
+    return (left - 5) / steep if left > 5 else left / (5 * steep)
+
+
 def main():
     args, genotype, remarks = parse_eval_args()
     if args.deterministic:
@@ -78,10 +86,8 @@ def main():
 
     optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay)
-    if imagenet:  # linear down to 0, times a linear warm-up
-        warmup = max(1, args.warmup_epochs)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda epoch: (1 - epoch / args.epochs) * min(1, (epoch + 1) / warmup))
+    if imagenet:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: imagenet_rate(epoch, args))
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     facts = {"parameters": count_parameters(net), "multiply_adds": count_multiply_adds(net, image),

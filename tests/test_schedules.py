@@ -1,0 +1,158 @@
+"""What each epoch of the published protocols trains with: the scripts run, their steps are recorded."""
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import train_eval
+import train_search
+from ldarts import Architect, data
+from ldarts.data import ImageSet
+from ldarts.runs import Run
+
+# name: epochs, batch, and for some epochs the learning rates of w and α, λ, ε₀, the probability of cutout.
+# w's rate falls along a cosine from 0.025 to 0.001; λ and cutout grow by epoch / (epochs - 1).
+SEARCH = {
+    "cifar10": (50, 64, {
+        0: (0.025, 3e-4, 0, 1e-4, 0), 1: (0.0249763, 3e-4, 0.125 / 49, 1e-4, 1 / 49),
+        25: (0.013, 3e-4, 0.125 * 25 / 49, 1e-4, 25 / 49), 49: (0.0010237, 3e-4, 0.125, 1e-4, 1)}),
+    "svhn": (50, 96, {
+        0: (0.025, 3e-4, 0, 1e-3, 0), 25: (0.013, 3e-4, 0.25 * 25 / 49, 1e-3, 25 / 49),
+        49: (0.0010237, 3e-4, 0.25, 1e-3, 1)}),
+    "nasbench201": (100, 64, {
+        0: (0.025, 1e-4, 0, 1e-4, 0), 50: (0.013, 1e-4, 0.25 * 50 / 99, 1e-4, 50 / 99),
+        99: (0.0010059, 1e-4, 0.25, 1e-4, 1)}),
+}
+# flags: epochs, batch, and for some epochs the learning rate, drop path, label smoothing, weight of the
+# auxiliary loss, probability of cutout. CIFAR-10: cosine from 0.025 to 0. ImageNet: up to 0.5 in five epochs
+# if the batch is above 256, then 0.5 (245 - epoch) / 245, in the last five epochs 0.5 (250 - epoch) / (5 * 245).
+EVAL = {
+    "cifar10": (600, 96, {
+        0: (0.025, 0, 0, 0.4, 1), 300: (0.0125, 0.1, 0, 0.4, 1),
+        599: (1.71347e-7, 0.2 * 599 / 600, 0, 0.4, 1)}),
+    "imagenet": (250, 1024, {
+        0: (0.1, 0, 0.1, 0.4, 0), 1: (0.2, 0, 0.1, 0.4, 0), 4: (0.5, 0, 0.1, 0.4, 0),
+        5: (0.5 * 240 / 245, 0, 0.1, 0.4, 0), 125: (0.5 * 120 / 245, 0, 0.1, 0.4, 0),
+        244: (0.5 / 245, 0, 0.1, 0.4, 0), 245: (0.5 / 245, 0, 0.1, 0.4, 0),
+        249: (0.1 / 245, 0, 0.1, 0.4, 0)}),
+    "imagenet --batch_size 256": (250, 256, {
+        0: (0.5, 0, 0.1, 0.4, 0), 4: (0.5 * 241 / 245, 0, 0.1, 0.4, 0), 249: (0.1 / 245, 0, 0.1, 0.4, 0)}),
+    "imagenet --epochs 2": (2, 1024, {0: (0.1, 0, 0.1, 0.4, 0), 1: (0.2, 0, 0.1, 0.4, 0)}),
+}
+
+
+class Folder:
+    """One batch of ImageNet an epoch."""
+
+    images = SimpleNamespace(labels=[0], num_classes=10, identity=dict)
+
+    def __len__(self):
+        return 1
+
+    def epoch(self, *args, **options):
+        return iter([(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.long))])
+
+
+class TwoBiases(nn.Module):
+    """Logits that are 0 before the first step. The gradient by those of the true class, one of ten, is
+    -0.9 (1 - label smoothing), for the auxiliary ones times their weight."""
+
+    def __init__(self, *args):
+        super().__init__()
+        self.main, self.auxiliary = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(10))
+
+    def forward(self, x, drop_path_prob=0.0):
+        self.drop_path_prob = drop_path_prob
+        return self.main.expand(len(x), 10), self.auxiliary.expand(len(x), 10)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """(script, flags) -> probabilities of cutout by epoch; one batch an epoch, no checkpoints, no tests."""
+    monkeypatch.chdir(tmp_path)
+    cutouts, epoch_of = [], data.Batches.epoch
+
+    def epoch(batches, epoch, cutout_prob=1.0, *args, **options):
+        if batches.tag == "train":
+            cutouts[epoch:] = [cutout_prob if batches.cutout_length else 0]
+        return epoch_of(batches, epoch, cutout_prob, *args, **options)
+
+    def load(*args, **options):
+        images = torch.zeros(192, 3, 4, 4, dtype=torch.uint8)
+        return ImageSet(images, torch.zeros(192, dtype=torch.long), 10, (0.5,) * 3, (0.5,) * 3).split(192)
+
+    monkeypatch.setattr(data.Batches, "epoch", epoch)
+    monkeypatch.setattr(Run, "save", lambda run: None)
+    monkeypatch.setattr(Run, "_write_metrics", lambda run: None)
+    for script in (train_search, train_eval):
+        monkeypatch.setattr(script, "evaluate", lambda *args: (1.0, 10.0))
+        monkeypatch.setattr(script, "load", load)
+        monkeypatch.setattr(script, "check_images", lambda *args: None)
+
+    def main(script, flags):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *flags.split(), "--report_freq", "1000"])
+        script.main()
+        return cutouts
+    return main
+
+
+def assert_rows(rows, cutouts, epochs, wanted):
+    assert len(rows) == len(cutouts) == epochs
+    for epoch, row in wanted.items():
+        assert (*rows[epoch], cutouts[epoch]) == pytest.approx(row, rel=1e-4, abs=1e-6), epoch
+        assert rows[epoch][0] == pytest.approx(row[0], rel=1e-4), epoch
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("name, epochs, batch_size, wanted", [(k, *v) for k, v in SEARCH.items()], ids=SEARCH)
+def test_a_search_trains_as_published(name, epochs, batch_size, wanted, run, monkeypatch):
+    rows = []
+
+    def search_step(arch, optimizer, train, valid, *, lambda_t, epsilon, **options):
+        assert len(train[1]) == len(valid[1]) == batch_size
+        rates = (part.param_groups[0]["lr"] for part in (optimizer, arch.optimizer))
+        rows.append((*rates, float(lambda_t), epsilon))
+        return SimpleNamespace(loss=torch.ones(()), logits=torch.zeros(batch_size, 10),
+                               clipped=torch.zeros(1), alignment=None)
+
+    monkeypatch.setattr(train_search, "search_step", search_step)
+    monkeypatch.setattr(train_search, "measure_cells", lambda *args: {})
+    monkeypatch.setattr(Architect, "gradient_norms", lambda *args: (1.0, 0.0))
+    cell = "--search_space nasbench201" if name == "nasbench201" else f"--dataset {name} --search_space s2"
+    cutouts = run(train_search, f"{cell} --init_channels 2 --layers 4 --cutout")
+    assert_rows(rows, cutouts, epochs, wanted)
+
+
+@pytest.mark.parametrize("flags, epochs, batch_size, wanted", [(k, *v) for k, v in EVAL.items()], ids=EVAL)
+def test_a_cell_is_trained_as_published(flags, epochs, batch_size, wanted, run, monkeypatch):
+    rows, nets, sizes = [], [], []
+
+    class SGD(torch.optim.SGD):
+        """Notes what a step is taken with, and takes none."""
+
+        def step(self):
+            net = nets[0]
+            main, auxiliary = net.main.grad[0].item(), net.auxiliary.grad[0].item()
+            rows.append((self.param_groups[0]["lr"], net.drop_path_prob, 1 + main / 0.9, auxiliary / main))
+
+    def build(*args):
+        nets.append(TwoBiases())
+        return nets[0]
+
+    def folder_batches(root, batch_size, *args, **options):
+        sizes.append(batch_size)
+        return Folder(), Folder()
+
+    def batches(images, indices, batch_size, *args, **options):
+        sizes.append(batch_size)
+        return data.Batches(images, indices, 192, *args, **options)
+
+    monkeypatch.setattr(torch.optim, "SGD", SGD)
+    for name, part in (("Network", build), ("NetworkImageNet", build), ("folder_batches", folder_batches),
+                       ("Batches", batches)):
+        monkeypatch.setattr(train_eval, name, part)
+    cutouts = run(train_eval, f"--dataset {flags}")
+    assert sizes == [batch_size]
+    assert_rows(rows, cutouts or [0] * epochs, epochs, wanted)
