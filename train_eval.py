@@ -10,6 +10,8 @@
 The network has 20 cells and 36 channels and is trained for 600 epochs; on ImageNet 14 cells, 48 channels, 250
 epochs. A cell of S1 to S4 on CIFAR-100 and SVHN: 8 cells, 16 channels.
 """
+from contextlib import ExitStack
+
 import torch
 from torch import nn
 
@@ -31,6 +33,11 @@ def imagenet_rate(epoch, args):
 
 
 def main():
+    with ExitStack() as at_end:
+        train(at_end)
+
+
+def train(at_end):
     args, genotype, remarks = parse_eval_args()
     if args.deterministic:
         set_deterministic()
@@ -93,7 +100,7 @@ def main():
     facts = {"parameters": count_parameters(net), "multiply_adds": count_multiply_adds(net, image),
              "machine": machine_facts(device, engine=False, graph=False)}
     run = Run("eval", args, processes, {"model": net, "optimizer": optimizer, "scheduler": scheduler},
-              len(train_batches), [train_set, test_set], facts, carried={"genotype": to_json(genotype)})
+              len(train_batches), [train_set, test_set], at_end, facts, {"genotype": to_json(genotype)})
     run.write("genotype.json", to_json(genotype))
     for remark in remarks + layout_remarks:
         run.log(remark)
@@ -130,7 +137,7 @@ def main():
         run.end_epoch({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
                        "test_loss": test_loss, "test_accuracy": test_accuracy})
     run.log(run.cost())
-    run.close()
+    processes.close()
 
 
 if __name__ == "__main__":

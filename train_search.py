@@ -10,6 +10,7 @@
 Writes runs/<name>/ and prints the genotype and the command that trains it. Movahedi et al., ICLR 2023.
 """
 import shlex
+from contextlib import ExitStack
 from itertools import chain, islice
 from statistics import fmean
 
@@ -55,6 +56,11 @@ def measure_cells(arch, probes, kind):
 
 
 def main():
+    with ExitStack() as at_end:
+        search(at_end)
+
+
+def search(at_end):
     args = parse_search_args()
     if args.deterministic:
         set_deterministic()
@@ -95,7 +101,7 @@ def main():
 
     parts = {"model": net, "optimizer": optimizer, "arch": arch.optimizer, "scheduler": scheduler}
     facts = {"machine": machine_facts(device, engine=True, graph=graph)}  # compiles the engine if need be
-    run = Run("search", args, processes, parts, len(train_batches), [train_set], facts)
+    run = Run("search", args, processes, parts, len(train_batches), [train_set], at_end, facts)
     weights = sum(p.numel() for p in net.weight_parameters())
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
             f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
@@ -157,7 +163,7 @@ def main():
         if args.plot and run.writes:
             visualize.draw_run(run.path)
     report(run, net.genotype(), args)
-    run.close()
+    processes.close()
 
 
 def report(run, genotype, args):

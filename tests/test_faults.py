@@ -4,6 +4,7 @@ The last line of `python -m pytest tests/test_faults.py` counts what was done. W
 cifar-10-batches-py, the runs see real images.
 """
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -422,12 +423,8 @@ ignores_odd_protocols = pytest.mark.filterwarnings("ignore:Detected pickle proto
 
 
 @pytest.fixture
-def resumable(tmp_path, monkeypatch):
+def resumable(tmp_path):
     """(bytes of checkpoint.pt) -> InputError of the attempt to continue it, in this process; nothing else."""
-    class NoSignals:
-        received = 0
-
-    monkeypatch.setattr("ldarts.runs.folder.Signals", NoSignals)
     folder = tmp_path / "one"
     folder.mkdir()
     net = torch.nn.Linear(2, 2)
@@ -435,7 +432,8 @@ def resumable(tmp_path, monkeypatch):
 
     def attempt(content):
         (folder / CHECKPOINT).write_bytes(content)
-        return runs.Run("search", args, Processes(torch.device("cpu")), {"model": net}, 5, [])
+        with contextlib.ExitStack() as at_end:
+            return runs.Run("search", args, Processes(torch.device("cpu")), {"model": net}, 5, [], at_end)
 
     state = {"model": net.state_dict(), "processes": 1, "epoch": 0, "step": 1,
              "seconds": 0.5, "meters": torch.ones(1, 4, dtype=torch.float64), "history": [{"epoch": 0}],

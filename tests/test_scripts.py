@@ -1,11 +1,12 @@
 """The two commands as a user types them: real processes, real folders."""
-import gc
 import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import train_eval
 import train_search
-from ldarts import Genotype, Network, data, genotypes
+from ldarts import Genotype, Network, data, genotypes, runs
 from ldarts.runs import load_checkpoint, parse_search_args
 from test_archives import python2_pickle, rows, write_cifar10
 
@@ -258,7 +259,6 @@ SMALL = ["--init_channels", 2, "--layers", 1, "--batch_size", 8, "--epochs", 1, 
 
 
 def in_process(script, *args):
-    gc.collect()  # a refused run that lies about holds its lock
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__name__, *map(str, args)])
         train_search.script(script.main)
@@ -288,6 +288,43 @@ def test_a_run_goes_on_with_its_own_images_alone(command, tmp_path, monkeypatch,
     (tmp_path / "own").rename("elsewhere")
     in_process(command[0], "--resume", "runs/one run", "--data", "elsewhere")
     assert "--resume 'runs/one run'" in refusal(capsys, *command, *SMALL, "--data", "elsewhere")
+
+
+@pytest.mark.parametrize("command", [SEARCH, EVAL], ids=["search", "evaluation"])
+def test_a_program_around_a_run_has_its_signal_handlers_back(command, tmp_path, monkeypatch):
+    """And the folder is unlocked, however the run ends; a second SIGINT stops the run, not the program."""
+    monkeypatch.chdir(tmp_path)
+    write_cifar10(tmp_path / "own", 8)
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    before = [signal.getsignal(number) for number in numbers]
+    evaluate, sent = runs.evaluate, []
+
+    def interrupted(*args, **options):
+        for number in sent:
+            assert signal.getsignal(number) not in before
+            signal.raise_signal(number)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(command[0], "evaluate", interrupted)
+    start, resume = [*command[1:], *SMALL, "--data", "own", "--epochs", 3], ["--resume", "runs/one run"]
+    for argv, sent, status in ((start, [signal.SIGTERM], 143), (resume, [signal.SIGINT] * 2, 130),
+                               (resume, [signal.SIGUSR1], 0)):
+        with pytest.raises(SystemExit) as stopped:
+            in_process(command[0], *argv)
+        assert stopped.value.code == status and [signal.getsignal(number) for number in numbers] == before
+    sent = []
+    in_process(command[0], *resume)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("command", [SEARCH, EVAL], ids=["search", "evaluation"])
+def test_a_run_in_a_thread_goes_on_without_signal_handlers(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_cifar10(tmp_path / "own", 8)
+    thread = threading.Thread(target=in_process, args=[*command, *SMALL, "--data", "own"])
+    thread.start()
+    thread.join()
+    assert len(Path("runs/one run/metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_first_checkpoint_that_never_was_is_not_advised(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Sequence
@@ -30,17 +31,18 @@ class Run:
 
     The constructor makes the folder, or, with args.resume, continues the run from its last whole checkpoint.
     args: those of the script; parts: objects with a state_dict, by their names in the checkpoint; steps: per
-    epoch; sets: the images, each an ImageSet or ImageFolder; facts: more for config.json; carried: more for
-    readers of the checkpoint. A checkpoint, the arguments and the images determine the rest of the run,
-    because batches and random numbers depend on (seed, rank, epoch, step) alone. All processes call each
-    method; only rank 0 writes.
+    epoch; sets: the images, each an ImageSet or ImageFolder; at_end: the caller closes it, which unlocks the
+    folder and puts signal handlers back; facts: more for config.json; carried: more for readers of the
+    checkpoint. A checkpoint, the arguments and the images determine the rest of the run, because batches and
+    random numbers depend on (seed, rank, epoch, step) alone. All processes call each method; only rank 0
+    writes.
 
     epoch, step: the next ones; meter: of this epoch; history: the lines of metrics.jsonl. With and without
     interruptions only its `seconds` differ.
     """
 
     def __init__(self, kind: str, args: argparse.Namespace, processes: Processes, parts: dict[str, Any],
-                 steps: int, sets: Sequence[Any], facts: dict[str, Any] | None = None,
+                 steps: int, sets: Sequence[Any], at_end: ExitStack, facts: dict[str, Any] | None = None,
                  carried: dict[str, Any] | None = None):
         self.args, self.processes, self.parts, self.steps = args, processes, parts, steps
         self.carried = carried or {}
@@ -55,7 +57,7 @@ class Run:
         if self.writes and not args.resume:
             self._make_folder()
         if self.writes:
-            self._lock_file = lock(self.path)
+            at_end.enter_context(lock(self.path))
         if args.resume:
             self._resume()
         elif self.writes:
@@ -67,8 +69,9 @@ class Run:
         self.board = None
         if self.writes and getattr(args, "tensorboard", False):
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.path)
+            self.board = at_end.enter_context(SummaryWriter(self.path))
         self.signals = Signals()
+        at_end.callback(self.signals.put_back)
         self.started = self.saved = time.perf_counter()
 
     def write(self, name: str, text: str) -> None:
@@ -157,12 +160,6 @@ class Run:
         """The time that checkpoints took, as a line."""
         share = 100 * self.save_seconds / (time.perf_counter() - self.started)
         return f"{self.saves} checkpoints took {self.save_seconds:.2f} s, {share:.2f} % of the time"
-
-    def close(self) -> None:
-        """Unlock the folder, and leave the group of processes."""
-        if self.writes:
-            self._lock_file.close()
-        self.processes.close()
 
     def _make_folder(self) -> None:
         try:

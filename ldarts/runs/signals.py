@@ -1,4 +1,5 @@
 """Signals that stop a run, and the lock that keeps a second process out of its folder."""
+import contextlib
 import fcntl
 import os
 import platform
@@ -11,21 +12,27 @@ from .checkpoints import not_written
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to stop after the step; a second SIGINT ends the process.
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to stop after the step; a second SIGINT stops it at once.
 
-    received: the number of the last signal, 0 for none
+    received: the number of the last signal, 0 for none. Python lets only the main thread set handlers; in
+    another one the run goes on without. put_back gives a program around the run its own handlers again.
     """
 
     STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
     def __init__(self):
-        self.received = 0
-        for number in self.STATUS:
-            signal.signal(number, self._handle)
+        self.received, self.before = 0, {}
+        with contextlib.suppress(ValueError):  # not the main thread
+            for number in self.STATUS:
+                self.before[number] = signal.signal(number, self._handle)
+
+    def put_back(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
 
     def _handle(self, number: int, frame) -> None:
         if number == self.received == signal.SIGINT:
-            os._exit(130)
+            raise KeyboardInterrupt
         self.received = number
 
 
