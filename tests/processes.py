@@ -2,6 +2,7 @@
 
 The server imports this module, so the first lines warm it up; tests call `start`.
 """
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -101,6 +102,19 @@ class SlowSteps:
             return step(*args, **kwargs)
 
         train_search.search_step = slow
+
+
+class NoLocks:
+    """A file system without locks: flock fails with the error `number`."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __call__(self):
+        def flock(*_):
+            raise OSError(self.number, os.strerror(self.number))
+
+        fcntl.flock = flock
 
 
 class Poison:

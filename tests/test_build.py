@@ -110,6 +110,13 @@ def test_a_library_is_compiled_once_and_again_when_it_is_deleted(machine):
     assert {path.suffix for path in library.parent.iterdir()} == {".so", ".lock"}
 
 
+def test_a_cache_without_locks_is_one_warning(machine, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with pytest.warns(UserWarning, match="this file system has no locks") as warned:
+        assert build.library("cpu").read_text() == "library\n"
+    assert len(warned) == 1
+
+
 def test_ninja_is_found_beside_the_python_that_runs(machine, monkeypatch):
     (machine / "bin" / "ninja").rename(machine / "ninja")
     monkeypatch.setattr(sys, "executable", str(machine / "python"))

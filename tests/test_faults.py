@@ -5,6 +5,7 @@ cifar-10-batches-py, the runs see real images.
 """
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -330,6 +331,16 @@ def test_a_second_process_on_a_run_is_refused_until_the_first_is_dead(stopped, w
     resume(forks, folder, "train_search.py")
     assert_same_bits(folder, whole("train_search.py", *SEARCH, "--epochs", "2"))
     figures["second processes"] += 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_one_warning(number, whole, folder, forks, figures):
+    argv = [*SEARCH, "--epochs", "1"]
+    process = forks.start(folder, "train_search.py", *argv, sabotage=forks.NoLocks(number))
+    assert forks.finish(process) == 0, printed(folder)
+    assert printed(folder).count("Warning: runs/one/lock: this file system has no locks") == 1
+    assert_same_bits(folder, whole("train_search.py", *argv))
+    figures["disk faults"] += 1
 
 
 def assert_finite(folder):

@@ -4,7 +4,6 @@ Each is compiled once, by `pip install` or on first use, in a temporary folder. 
 to PACKAGE/built or ~/.cache/ldarts as PART-DIGEST.so; the digest covers sources, flags, PyTorch, processor.
 Where a library cannot be compiled, or with LDARTS_FUSED=off in the environment, the plain form runs.
 """
-import fcntl
 import functools
 import hashlib
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from ..locks import locked
 from .toolkit import BuildError, architecture_flags, cxx, ninja, nvcc, vector_flags
 
 PACKAGE = Path(__file__).parent.parent
@@ -107,8 +107,7 @@ def compile_into(folder: Path, part: str) -> Path:
     plan = ninja_file(part, path.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it even if this process is killed
+        with locked(path.with_suffix(".lock")):
             if not path.exists():
                 with tempfile.TemporaryDirectory(dir=folder) as work:
                     Path(work, "build.ninja").write_text(plan)

@@ -21,7 +21,7 @@ from .checkpoints import (CHECKPOINT, PREVIOUS, load_checkpoint, not_written, re
 from .machine import commit, device_name, seed_everything, versions
 from .meters import Meter
 from .records import read_config
-from .signals import Signals, lock
+from .signals import Signals, lock_folder
 
 NEVER = 2**62  # larger than any step
 
@@ -57,7 +57,7 @@ class Run:
         if self.writes and not args.resume:
             self._make_folder()
         if self.writes:
-            at_end.enter_context(lock(self.path))
+            at_end.enter_context(lock_folder(self.path))
         if args.resume:
             self._resume()
         elif self.writes:

@@ -1,6 +1,5 @@
 """Signals that stop a run, and the lock that keeps a second process out of its folder."""
 import contextlib
-import fcntl
 import os
 import platform
 import signal
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..errors import InputError
+from ..locks import lock
 from .checkpoints import not_written
 
 
@@ -36,14 +36,14 @@ class Signals:
         self.received = number
 
 
-def lock(folder: Path) -> TextIO:
+def lock_folder(folder: Path) -> TextIO:
     """Lock the folder. The lock ends when the returned file is closed, or with this process."""
     try:
         file = open(folder / "lock", "a+")
     except OSError as error:
         raise not_written(folder / "lock", error) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except OSError as error:
         file.seek(0)
         holder = file.read(100).strip() or "another process"
