@@ -1,4 +1,5 @@
 """Two processes: against one process, and against the same arithmetic done for one rank after another."""
+import collections
 import os
 import re
 import shutil
@@ -195,6 +196,20 @@ def test_two_processes_evaluate_and_continue_to_the_same_bits(images, forks):
     processes = pair(forks, whole, "train_eval.py", *EVAL, "--evaluate", "runs/one/checkpoint.pt")
     assert [forks.finish(process) for process in processes] == [0, 0], printed(whole)
     assert printed(whole).count("checkpoint.pt on cifar10: test loss") == 1  # by one of them
+
+
+def test_jobs_of_one_second_have_a_folder_each_and_their_ranks_the_same(images, forks):
+    folder = images / "one second"
+    folder.mkdir()
+    argv = [word for word in EVAL if word not in ("--save", "one")] + ["--epochs", "1"]
+    started = [process for _ in range(2)
+               for process in pair(forks, folder, "train_eval.py", *argv, sabotage=forks.OneSecond())]
+    started.append(forks.start(folder, "train_eval.py", *argv, sabotage=forks.OneSecond()))
+    assert [forks.finish(process) for process in started] == [0] * 5, printed(folder)
+    ranks_of = collections.Counter(re.findall("folder runs/(.*)", printed(folder)))
+    first, *others = sorted(ranks_of)
+    assert others == [f"{first}-2", f"{first}-3"] and sorted(ranks_of.values()) == [1, 2, 2]
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == sorted(ranks_of)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,5 +1,6 @@
 """The run folder: configuration, log, metrics and checkpoints."""
 import argparse
+import itertools
 import json
 import math
 import os
@@ -53,9 +54,7 @@ class Run:
         self.epoch_started = time.perf_counter()
         self.steps_taken, self.saves, self.save_seconds = 0, 0, 0.0  # by this process
         self.first_not_finite: dict[str, Tensor] = {}  # the step in which a quantity was not finite
-        self.path = Path(args.resume or Path("runs", args.save or f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"))
-        if self.writes and not args.resume:
-            self._make_folder()
+        self.path = Path(args.resume) if args.resume else self._new_folder(kind)
         if self.writes:
             at_end.enter_context(lock_folder(self.path))
         if args.resume:
@@ -161,15 +160,30 @@ class Run:
         share = 100 * self.save_seconds / (time.perf_counter() - self.started)
         return f"{self.saves} checkpoints took {self.save_seconds:.2f} s, {share:.2f} % of the time"
 
-    def _make_folder(self) -> None:
+    def _new_folder(self, kind: str) -> Path:
+        """runs/<name>, made by rank 0. Without --save the name is the time; a number follows it where another
+        job started in this second."""
+        started, = self.processes.largest(int(time.time()))  # clocks of ranks differ
+        name = self.args.save or f"{kind}-{datetime.fromtimestamp(started):%Y%m%d-%H%M%S}"
+        for number in itertools.count(1):
+            path = Path("runs", f"{name}-{number}" if number > 1 else name)
+            taken, = self.processes.largest(int(self.writes and not self._make_folder(path)))
+            if not taken:
+                return path
+
+    def _make_folder(self, path: Path) -> bool:
+        """False if another job has the folder and --save did not name it."""
         try:
-            self.path.mkdir(parents=True)
+            path.mkdir(parents=True)
         except FileExistsError as error:
-            raise InputError(f"{self.path} exists already: give another name with --save, or continue it "
-                             f"with {resume_flag(self.path)}") from error
+            if not self.args.save and path.exists():
+                return False
+            raise InputError(f"{path} exists already: give another name with --save, or continue it "
+                             f"with {resume_flag(path)}") from error
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be made ({error.strerror}): "
+            raise InputError(f"{path}: cannot be made ({error.strerror}): "
                              "give another name with --save") from error
+        return True
 
     def _write_metrics(self) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in self.history))
