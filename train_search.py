@@ -152,7 +152,7 @@ def search(at_end):
                   "skip_connections": skip_connections(genotype),
                   "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in alphas]}
         if args.search_space == "nasbench201":
-            truth = nasbench201.look_up(genotype)._asdict()
+            truth = nasbench201.look_up(genotype, args.dataset)._asdict()
             values |= {f"true_{name}": value for name, value in truth.items()}
         shown = ", ".join(f"Λ {half} {of_cells[f'lambda_{half}']:+.3f}" for half in probes if of_cells)
         run.log(f"epoch {epoch}: valid loss {valid_loss:.4f}, accuracy {valid_accuracy:.2f} %, "
@@ -179,7 +179,7 @@ def report(run, genotype, args):
         shown = run.history[:: max(1, len(run.history) // 10)]
         run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))
     if args.search_space == "nasbench201":
-        run.log(nasbench201.describe(genotype))
+        run.log(nasbench201.describe(genotype, args.dataset))
     options = "--arch", str(run.path), "--dataset", args.dataset, "--data", args.data
     run.log(f"train it: python train_eval.py {shlex.join(options)}")
 

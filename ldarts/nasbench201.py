@@ -19,10 +19,11 @@ from .genotypes import parse_arch
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 CELLS = len(OPERATIONS) ** 6
+SETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet16_120": "ImageNet16-120"}  # the columns
 
 
 class Truth(NamedTuple):
-    """Test accuracies of a cell in percent, and its rank on CIFAR-10: 1 + the number of better cells."""
+    """Test accuracies of a cell in percent, and its rank on one set: 1 + the number of better cells."""
 
     cifar10: float
     cifar100: float
@@ -39,22 +40,37 @@ def accuracies() -> np.ndarray:
     return table
 
 
-def look_up(arch: str) -> Truth:
-    """The true accuracy of an arch string. Raises InputError if NAS-Bench-201 has no such cell."""
+def look_up(arch: str, dataset: str | None = None) -> Truth:
+    """The true accuracy of an arch string. Raises InputError if NAS-Bench-201 has no such cell.
+
+    dataset: that of the search, which says on which set the cell is ranked.
+    """
     row, table = 0, accuracies()
     for operation in (operation for node in parse_arch(arch) for operation, _ in node):
         if operation not in OPERATIONS:
             raise InputError(f"{arch!r}: NAS-Bench-201 has no {operation}; it has {', '.join(OPERATIONS)}")
         row = row * len(OPERATIONS) + OPERATIONS.index(operation)
-    return Truth(*map(float, table[row]), rank=1 + int((table[:, 0] > table[row, 0]).sum()))
+    truth, judge = Truth(*map(float, table[row]), rank=0), searched_set(dataset)
+    return truth._replace(rank=rank_of(getattr(truth, judge), judge))
 
 
-def describe(arch: str) -> str:
-    """The true accuracy in one line."""
-    truth, cifar10 = look_up(arch), accuracies()[:, 0]
-    return (f"this cell, fully trained (NAS-Bench-201): {truth.cifar10:.2f} % on CIFAR-10, "
-            f"rank {truth.rank:,} of {CELLS:,} (best {cifar10.max():.2f}, median {np.median(cifar10):.2f}), "
-            f"{truth.cifar100:.2f} % on CIFAR-100, {truth.imagenet16_120:.2f} % on ImageNet16-120")
+def searched_set(dataset: str | None) -> str:
+    """The set of the table that judges a search on a data set: CIFAR-10 where the table lacks it."""
+    return dataset if dataset in SETS else "cifar10"
+
+
+def rank_of(accuracy: float, name: str) -> int:
+    """1 + the number of cells with a higher true accuracy, in percent, on one of SETS."""
+    return 1 + int((accuracies()[:, list(SETS).index(name)] > accuracy).sum())
+
+
+def describe(arch: str, dataset: str | None = None) -> str:
+    """The true accuracy in one line. dataset: see look_up"""
+    truth, judge = look_up(arch, dataset), searched_set(dataset)
+    table = accuracies()[:, list(SETS).index(judge)]
+    shown = ", ".join(f"{getattr(truth, name):.2f} % on {SETS[name]}" for name in SETS)
+    return (f"this cell, fully trained (NAS-Bench-201): {shown}; rank {truth.rank:,} of {CELLS:,} on "
+            f"{SETS[judge]} (best {table.max():.2f}, median {np.median(table):.2f})")
 
 
 def better_than_random(ranks: list[int]) -> float:

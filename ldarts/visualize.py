@@ -15,13 +15,14 @@ from torch import Tensor
 from . import genotypes, spaces
 from .errors import require
 from .genotypes import Genotype, is_text
+from .nasbench201 import SETS, searched_set
 from .operations import OPS
 from .runs import Parser, grouped, read_run, script
 
 PITCH, HEIGHT = 1.8, 0.36  # inches: from state to state; height of an edge's arc per state that it advances
 CURVES = {  # metric -> title of its panel, in the order of the panels
     "valid_accuracy": "validation accuracy, %", "test_accuracy": "test accuracy, %",
-    "true_cifar10": "the cell fully trained (NAS-Bench-201), %",
+    **{f"true_{name}": f"the cell fully trained on {shown}, %" for name, shown in SETS.items()},
     "train_loss": "training loss", "lambda_train": "Λ, training batch",
     "entropy": "entropy of p, nats", "skip_connections": "skip connections, normal cell",
     "alpha_eigenvalue": "dominant eigenvalue of ∂²L_valid/∂α²",
@@ -245,6 +246,13 @@ def draw_shares(groups: dict[str, list[list[list[float]]]], path: Path) -> None:
     save(figure, path)
 
 
+def metrics_of(path: str | Path) -> list[dict]:
+    """A run's metrics; of the true accuracies of its cell only that on the set that was searched."""
+    config, metrics = read_run(path)
+    others = {f"true_{name}" for name in SETS if name != searched_set(config.get("dataset"))}
+    return [{name: value for name, value in line.items() if name not in others} for line in metrics]
+
+
 def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
     """Draw cells, curves and, for a search, alphas and shares into the run's folder; return the new paths."""
     config, metrics = read_run(path)
@@ -255,7 +263,7 @@ def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
         function(*what, written[-1])
 
     draw(draw_cells, "cells", genotype)
-    draw(draw_curves, "curves", {folder.name: [metrics]})
+    draw(draw_curves, "curves", {folder.name: [metrics_of(path)]})
     if "alphas" in metrics[-1]:
         draw(draw_alphas, "alphas", config["search_space"], [line["alphas"] for line in metrics], genotype)
     if "cell_shares" in metrics[-1]:
@@ -290,7 +298,7 @@ def main() -> None:
             draw_cells(genotypes.load(name), written[-1])
     if len(runs) > 1:
         written.append(Path(args.out, f"curves.{args.format}"))
-        groups = {name: [read_run(path)[1] for path in paths] for name, paths in grouped(runs).items()}
+        groups = {name: [*map(metrics_of, paths)] for name, paths in grouped(runs).items()}
         draw_curves(groups, written[-1])
     print("\n".join(map(str, written)))
 

@@ -10,7 +10,7 @@ from test_evidence import refused, run_main, write_run
 
 import train_eval
 import train_search
-from ldarts import InputError, genotypes, runs
+from ldarts import InputError, genotypes, nasbench201, runs, visualize
 from ldarts.data import ImageSet
 from ldarts.genotypes import PUBLISHED, to_json
 from ldarts.runs import count_multiply_adds, load_checkpoint
@@ -122,14 +122,36 @@ def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, runs, "runs/e", "runs/s0")
     assert "| eval | 1 | 50.00 | 2.50 | 400.00 | 1.50 | 0.25 |" in capsys.readouterr().out
     assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none")
-    for seed, rank in ((0, 782), (1, 2344)):  # two uniform numbers have a sum of at most 0.2 with 0.2² / 2
-        write_run(tmp_path / f"runs/n{seed}", seed, 40.0, search_space="nasbench201")
+
+
+@pytest.mark.parametrize("dataset, column, shown", [
+    ("cifar10", 0, "CIFAR-10"), ("cifar100", 1, "CIFAR-100"), ("synthetic", 0, "CIFAR-10")])
+def test_the_truth_is_that_of_the_set_that_was_searched(dataset, column, shown, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    table = nasbench201.accuracies()
+    best = table[table[:, column].argsort()[::-1]]
+    truths = best[781], best[2343]  # uniform numbers 0.05 and 0.15: a sum of at most 0.2 with 0.2² / 2
+    for seed, truth in enumerate(truths):
+        write_run(tmp_path / f"runs/n{seed}", seed, 40.0, search_space="nasbench201", dataset=dataset)
         file = tmp_path / f"runs/n{seed}/metrics.jsonl"
-        line = json.loads(file.read_text()) | {"true_cifar10": 92.0 + seed, "true_rank": rank}
-        file.write_text(json.dumps(line) + "\n")
-    run_main(monkeypatch, runs, "runs/n0", "runs/n1", "runs/s0")
-    printed = capsys.readouterr().out
-    assert "| 0.25 ± 0.00 | 92.50 ± 0.71 | 0.02 |" in printed and "| 0.25 | – | – |" in printed
+        true = {f"true_{name}": value for name, value in zip(nasbench201.SETS, truth)}
+        file.write_text(json.dumps(json.loads(file.read_text()) | true) + "\n")
+    write_run(tmp_path / "runs/e", 0, 50.0, kind="eval", arch="runs/n0", dataset="cifar10")
+    write_run(tmp_path / "runs/s", 0, 30.0, search_space="s3")
+    run_main(monkeypatch, runs, "runs/n0", "runs/n1", "runs/e", "runs/s")
+    printed, (first, second) = capsys.readouterr().out, [truth[column] for truth in truths]
+    ranks = [1 + int((table[:, column] > accuracy).sum()) for accuracy in (first, second)]
+    chance, chances = (f"{nasbench201.better_than_random(some):.2g}" for some in (ranks[:1], ranks))
+    assert f"| 0.25 ± 0.00 | {runs.spread([first, second])} on {shown} | {chances} |" in printed
+    assert f"| 0.25 | {first:.2f} on {shown} | {chance} |" in printed and "| 0.25 | – | – |" in printed
+    assert float(chances) == pytest.approx(0.02, rel=0.1)
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(visualize, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(visualize, "draw_alphas", lambda *args: None)  # they are not of this space
+    run_main(monkeypatch, visualize, "runs/n0", "runs/n1")
+    titles = [ax.get_title() for figure in figures for ax in figure.axes]
+    assert [title for title in titles if "trained" in title] == [f"the cell fully trained on {shown}, %"] * 3
 
 
 def test_unfinished_runs_are_named_and_stay_out_of_means(tmp_path, monkeypatch, capsys):

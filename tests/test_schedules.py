@@ -27,7 +27,7 @@ SEARCH = {
 }
 # flags: epochs, batch, and for some epochs the learning rate, drop path, label smoothing, weight of the
 # auxiliary loss, probability of cutout. CIFAR-10: cosine from 0.025 to 0. ImageNet: up to 0.5 in five epochs
-# if the batch is above 256, then 0.5 (245 - epoch) / 245, in the last five epochs 0.5 (250 - epoch) / (5 * 245).
+# if the batch is above 256, then 0.5 (245 - epoch) / 245, in the last five 0.5 (250 - epoch) / (5 * 245).
 EVAL = {
     "cifar10": (600, 96, {
         0: (0.025, 0, 0, 0.4, 1), 300: (0.0125, 0.1, 0, 0.4, 1),

@@ -3,7 +3,7 @@ import statistics
 from typing import Any
 
 from ..errors import InputError
-from ..nasbench201 import better_than_random
+from ..nasbench201 import SETS, better_than_random, rank_of, searched_set
 from .arguments import MAY_CHANGE, Parser
 from .records import read_config, read_metrics, read_run, run_folder, unfinished
 
@@ -42,7 +42,8 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
     """The protocol's table: mean ± standard deviation over the seeds, at the last epoch.
 
     Accuracy is validation accuracy of a search, test accuracy of an evaluation. An evaluation of a run folder
-    shows that search's time, Λ and, in nasbench201, true accuracy and p-value (see better_than_random).
+    shows that search's time, Λ and, in nasbench201, true accuracy on the set that was searched and p-value
+    (see better_than_random).
     Unfinished runs are named below the table and left out, unless `with_unfinished`.
     """
     rows, unfinished_runs = [], {}
@@ -60,14 +61,16 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
         if config["kind"] == "eval":
             search = str(run_folder(config["arch"]))
             try:
-                metrics = read_run(search)[1] if counts(search) else []
+                config, metrics = read_run(search) if counts(search) else (config, [])
             except InputError:  # a published cell
                 metrics = []
         if metrics:
-            last = metrics[-1]
-            names = {"Λ": "lambda_train", "true accuracy, %": "true_cifar10", "rank": "true_rank"}
+            last, judge = metrics[-1], searched_set(config.get("dataset"))
+            names = {"Λ": "lambda_train", "true accuracy, %": f"true_{judge}"}
             values["search, min"] = sum(line["seconds"] for line in metrics) / 60
             values |= {column: last[name] for column, name in names.items() if name in last}
+            if f"true_{judge}" in last:
+                values |= {"rank": rank_of(last[f"true_{judge}"], judge), "set": SETS[judge]}
         return values
 
     for name, group in grouped(paths).items():
@@ -78,6 +81,8 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
         rows.append([name, seeds if left else len(values),
                      *(spread([run[column] for run in values if column in run]) for column in COLUMNS),
                      f"{better_than_random(ranks):.2g}" if ranks else "–"])
+        if ranks:  # on one set: runs of different sets are in different rows
+            rows[-1][-2] += f" on {next(run['set'] for run in values if 'set' in run)}"
     header = ["runs", "seeds", *COLUMNS, "p-value against random cells"]
     if all(row[-1] == "–" for row in rows):  # no run in nasbench201
         header, *rows = (line[:-2] for line in (header, *rows))
