@@ -1,7 +1,8 @@
 """Compiles csrc/ into two libraries and loads them: `cpu`, the operators, and `cuda`, their kernels for GPUs.
 
 Each is compiled once, by `pip install` or on first use, in a temporary folder. The finished library is moved
-to PACKAGE/built or ~/.cache/ldarts as PART-DIGEST.so; the digest covers sources, flags, PyTorch, processor.
+to ldarts/built in site-packages or to ~/.cache/ldarts as PART-DIGEST.so; the digest covers sources, flags,
+PyTorch, processor. So a checkout of the same sources uses what `pip install` compiled.
 Where a library cannot be compiled, or with LDARTS_FUSED=off in the environment, the plain form runs.
 """
 import functools
@@ -60,7 +61,8 @@ def hindrance(part: str) -> str:
 
 def library(part: str) -> Path:
     """The path of a part's library, compiled now if there is none. Raises BuildError if that fails."""
-    for folder in (PACKAGE / "built", cache()):
+    installed = [Path(folder, "ldarts", "built") for folder in (PACKAGE.parent, *sys.path)]
+    for folder in (*installed, cache()):
         if (path := folder / file_name(part)).exists():
             return path
     return compile_into(cache(), part)
