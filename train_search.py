@@ -115,9 +115,9 @@ def search(at_end):
         method = args.lambda_grad if lambda_t else None  # the first epoch has λ = 0
         weight = torch.tensor(lambda_t, device=device)
         first = run.step
-        for step, train in enumerate(train_batches.epoch(epoch, grown, first), first):
-            if step == first or step % len(valid_batches) == 0:  # α's half starts over
-                valid_stream = valid_batches.epoch(epoch, grown, step % len(valid_batches))
+        for step, train in enumerate(train_batches.epoch(epoch, grown, start=first), first):
+            if step == first or step % len(valid_batches) == 0:  # α's images, in another order each time
+                valid_stream = valid_batches.epoch(epoch, grown, *divmod(step, len(valid_batches)))
             run.seed()
             grads = take(*train, *next(valid_stream), weight, method=method)
             run.after_step(grads.loss, grads.logits, train[1], grads.clipped, Λ=grads.alignment)
@@ -127,7 +127,7 @@ def search(at_end):
         train_loss, train_accuracy, clipped = run.meter.read()
         # The batches of the last step, which a resumed run may not have taken itself.
         last = len(train_batches) - 1
-        last_train, last_valid = (next(batches.epoch(epoch, grown, last % len(batches)))
+        last_train, last_valid = (next(batches.epoch(epoch, grown, *divmod(last, len(batches))))
                                   for batches in (train_batches, valid_batches))
         loss_norm, lambda_norm = arch.gradient_norms(last_train, args.lambda_kind, args.epsilon, method)
         probes = {"train": [last_train], "valid": [last_valid]}

@@ -66,17 +66,17 @@ def test_shifts_and_centres_reach_every_value():
     assert ((x[:, 0] == 0).sum(0) > 0).all()
 
 
-def test_start_skips_and_epochs_seeds_and_tags_differ():
-    def take(epoch=3, start=0, seed=7, tag="train"):
+def test_start_skips_and_epochs_turns_seeds_and_tags_differ():
+    def take(epoch=3, turn=0, start=0, seed=7, tag="train"):
         batches = data.Batches(image_set(), None, 8, seed, tag=tag, augment=True, cutout_length=4)
         assert len(batches) == 5
-        return list(batches.epoch(epoch, start=start))
+        return list(batches.epoch(epoch, turn=turn, start=start))
 
     whole, rest = take(), take(start=3)
     assert len(rest) == 2
     for (x, y), (x_again, y_again) in zip(whole[3:], rest):
         assert torch.equal(x, x_again) and torch.equal(y, y_again)
-    for other in (take(epoch=4), take(seed=8), take(tag="valid")):
+    for other in (take(epoch=4), take(turn=1), take(seed=8), take(tag="valid")):
         assert not torch.equal(whole[0][1], other[0][1])
 
 

@@ -70,7 +70,7 @@ class TwoBiases(nn.Module):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """(script, flags) -> probabilities of cutout by epoch; one batch an epoch, no checkpoints, no tests."""
+    """(script, flags) -> probabilities of cutout by epoch; without checkpoints and tests."""
     monkeypatch.chdir(tmp_path)
     cutouts, epoch_of = [], data.Batches.epoch
 
@@ -123,6 +123,41 @@ def test_a_search_trains_as_published(name, epochs, batch_size, wanted, run, mon
     cell = "--search_space nasbench201" if name == "nasbench201" else f"--dataset {name} --search_space s2"
     cutouts = run(train_search, f"{cell} --init_channels 2 --layers 4 --cutout")
     assert_rows(rows, cutouts, epochs, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_alpha_sees_new_orders_and_crops_whenever_its_images_start_over(run, monkeypatch):
+    images, taken, measured = torch.randint(256, (192, 3, 8, 8), dtype=torch.uint8), [], []
+    parts = ImageSet(images, torch.arange(192), 192, (0.5,) * 3, (0.5,) * 3).split(192)
+
+    def search_step(arch, optimizer, train, valid, **options):
+        taken.append(valid)
+        return SimpleNamespace(loss=torch.ones(()), logits=torch.zeros(16, 192), clipped=torch.zeros(1),
+                               alignment=None)
+
+    class Resumed(Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.step = 4
+
+    for name, part in (("search_step", search_step), ("load", lambda *args, **options: parts),
+                       ("measure_cells", lambda arch, probes, kind: measured.extend(probes["valid"]) or {})):
+        monkeypatch.setattr(train_search, name, part)
+    monkeypatch.setattr(Architect, "gradient_norms", lambda *args: (1.0, 0.0))
+    flags = "--search_space s2 --init_channels 2 --layers 4 --train_portion 0.75 --batch_size 16 --epochs 1"
+    run(train_search, flags + " --save whole")
+    x, y = (torch.cat(values).unflatten(0, (3, 48)) for values in zip(*taken))  # three turns of three steps
+    order = y.argsort(1)
+    assert all(torch.equal(y[turn].sort().values, y[0].sort().values) for turn in range(3))
+    sorted_x = [x[turn][order[turn]] for turn in range(3)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(y[one], y[other])
+        assert (sorted_x[one] != sorted_x[other]).flatten(1).any(1).sum() > 40  # of 48 images
+    whole = taken[:]
+    monkeypatch.setattr(train_search, "Run", Resumed)
+    run(train_search, flags + " --save resumed")
+    for (x, y), (x_again, y_again) in zip([*whole[4:], whole[-1], whole[-1]], [*taken[9:], *measured], strict=True):
+        assert torch.equal(x, x_again) and torch.equal(y, y_again)
 
 
 @pytest.mark.parametrize("flags, epochs, batch_size, wanted", [(k, *v) for k, v in EVAL.items()], ids=EVAL)

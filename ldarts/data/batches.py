@@ -147,12 +147,14 @@ class Batches:
     def __len__(self) -> int:
         return len(self.indices) // self.batch_size
 
-    def epoch(self, epoch: int, cutout_prob: float = 1.0, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, cutout_prob: float = 1.0, turn: int = 0, start: int = 0) -> Iterator[Batch]:
         """Batches number `start` and later of an epoch, of batch_size / world images each.
 
-        cutout_prob: the share of images with cutout.
+        cutout_prob: the share of images with cutout. turn: how often the epoch has already been through all
+        images; each turn has its own order and crops.
         """
-        generator, count = generator_of(self.seed, self.tag, epoch), len(self) * self.batch_size
+        key = (epoch, turn) if turn else (epoch,)
+        generator, count = generator_of(self.seed, self.tag, *key), len(self) * self.batch_size
         height, width = self.data.images.shape[2:]
 
         def table(numbers: Tensor) -> Tensor:  # [count, …] -> [steps, batch_size / world, …], on the device
