@@ -25,7 +25,7 @@ from ldarts.runs import (Run, amp_dtype, check_images, count_multiply_adds, coun
 
 
 def imagenet_rate(epoch, args):
-    """ImageNet's learning rate, as a share of --learning_rate: linear, flat in the last 5 epochs (P-DARTS)."""
+    """ImageNet's learning rate as a share of --learning_rate: linear, flat in the last 5 epochs (P-DARTS)."""
     if epoch < args.warmup_epochs and args.batch_size > 256:
         return (epoch + 1) / args.warmup_epochs
     left, steep = args.epochs - epoch, max(1, args.epochs - 5)
@@ -52,10 +52,12 @@ def train(at_end):
     layout, layout_remarks = safe_layout(args.memory_format, device, args.init_channels, *image[1:])
     options = dict(memory_format=layout, rank=processes.rank, world=processes.world)
     if imagenet:
-        train_batches, test_batches = folder_batches(args.data, args.batch_size, args.seed, device=device,
-                                                     workers=args.workers, **options)
+        parts = ["val"] if args.evaluate else ["train", "val"]
+        batches = folder_batches(args.data, parts, args.batch_size, args.seed, device=device,
+                                 workers=args.workers, **options)
+        train_batches, test_batches = batches[0], batches[-1]
         train_set, test_set = train_batches.images, test_batches.images
-    else:
+    elif not args.evaluate:
         train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True,
                                 cutout_length=args.cutout_length if args.cutout else 0, **options)
     seed_everything(args.seed)

@@ -130,7 +130,7 @@ def test_the_truth_is_that_of_the_set_that_was_searched(dataset, column, shown, 
     monkeypatch.chdir(tmp_path)
     table = nasbench201.accuracies()
     best = table[table[:, column].argsort()[::-1]]
-    truths = best[781], best[2343]  # uniform numbers 0.05 and 0.15: a sum of at most 0.2 with 0.2² / 2
+    truths = best[781], best[2343]  # uniform numbers 0.05, 0.15: a sum as low has p-value 0.2² / 2
     for seed, truth in enumerate(truths):
         write_run(tmp_path / f"runs/n{seed}", seed, 40.0, search_space="nasbench201", dataset=dataset)
         file = tmp_path / f"runs/n{seed}/metrics.jsonl"
@@ -235,7 +235,7 @@ def test_a_checkpoint_knows_its_network_and_its_data(trained, tmp_path, monkeypa
     (old.parent / "genotype.json").write_text(to_json(CELL))
     given = "--data", folder, *SIZE
     for path, *flags in ((one,), (one.parent,), (moved, *given), (old, *given), (one, "--no-auxiliary"),
-                         (one, "--arch", folder / "cell.json")):
+                         (one, "--batch_size", 10**4), (one, "--arch", folder / "cell.json")):
         run_main(monkeypatch, train_eval, "--evaluate", path, *flags)
         assert line in capsys.readouterr().out
     for path in (one, moved, old):

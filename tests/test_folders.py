@@ -28,7 +28,7 @@ def imagenet(tmp_path):
 
 
 def folders(root):
-    return folder_batches(root, 4, 0, device=torch.device("cpu"), workers=0)
+    return folder_batches(root, ["train", "val"], 4, 0, device=torch.device("cpu"), workers=0)
 
 
 @pytest.mark.filterwarnings("error")
@@ -61,7 +61,7 @@ def test_what_is_no_image_is_no_class_and_is_counted(imagenet):
     ("val/n01", None, r"only in train/: n01; only in val/: none"),
     ("val/n01", "val/n03", r"only in train/: n01; only in val/: n03"),
     ("train/n02", None, r"only in train/: none; only in val/: n02"),
-    ("val", None, "val: cannot be read .*train/ and val/"), ("val", "val/n01/n02", "only in train/: n02"),
+    ("val", None, "val: cannot be read .*must hold val/"), ("val", "val/n01/n02", "only in train/: n02"),
     ("train", "train/.hidden", "train: no folders of images")])
 def test_other_classes_are_refused_before_the_first_epoch(imagenet, path, others, said, monkeypatch, capsys):
     (imagenet / path).rename(imagenet / "away")
@@ -148,6 +148,10 @@ def test_imagenet_trains_and_names_a_damaged_image(imagenet, monkeypatch, capsys
     assert (config["learning_rate"], config["weight_decay"]) == (0.5, 3e-5)
     assert (config["label_smoothing"], config["drop_path_prob"]) == (0.1, 0.0)
     assert len(metrics) == 2 and 0 <= metrics[1]["test_accuracy"] <= 100
+    (imagenet / "train").rename("away")  # a test reads val/ alone, in batches of any size
+    run_main(monkeypatch, train_eval, "--evaluate", "runs/one", "--batch_size", 100)
+    assert f"accuracy {metrics[1]['test_accuracy']:.2f} %" in capsys.readouterr().out
+    (imagenet / "away").rename("train")
     whole = (imagenet / "train/n02/1.jpeg").read_bytes()
     for content in (b"no image", whole[:-999]):  # found by the start, and by a worker
         (imagenet / "train/n02/1.jpeg").write_bytes(content)

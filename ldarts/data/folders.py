@@ -5,7 +5,7 @@ import os
 import random
 import warnings
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class ImageFolder(torch.utils.data.Dataset):
         by_class, self.skipped = find_images(root)
         if not by_class:
             raise InputError(f"{root}: no folders of images ({', '.join(SUFFIXES)}), one for each class; "
-                             "--data must hold train/ and val/ of ImageNet")
+                             "--data must hold val/, for training also train/, of ImageNet")
         self.classes, self.num_classes = list(by_class), len(by_class)
         self.files = [path for paths in by_class.values() for path in paths]
         self.labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
@@ -61,7 +61,7 @@ def find_images(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     """(the images of each class, skipped paths), by name. Raises InputError if root cannot be read."""
     def fail(error: OSError):
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); "
-                         "--data must hold train/ and val/ of ImageNet") from error
+                         "--data must hold val/, for training also train/, of ImageNet") from error
 
     by_class, skipped = {}, []
     for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
@@ -182,25 +182,25 @@ class FolderBatches:
             raise InputError(reason.removeprefix("ldarts.errors.InputError: ")) from error
 
 
-def folder_batches(root: str, batch_size: int, seed: int, *, rank: int = 0,
-                   **options) -> tuple[FolderBatches, FolderBatches]:
-    """The batches of root/train and of root/val; options: of FolderBatches. Warns once about skipped files.
+def folder_batches(root: str, parts: Sequence[str], batch_size: int, seed: int, *, rank: int = 0,
+                   **options) -> list[FolderBatches]:
+    """The batches of each of the parts of root, `train` and `val` or one of them; options: of FolderBatches.
+    Warns once about skipped files.
 
-    Raises InputError if the two have different classes.
+    Raises InputError if the parts have different classes.
     """
-    options |= {"rank": rank}
-    train, val = (FolderBatches(Path(root, part), batch_size, seed, train=part == "train", **options)
-                  for part in ("train", "val"))
-    train_classes, val_classes = set(train.images.classes), set(val.images.classes)
+    batches = [FolderBatches(Path(root, part), batch_size, seed, train=part == "train", rank=rank, **options)
+               for part in parts]
+    train_classes, val_classes = (set(batches[k].images.classes) for k in (0, -1))
     if train_classes != val_classes:
         raise InputError(f"{root}: train/ and val/ need the same classes; only in train/: "
                          f"{listing(train_classes - val_classes)}; only in val/: "
                          f"{listing(val_classes - train_classes)}")
-    skipped = train.images.skipped + val.images.skipped
+    skipped = [path for part in batches for path in part.images.skipped]
     if skipped and rank == 0:
         warnings.warn(f"{root}: skipped {len(skipped)} files and folders that are hidden or contain no "
                       f"image: {listing(skipped)}", stacklevel=2)
-    return train, val
+    return batches
 
 
 def listing(names: Iterable[str]) -> str:
