@@ -18,8 +18,8 @@ def lock(file: TextIO) -> None:
     except (BlockingIOError, PermissionError):  # another process has it
         raise
     except OSError as error:
-        warnings.warn(f"{file.name}: this file system has no locks ({error.strerror}); nothing keeps a second "
-                      "process out", stacklevel=3)
+        warnings.warn(f"{file.name}: this file system has no locks ({error.strerror}); nothing keeps a "
+                      "second process out", stacklevel=3)
 
 
 @contextlib.contextmanager

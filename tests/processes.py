@@ -105,7 +105,7 @@ class SlowSteps:
 
 
 class OneSecond:
-    """All processes start in one second, but the clocks of ranks differ; each prints the folder of its run."""
+    """All processes start in one second, but ranks have other clocks; each prints the folder of its run."""
 
     def __call__(self):
         clock = 1e9 - 5 * int(os.environ.get("RANK", 0))

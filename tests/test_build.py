@@ -251,9 +251,8 @@ def test_setup_puts_the_libraries_into_the_package(tmp_path):
     # The checkout uses the library that lies in the installed package.
     paths = {"PYTHONPATH": str(tmp_path / "lib"), "XDG_CACHE_HOME": str(tmp_path)}
     shows = "from ldarts.fused import build; print(build.library('cpu'))"
-    found = subprocess.run([sys.executable, "-c", shows], cwd=ROOT, check=True, capture_output=True, text=True,
-                           env=os.environ | paths)
-    assert found.stdout == f"{library}\n"
+    found = subprocess.check_output([sys.executable, "-c", shows], cwd=ROOT, env=os.environ | paths)
+    assert found.decode() == f"{library}\n"
     # The package works without the scripts beside it.
     subprocess.run([sys.executable, "-c", CALL], cwd=tmp_path, check=True, capture_output=True,
                    env=os.environ | {"PYTHONPATH": str(tmp_path / "lib"), "LDARTS_FUSED": "off"})

@@ -1,5 +1,7 @@
 """Folders of images: their classes and kinds, what else lies there, batches, and runs on them."""
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -137,6 +139,22 @@ def test_imagenet_batches_depend_on_seed_and_epoch_alone(imagenet):
     assert torch.cat([y for _, y in tested]).tolist() == [0, 0, 0, 1, 1, 1]
     bright = torch.stack([x.mean() for x in torch.cat([x for x, _ in tested])])
     assert bright[:3].max() < bright[3:].min()  # images and labels stay together
+
+
+@pytest.mark.parametrize("size, reason", [("4m", "unable to allocate shared memory"), ("4k", "No space")])
+def test_workers_without_shared_memory_are_told_to_be_none(size, reason, imagenet):
+    """/dev/shm as small as in a container: for the images of a worker, and for a worker's semaphore."""
+    argv = [sys.executable, train_eval.__file__, "--dataset", "imagenet", "--data", ".", "--epochs", "1",
+            "--init_channels", "4", "--layers", "2", "--no-auxiliary", "--batch_size", "8", "--workers", "2"]
+    inside = f'mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 77; exec "$@"'
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", inside, "sh", *argv], cwd=imagenet, text=True,
+                          capture_output=True)
+    if "unshare" in done.stderr or done.returncode == 77:
+        pytest.skip(f"a small file system can't be mounted here: {done.stderr.strip()}")
+    message, *others = done.stderr.splitlines()
+    assert done.returncode == 2 and message.startswith("error: --workers 2: ")
+    assert reason in message and "use --workers 0" in message
+    assert not others or "Exception ignored in: <function _MultiProcessingDataLoaderIter" in others[0]
 
 
 def test_imagenet_trains_and_names_a_damaged_image(imagenet, monkeypatch, capsys):

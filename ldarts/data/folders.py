@@ -14,6 +14,8 @@ from torch import Tensor
 from ..errors import InputError, brief, require
 from .batches import Batch, Normalize, generator_of, share_of
 
+# In PyTorch's messages of workers that cannot pass their images on, or were killed.
+NO_WORKERS = ("shared memory", "DataLoader worker (", "ancdata")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
 
 
@@ -177,9 +179,14 @@ class FolderBatches:
             for x, y in loader:
                 x = x.to(self.device, memory_format=self.memory_format, non_blocking=True)
                 yield x, y.to(self.device)
-        except InputError as error:  # a worker's message is its traceback; the reason is the last line
-            reason = str(error).strip().splitlines()[-1]
-            raise InputError(reason.removeprefix("ldarts.errors.InputError: ")) from error
+        except (InputError, RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[-1]  # a worker's message is its traceback
+            if isinstance(error, InputError):
+                raise InputError(reason.removeprefix("ldarts.errors.InputError: ")) from error
+            if not self.workers or not (isinstance(error, OSError) or any(map(str(error).count, NO_WORKERS))):
+                raise
+            raise InputError(f"--workers {self.workers}: {reason}; use --workers 0, or enlarge /dev/shm, "
+                             "through which workers pass images") from error
 
 
 def folder_batches(root: str, parts: Sequence[str], batch_size: int, seed: int, *, rank: int = 0,
