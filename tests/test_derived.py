@@ -102,7 +102,9 @@ def test_the_cell_of_an_unfinished_search_is_said_to_be_one(tmp_path, monkeypatc
     write_run(tmp_path / "runs/s", 0, 20.0, epochs=50)
     for arch in ("runs/s", "runs/s/genotype.json"):
         monkeypatch.setattr(sys, "argv", ["x", "--arch", arch])
-        assert "runs/s is an unfinished search, 1 of 50 epochs" in runs.parse_eval_args()[2][0]
+        args, _, remarks = runs.parse_eval_args()
+        assert "runs/s is an unfinished search, 1 of 50 epochs" in remarks[0]
+        assert args.arch == str(tmp_path / arch)  # where a table of runs finds the search from every folder
 
 
 def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
@@ -130,7 +132,7 @@ def test_the_truth_is_that_of_the_set_that_was_searched(dataset, column, shown, 
     monkeypatch.chdir(tmp_path)
     table = nasbench201.accuracies()
     best = table[table[:, column].argsort()[::-1]]
-    truths = best[781], best[2343]  # uniform numbers 0.05, 0.15: a sum as low has p-value 0.2² / 2
+    truths = best[781], best[2343]  # uniform numbers 0.05, 0.15: p-value 0.2² / 2
     for seed, truth in enumerate(truths):
         write_run(tmp_path / f"runs/n{seed}", seed, 40.0, search_space="nasbench201", dataset=dataset)
         file = tmp_path / f"runs/n{seed}/metrics.jsonl"

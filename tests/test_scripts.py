@@ -217,7 +217,7 @@ def test_a_search_on_an_ascii_terminal_in_a_folder_with_a_space(tmp_path):
     locale = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     result = run(tmp_path, "train_search.py", *capitals, *SMALL, "--data", "my data", **locale)
     assert result.returncode == 0, result.stderr
-    assert "--arch 'runs/one run' --dataset cifar10 --data 'my data'" in result.stdout
+    assert f"--arch 'runs/one run' --dataset cifar10 --data '{tmp_path}/my data'" in result.stdout
     assert r"\u039b" in result.stdout and "Λ" in (tmp_path / "runs/one run/log.txt").read_text("utf-8")
     config = json.loads((tmp_path / "runs/one run/config.json").read_text())
     assert (config["search_space"], config["lambda_kind"]) == ("nasbench201", "sign")
@@ -284,7 +284,12 @@ def test_a_run_goes_on_with_its_own_images_alone(command, tmp_path, monkeypatch,
     for name in ("more", "other pixels", "other labels"):
         message = refusal(capsys, command[0], "--resume", "runs/one run", "--data", name)
         assert "runs/one run/checkpoint.pt: the run was started on 40 images of 10 classes" in message
-        assert f"--data {name} holds {60 if name == 'more' else 40} images of 10 classes" in message
+        images = 60 if name == "more" else 40
+        assert f"--data {tmp_path}/{name} holds {images} images of 10 classes" in message
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir("empty")  # the images are found from every folder
+    in_process(command[0], "--resume", "../runs/one run")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "own").rename("elsewhere")
     in_process(command[0], "--resume", "runs/one run", "--data", "elsewhere")
     assert "--resume 'runs/one run'" in refusal(capsys, *command, *SMALL, "--data", "elsewhere")

@@ -2,6 +2,7 @@
 
 Files from elsewhere run no code: the unpickler allows only arrays. Nothing is unpacked outside the folder.
 """
+import contextlib
 import hashlib
 import http.client
 import os
@@ -87,11 +88,12 @@ def damaged(path: Path, reason: str, source: Source) -> InputError:
 
 def fetch(url: str, md5: str, path: Path, download: bool) -> None:
     """Download url to path if path is missing. The file appears whole, with the right MD5, or not at all."""
-    by_hand = f"put {url} at {path}, or use --dataset synthetic"
+    by_hand = f"put {url} at {path}, name its folder by --data, or use --dataset synthetic"
     if path.is_file():
         return
     if not download:
         raise InputError(f"{path}: no such file, and downloading is off; {by_hand}")
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -107,6 +109,10 @@ def fetch(url: str, md5: str, path: Path, download: bool) -> None:
             os.replace(partial, path)
     except (OSError, http.client.HTTPException) as error:
         raise InputError(f"{path}: cannot be downloaded ({brief(error)}); {by_hand}") from error
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # only empty ones can be removed
+                folder.rmdir()
 
 
 def unpack(archive: Path, root: Path, source: Source) -> None:

@@ -35,6 +35,16 @@ def one_of(names: Iterable[str]) -> Callable:
     return checked(lambda text: by_lower_case.get(text.lower()), f"one of {', '.join(names)}", bool)
 
 
+def absolute(path: str) -> str:
+    """A path that means the same from every folder, as a run records it."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def cell_name(name: str) -> str:
+    """--arch: a path that exists, as an absolute one."""
+    return absolute(name) if os.path.exists(name) and name not in genotypes.PUBLISHED else name
+
+
 COUNT = checked(int, "a whole number from 1", lambda value: value >= 1)
 COUNT_OR_0 = checked(int, "a whole number from 0", lambda value: value >= 0)
 SEED = checked(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
@@ -62,7 +72,7 @@ class Default:
 
 # Each row: a flag, its default, what it takes, its meaning.
 BOTH = [
-    ("--data", "data", str, "folder of the data set, or its archive"),
+    ("--data", "data", absolute, "folder of the data set, or its archive"),
     ("--save", None, str, "name of the run (default: search- or eval- and the time)"),
     ("--resume", None, str, "continue the run in this folder; the arguments are those of the run"),
     ("--seed", 0, SEED, "of all random numbers"),
@@ -109,7 +119,7 @@ SEARCH = [
 ]
 EVAL_SETS = (*DATASETS, "imagenet")
 EVAL = [
-    ("--arch", None, str, "a cell: a published name (default LAMBDA_DARTS), a search's run, a file, a text"),
+    ("--arch", None, cell_name, "a published cell (default LAMBDA_DARTS), a search's run, a file, a text"),
     ("--evaluate", None, checkpoint_file, "test a run or the weights in this file, and stop"),
     ("--dataset", "cifar10", one_of(EVAL_SETS), ", ".join(EVAL_SETS)),
     ("--batch_size", Default(96, imagenet=1024), COUNT, "images of a step"),
