@@ -24,7 +24,10 @@ def lock(file: TextIO) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Within it, the file is locked; it is made if need be. Waits, and says so, for another process."""
+    """Within it, the file is locked; it is made and removed. Waits, and says so, for another process.
+
+    What is done within has to hold where it was done already, and twice at once, where there are no locks.
+    """
     with open(path, "w") as file:
         try:
             lock(file)
@@ -32,4 +35,7 @@ def locked(path: Path) -> Iterator[None]:
             if os.environ.get("RANK", "0") == "0":
                 print(f"ldarts: waiting for another process ({path})", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

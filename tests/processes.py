@@ -3,11 +3,14 @@
 The server imports this module, so the first lines warm it up; tests call `start`.
 """
 import fcntl
+import hashlib
+import io
 import multiprocessing
 import os
 import signal
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ import torch
 import train_eval
 import train_search
 from ldarts import runs
+from ldarts.data.archives import SOURCES
 from ldarts.fused import compiled_for
 
 compiled_for("cpu")
@@ -117,6 +121,23 @@ class OneSecond:
             print(f"folder {run.path}", flush=True)
 
         runs.Run.__init__ = made
+
+
+class SlowArchive:
+    """The network has CIFAR-10 as these bytes; who asks for them is printed, and waits a second."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+
+    def __call__(self):
+        def urlopen(url, timeout):
+            print("asked for", url, flush=True)
+            time.sleep(1)
+            return io.BytesIO(self.content)
+
+        urllib.request.urlopen = urlopen
+        md5 = hashlib.md5(self.content).hexdigest()
+        SOURCES["cifar10"] = SOURCES["cifar10"]._replace(md5=(md5,))
 
 
 class NoLocks:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import ranks
 from ldarts import layer_alignment
 from ldarts.architect import RunningStatistics
+from test_archives import packed_cifar10
 from test_faults import COMMON, EVAL, assert_same_bits, printed, reached, write_images
 
 ROOT = Path(__file__).parent.parent
@@ -196,6 +197,16 @@ def test_two_processes_evaluate_and_continue_to_the_same_bits(images, forks):
     processes = pair(forks, whole, "train_eval.py", *EVAL, "--evaluate", "runs/one/checkpoint.pt")
     assert [forks.finish(process) for process in processes] == [0, 0], printed(whole)
     assert printed(whole).count("checkpoint.pt on cifar10: test loss") == 1  # by one of them
+
+
+def test_one_rank_downloads_the_archive(images, forks, tmp_path):
+    folder, content = images / "download", packed_cifar10(tmp_path)
+    folder.mkdir()
+    argv = [*EVAL, "--data", "data", "--epochs", "1", "--batch_size", "6"]
+    processes = pair(forks, folder, "train_eval.py", *argv, sabotage=forks.SlowArchive(content))
+    assert [forks.finish(process) for process in processes] == [0, 0], printed(folder)
+    assert printed(folder).count("asked for") == 1 and printed(folder).count("waiting for another") <= 1
+    assert sorted(os.listdir(folder / "data")) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
 
 
 def test_jobs_of_one_second_have_a_folder_each_and_their_ranks_the_same(images, forks):

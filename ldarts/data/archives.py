@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, brief, require
+from ..locks import locked
 from .batches import ImageSet
 
 
@@ -86,8 +87,13 @@ def damaged(path: Path, reason: str, source: Source) -> InputError:
     return InputError(f"{path}: {reason}; get it again from {source.url}, or use --dataset synthetic")
 
 
+def lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
 def fetch(url: str, md5: str, path: Path, download: bool) -> None:
-    """Download url to path if path is missing. The file appears whole, with the right MD5, or not at all."""
+    """Download url to path if path is missing. The file appears whole, with the right MD5, or not at all. One
+    process downloads it, the others wait."""
     by_hand = f"put {url} at {path}, name its folder by --data, or use --dataset synthetic"
     if path.is_file():
         return
@@ -96,7 +102,9 @@ def fetch(url: str, md5: str, path: Path, download: bool) -> None:
     made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        with locked(lock_of(path)), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            if path.is_file():
+                return
             partial, digest, done = Path(scratch, path.name), hashlib.md5(usedforsecurity=False), 0
             with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as file:
                 while block := response.read(1 << 20):
@@ -116,10 +124,14 @@ def fetch(url: str, md5: str, path: Path, download: bool) -> None:
 
 
 def unpack(archive: Path, root: Path, source: Source) -> None:
-    """Unpack the regular files of the source's folder, which appears whole or not at all."""
+    """Unpack the regular files of the source's folder, which appears whole or not at all. One process unpacks
+    it, the others wait."""
     folder = source.folder
     try:
-        with tempfile.TemporaryDirectory(dir=root) as scratch, tarfile.open(archive) as tar:
+        with (locked(lock_of(archive)), tempfile.TemporaryDirectory(dir=root) as scratch,
+              tarfile.open(archive) as tar):
+            if (root / folder).is_dir():
+                return
             for member in tar:  # one by one: some releases of Python 3.10 and 3.11 lack tarfile's filters
                 path = PurePosixPath(member.name)
                 if member.isreg() and path.parts == (folder, path.name):
@@ -130,7 +142,7 @@ def unpack(archive: Path, root: Path, source: Source) -> None:
                 raise tarfile.TarError(f"it has no files {folder}/…")
             try:
                 os.rename(Path(scratch, folder), root / folder)
-            except OSError:  # another process of this run may have been faster
+            except OSError:  # where there are no locks, another process may have been faster
                 if not (root / folder).is_dir():
                     raise
     except Exception as error:  # damaged bytes raise many kinds
