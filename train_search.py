@@ -25,8 +25,8 @@ from ldarts.data import Batches, eval_batches, halves, load
 from ldarts.distributed import Processes
 from ldarts.genotypes import to_json
 from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, check_images, evaluate, machine_facts,
-                         parse_search_args, pick_device, script, seed_everything, set_deterministic,
-                         uses_graph)
+                         parse_search_args, pick_device, script, script_path, seed_everything,
+                         set_deterministic, uses_graph)
 
 
 def skip_connections(genotype) -> int:
@@ -181,7 +181,7 @@ def report(run, genotype, args):
     if args.search_space == "nasbench201":
         run.log(nasbench201.describe(genotype, args.dataset))
     options = "--arch", str(run.path), "--dataset", args.dataset, "--data", args.data
-    run.log(f"train it: python train_eval.py {shlex.join(options)}")
+    run.log(f"train it: python {script_path('train_eval.py')} {shlex.join(options)}")
 
 
 if __name__ == "__main__":

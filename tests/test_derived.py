@@ -128,7 +128,7 @@ def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("dataset, column, shown", [
     ("cifar10", 0, "CIFAR-10"), ("cifar100", 1, "CIFAR-100"), ("synthetic", 0, "CIFAR-10")])
-def test_the_truth_is_that_of_the_set_that_was_searched(dataset, column, shown, tmp_path, monkeypatch, capsys):
+def test_the_truth_is_that_of_the_searched_set(dataset, column, shown, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     table = nasbench201.accuracies()
     best = table[table[:, column].argsort()[::-1]]

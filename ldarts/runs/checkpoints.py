@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import io
 import os
+import sys
 from pathlib import Path
 from shlex import quote
 from typing import Any, Callable
@@ -46,6 +47,13 @@ def not_written(path: Path, error: OSError) -> InputError:
 def resume_flag(folder: Path) -> str:
     """The flag that continues the run in a folder, quoted for a shell."""
     return f"--resume {quote(str(folder))}"
+
+
+def script_path(name: str) -> str:
+    """A script as it is called where this process was started, quoted for a shell: it lies beside the script
+    that was started or, where another program runs, beside this package."""
+    beside = Path(sys.argv[0]).parent / name
+    return quote(str(beside if beside.is_file() else os.path.relpath(Path(__file__).parents[2] / name)))
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import genotypes
 from ..errors import InputError, brief
-from .checkpoints import CHECKPOINT, load_checkpoint
+from .checkpoints import CHECKPOINT, load_checkpoint, resume_flag, script_path
 from .machine import MEMORY_FORMATS
 from .records import read_config, run_folder, unfinished
 
@@ -55,7 +55,7 @@ def unfinished_search(arch: str) -> list[str]:
     folder = run_folder(arch)
     if search_config(arch) and (so_far := unfinished(folder)):
         return [f"warning: {folder} is an unfinished search, {so_far}: this is its cell so far; "
-                f"to continue it: python train_search.py --resume {folder}"]
+                f"to continue it: python {script_path('train_search.py')} {resume_flag(folder)}"]
     return []
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..distributed import Processes
 from ..errors import InputError, NotFinite, brief
 from .checkpoints import (CHECKPOINT, PREVIOUS, load_checkpoint, not_written, resume_flag, save_checkpoint,
-                          write_atomically)
+                          script_path, write_atomically)
 from .machine import commit, device_name, seed_everything, versions
 from .meters import Meter
 from .records import read_config
@@ -46,7 +46,7 @@ class Run:
                  steps: int, sets: Sequence[Any], at_end: ExitStack, facts: dict[str, Any] | None = None,
                  carried: dict[str, Any] | None = None):
         self.args, self.processes, self.parts, self.steps = args, processes, parts, steps
-        self.carried = carried or {}
+        self.kind, self.carried = kind, carried or {}
         self.writes = processes.rank == 0
         self.epoch, self.step, self.history = 0, 0, []
         self.data = [images.identity() for images in sets]
@@ -208,7 +208,7 @@ class Run:
     def _stop(self, signal_number: int) -> None:
         if signal_number:
             launcher = "python" if self.processes.world == 1 else "torchrun …"
-            command = f"{launcher} {Path(sys.argv[0]).name} {resume_flag(self.path)}"
+            command = f"{launcher} {script_path(f'train_{self.kind}.py')} {resume_flag(self.path)}"
             self.log(f"stopped by {signal.Signals(signal_number).name} before step {self.step} of epoch "
                      f"{self.epoch}; continue by: {command}")
             self.processes.largest(0)  # wait: torchrun ends the others when the first one leaves
