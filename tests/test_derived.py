@@ -1,6 +1,7 @@
 """Derived networks as users bring them: genotypes from logs and modules, others' weights, runs cut short."""
 import json
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -124,6 +125,24 @@ def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, runs, "runs/e", "runs/s0")
     assert "| eval | 1 | 50.00 | 2.50 | 400.00 | 1.50 | 0.25 |" in capsys.readouterr().out
     assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none")
+
+
+def test_what_is_no_run_among_runs_is_left_out_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "damaged"):
+        write_run(tmp_path / "runs" / name, 0, 20.0)
+    (tmp_path / "runs/damaged/metrics.jsonl").write_text("{")
+    (tmp_path / "runs/notes.txt").write_text("which seeds to trust")
+    (tmp_path / "runs/.ipynb_checkpoints").mkdir()
+    paths = sorted(map(str, Path("runs").iterdir()))
+    for flags, said in (([], "| search | 1 | 20.00 |"), (["--best"], "runs/a\n")):
+        run_main(monkeypatch, runs, *flags, *paths)
+        printed = capsys.readouterr()
+        assert said in printed.out
+        assert len(printed.err.splitlines()) == 3
+        assert all(f"left out: runs/{name}" in printed.err for name in ("notes", "damaged", ".ipynb"))
+    assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none", "runs/a")
+    assert "notes.txt" in refused(monkeypatch, capsys, runs, "runs/notes.txt", "runs/.ipynb_checkpoints")
 
 
 @pytest.mark.parametrize("dataset, column, shown", [

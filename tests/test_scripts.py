@@ -100,7 +100,8 @@ BAD_SEARCH = {
     "bf16 on a CPU": (["--amp", "bf16", "--device", "cpu"], "--amp bf16"),
     "zero steps": (["--report_freq", "0"], "--report_freq: '0': expected a whole number from 1"),
     "no share": (["--cutout_prob", "2"], "--cutout_prob: '2': expected a number from 0 to 1"),
-    "a seed too large": (["--seed", str(2**64)], "--seed"),
+    "a seed too large": (["--seed", str(2**64)], "--seed: '18446744073709551616': expected"),
+    "a negative seed": (["--seed", "-1"], "--seed: '-1': expected a whole number from 0 to 2^63 - 1"),
     "a size that is no divisor": (["--image_size", "5"], "images of 5 pixels: those of this set have 32"),
     "no probe": (["--probe_batches", "0"], "--probe_batches: '0'"),
     "more probes than batches": (["--probe_batches", "99"], "--probe_batches 99: an epoch has "),
@@ -131,6 +132,7 @@ BAD_EVAL = {
     "weights of another network": (["--evaluate", "other.pt"], "other.pt"),
     "truncated checkpoint": (["--evaluate", "cut.pt"], "cut.pt"),
     "no checkpoint": (["--evaluate", "none.pt"], "none.pt"),
+    "a negative seed": (["--seed", "-1"], "--seed: '-1': expected a whole number from 0 to 2^63 - 1"),
     "auxiliary tower in nasbench201": (
         ["--arch", "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|none~1|none~2|", "--auxiliary"],
         "--auxiliary"),

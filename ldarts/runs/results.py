@@ -1,5 +1,7 @@
 """The table of results over seeds, and the best of several searches."""
+import os
 import statistics
+import sys
 from typing import Any
 
 from ..errors import InputError
@@ -98,6 +100,25 @@ def best_search(paths: list[str]) -> str:
     return max(searches, key=lambda path: read_run(path)[1][-1]["valid_accuracy"])
 
 
+def readable(paths: list[str]) -> list[str]:
+    """Those of the paths that are runs; the others are named on standard error. Raises InputError for a path
+    that does not exist, and if none is a run."""
+    runs, errors = [], []
+    for path in paths:
+        try:
+            read_config(path), read_metrics(path)
+            runs.append(path)
+        except InputError as error:
+            if not os.path.exists(path):
+                raise
+            errors.append(error)
+    if not runs:
+        raise errors[0]
+    for error in errors:
+        print(f"left out: {error}", file=sys.stderr)
+    return runs
+
+
 def main() -> None:
     parser = Parser(prog="python -m ldarts.runs",
                     description="A table of finished runs: mean ± standard deviation over seeds.")
@@ -106,4 +127,5 @@ def main() -> None:
                         help="print the search with the highest validation accuracy at its end instead")
     parser.add_argument("--unfinished", action="store_true", help="include unfinished runs in the table")
     args = parser.parse_args()
-    print(best_search(args.runs) if args.best else summary(args.runs, args.unfinished).rstrip("\n"))
+    paths = readable(args.runs)
+    print(best_search(paths) if args.best else summary(paths, args.unfinished).rstrip("\n"))
