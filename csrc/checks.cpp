@@ -1,8 +1,8 @@
 #include "checks.h"
 
-#include <ATen/OpMathType.h>
 #include <c10/core/ScalarType.h>
 
+#include <algorithm>
 #include <sstream>
 #include <string>
 
@@ -11,7 +11,7 @@ namespace ldarts {
 template <typename Value>
 static void check_equal(bool equal, const char* who, int64_t m, const char* what, const Value& want,
                         const Value& got) {
-  TORCH_CHECK_VALUE(equal, who, m, " has ", what, " ", got, ", expected ", want);
+  TORCH_CHECK_VALUE(equal, who, ": term ", m, " has ", what, " ", got, ", expected ", want);
 }
 
 static std::string name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
@@ -24,28 +24,26 @@ static std::string layout(const at::Tensor& t) {
   return strides.str();
 }
 
-void check_dtype(const char* who, const at::Tensor& t) {
+static bool supported(const at::Tensor& t) {
   const auto dtype = t.scalar_type();
-  const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
-  TORCH_CHECK_VALUE(half || dtype == at::kFloat || dtype == at::kDouble, who, " has dtype ", name(dtype),
-                    ", expected float32, float64, bfloat16 or float16");
+  return dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kFloat || dtype == at::kDouble;
 }
 
-at::MemoryFormat check_terms(at::TensorList terms) {
-  TORCH_CHECK_VALUE(!terms.empty(), "mixed_sum: expected at least one term");
+at::MemoryFormat check_terms(const char* who, at::TensorList terms) {
+  TORCH_CHECK_VALUE(!terms.empty(), who, ": expected at least one term");
   const at::Tensor& first = terms[0];
-  check_dtype("mixed_sum: term 0", first);
+  TORCH_CHECK_VALUE(supported(first), who, ": term 0 has dtype ", name(first.scalar_type()),
+                    ", expected float32, float64, bfloat16 or float16");
   bool contiguous = true, channels_last = true;
   for (size_t m = 0; m < terms.size(); ++m) {
     const at::Tensor& t = terms[m];
-    const char* who = "mixed_sum: term ";
     check_equal(t.sizes() == first.sizes(), who, m, "shape", first.sizes(), t.sizes());
     check_equal(t.scalar_type() == first.scalar_type(), who, m, "dtype", name(first.scalar_type()),
                 name(t.scalar_type()));
     check_equal(t.device() == first.device(), who, m, "device", first.device(), t.device());
     const bool is_contiguous = contiguous && t.is_contiguous();
     const bool is_channels_last = channels_last && t.is_contiguous(at::MemoryFormat::ChannelsLast);
-    TORCH_CHECK_VALUE(is_contiguous || is_channels_last, who, m, " has memory format ", layout(t),
+    TORCH_CHECK_VALUE(is_contiguous || is_channels_last, who, ": term ", m, " has memory format ", layout(t),
                       ", expected ", m == 0 ? "contiguous or channels-last" : layout(first));
     contiguous = is_contiguous;
     channels_last = is_channels_last;
@@ -53,30 +51,71 @@ at::MemoryFormat check_terms(at::TensorList terms) {
   return contiguous ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
 }
 
-at::Tensor check_weights(const at::Tensor& weights, int64_t count, const at::Tensor& like) {
-  check_dtype("mixed_sum: weights", weights);
+void check_weights(const at::Tensor& weights, int64_t count, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(supported(weights), "mixed_sum: weights have dtype ", name(weights.scalar_type()),
+                    ", expected float32, float64, bfloat16 or float16");
   TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == count, "mixed_sum: weights have shape ",
                     weights.sizes(), ", expected [", count, "], one for each term");
   TORCH_CHECK_VALUE(weights.device() == like.device(), "mixed_sum: weights have device ", weights.device(),
                     ", expected ", like.device());
   TORCH_CHECK_VALUE(weights.element_size() >= like.element_size(), "mixed_sum: weights have dtype ",
                     name(weights.scalar_type()), ", expected ", name(like.scalar_type()), " or wider");
-  return weights.to(at::toOpMathType(like.scalar_type())).contiguous();
 }
 
-at::Tensor check_grad(const at::Tensor& grad, const at::Tensor& like, at::MemoryFormat format) {
-  TORCH_CHECK_VALUE(grad.sizes() == like.sizes(), "mixed_sum: grad has shape ", grad.sizes(), ", expected ",
-                    like.sizes());
-  TORCH_CHECK_VALUE(grad.scalar_type() == like.scalar_type(), "mixed_sum: grad has dtype ",
-                    name(grad.scalar_type()), ", expected ", name(like.scalar_type()));
-  TORCH_CHECK_VALUE(grad.device() == like.device(), "mixed_sum: grad has device ", grad.device(),
-                    ", expected ", like.device());
-  return grad.contiguous(format);
+// How many rows of `numbers` there are; the first tensor with a row says how many numbers a row has.
+static int64_t count_rows(const char* what, at::TensorList tensors, int64_t& numbers) {
+  int64_t rows = 0;
+  for (const auto& t : tensors) {
+    const int64_t width = t.dim() == 2 ? t.size(1) : 1;
+    TORCH_CHECK_VALUE(t.dim() == 1 || t.dim() == 2, "affine_sums: ", what, " have shape ", t.sizes(),
+                      ", expected [rows] or [rows, C]");
+    if (numbers == 0) numbers = width;
+    TORCH_CHECK_VALUE(width == numbers, "affine_sums: ", what, " have ", width, " numbers a row, expected ",
+                      numbers);
+    rows += t.size(0);
+  }
+  return rows;
 }
 
-at::MemoryFormat dense_format(const at::Tensor& grad) {
-  const bool channels_last = !grad.is_contiguous() && grad.is_contiguous(at::MemoryFormat::ChannelsLast);
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+Entries::Entries(at::TensorList terms, at::TensorList scales, at::TensorList shifts, at::IntArrayRef z_of_entry,
+                 at::IntArrayRef scale_of_entry, at::IntArrayRef shift_of_entry, at::IntArrayRef entries) {
+  int64_t width = 0, count = 0;
+  const int64_t rows = count_rows("scales", scales, width), shift_rows = count_rows("shifts", shifts, width);
+  for (const int64_t of_sum : entries) {
+    TORCH_CHECK_VALUE(of_sum > 0, "affine_sums: a sum has no entry");
+    count += of_sum;
+  }
+  const int64_t E = z_of_entry.size();
+  TORCH_CHECK_VALUE(!entries.empty() && count == E && E == static_cast<int64_t>(scale_of_entry.size()) &&
+                        E == static_cast<int64_t>(shift_of_entry.size()),
+                    "affine_sums: ", entries.size(), " sums of ", count, " entries; ", E, " z, ",
+                    scale_of_entry.size(), " scales and ", shift_of_entry.size(), " shifts are given");
+  for (int64_t e = 0; e < E; ++e)
+    TORCH_CHECK_VALUE(0 <= z_of_entry[e] && z_of_entry[e] < static_cast<int64_t>(terms.size()) &&
+                          scale_of_entry[e] < rows && shift_of_entry[e] < shift_rows,
+                      "affine_sums: entry ", e, " is of z ", z_of_entry[e], ", scale ", scale_of_entry[e],
+                      " and shift ", shift_of_entry[e], "; there are ", terms.size(), ", ", rows, " and ",
+                      shift_rows);
+  numbers = std::max<int64_t>(1, width);
+  for (const auto& t : terms) {
+    TORCH_CHECK_VALUE(numbers == 1 || (t.dim() == 4 && t.size(1) == numbers), "affine_sums: a term has shape ",
+                      t.sizes(), ", expected [N, ", numbers, ", H, W]");
+    z.push_back(numbers > 1 ? t.contiguous(at::MemoryFormat::ChannelsLast) : t);
+  }
+  format = check_terms("affine_sums", z);
+  if (numbers > 1) format = at::MemoryFormat::ChannelsLast;
+}
+
+std::vector<at::Tensor> checked_pairs(at::TensorList x, at::TensorList y) {
+  TORCH_CHECK_VALUE(!x.empty() && x.size() == y.size(), "channel_sums: ", x.size(), " tensors and ", y.size(),
+                    " to multiply them by");
+  TORCH_CHECK_VALUE(x[0].dim() == 4, "channel_sums: a tensor has shape ", x[0].sizes(), ", expected [N, C, H, W]");
+  std::vector<at::Tensor> all;
+  for (const auto& t : x) all.push_back(t.contiguous(at::MemoryFormat::ChannelsLast));
+  for (size_t k = 0; k < y.size(); ++k)
+    all.push_back(y[k].is_same(x[k]) ? all[k] : y[k].contiguous(at::MemoryFormat::ChannelsLast));
+  check_terms("channel_sums", all);
+  return all;
 }
 
 }  // namespace ldarts

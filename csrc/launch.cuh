@@ -1,5 +1,5 @@
 #pragma once
-// How a .cu file launches a kernel. Each CUDA operator lies in three files, so that nvcc never sees PyTorch's
+// How a .cu file launches a kernel. The CUDA operators lie in three files, so that nvcc never sees PyTorch's
 // headers, on which it spends ten times what the kernels take (27 s against 3 s a file):
 //
 //     X_kernels.cuh   device code and the plan of its launches; no PyTorch; emulated by the tests

@@ -180,7 +180,7 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
     at::TensorList x, at::TensorList tangent, const std::optional<at::Tensor>& input_scale_shift,
     at::TensorList depthwise, at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations,
     at::TensorList z, const c10::List<std::optional<at::Tensor>>& grad_z, at::TensorList grad_terms,
-    const at::Tensor& scale, const at::Tensor& grad_z_sums, bool need_grad_x, bool need_grad_weights,
+    const at::Tensor& scale, const at::Tensor& of_z, bool need_grad_x, bool need_grad_weights,
     bool need_tangent_z) {
   check(x, depthwise, pointwise, dilations);
   Tensors given;
@@ -188,7 +188,7 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
   const auto xs = channels_last(x), tangents = channels_last(tangent), zs = channels_last(z);
   const auto grad_zs = channels_last(given), grads = channels_last(grad_terms);
   const auto dtype = x[0].scalar_type();
-  const auto scales = scale.to(dtype).contiguous(), by_sums = grad_z_sums.to(dtype).contiguous();
+  const auto scales = scale.to(dtype).contiguous(), by_sums = of_z.to(dtype).contiguous();
   const int64_t U = depthwise.size(), C = x[0].size(1), chunks = chunks_of(x[0].size(0));
   const int64_t first_term = U - static_cast<int64_t>(grads.size());
 
@@ -218,7 +218,7 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
       of_pair[u].grad_z = read<T>(grad_zs[u]);
       of_pair[u].grad_term = is_term ? read<T>(grads[u - first_term]) : nullptr;
       of_pair[u].scale = is_term ? read<T>(scales) + (u - first_term) * C : nullptr;
-      of_pair[u].grad_z_sums = read<T>(by_sums) + 2 * u * C;
+      of_pair[u].of_z = read<T>(by_sums) + 2 * u * C;
       of_pair[u].grad_x = need_grad_x ? write<T>(grad_x[shared ? 0 : u]) : nullptr;
       of_pair[u].add = shared && u > 0;
       of_pair[u].tangent_z = need_tangent_z ? write<T>(tangent_z[u]) : nullptr;
@@ -241,29 +241,6 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
   return {grad_x, finish(input_sums), grad_depthwise, grad_pointwise, tangent_z, finish(tangent_sums)};
 }
 
-// [tensors, 2, C]: per channel the sums of each x and of x y, in float64. With x the gradients by terms and y
-// their z these are grad_sums, with both of them z they are z_sums.
-at::Tensor channel_sums(at::TensorList x, at::TensorList y) {
-  TORCH_CHECK_VALUE(!x.empty() && x.size() == y.size(), "channel_sums: ", x.size(), " tensors and ", y.size(),
-                    " to multiply them by");
-  const auto xs = channels_last(x), ys = channels_last(y);
-  const int64_t count = y.size(), N = y[0].size(0), C = y[0].size(1), chunks = chunks_of(N);
-  const int64_t image = y[0].numel() / std::max<int64_t>(1, N);
-  const auto result = zero_sums({chunks, count, 2, C});
-  double* sums = write<double>(result);
-  AT_DISPATCH_FLOATING_TYPES(y[0].scalar_type(), "channel_sums", [&] {
-    using T = scalar_t;
-    at::parallel_for(0, chunks * count, 1, [&](int64_t from, int64_t to) {
-      for (int64_t item = from; item < to; ++item) {
-        const T *one = read<T>(xs[item % count]), *other = read<T>(ys[item % count]);
-        for (int64_t n = item / count; n < N; n += chunks)
-          add_channel_sums(one + n * image, other + n * image, image, C, sums + item * 2 * C);
-      }
-    });
-  });
-  return sum_of_chunks(result);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ldarts, m) {
@@ -271,16 +248,14 @@ TORCH_LIBRARY_FRAGMENT(ldarts, m) {
         "int stride, int[] dilations) -> (Tensor[] z, Tensor z_sums)");
   m.def("separable_backward(Tensor[] x, Tensor[] tangent, Tensor? input_scale_shift, Tensor[] depthwise, "
         "Tensor[] pointwise, int stride, int[] dilations, Tensor[] z, Tensor?[] grad_z, Tensor[] grad_terms, "
-        "Tensor scale, Tensor grad_z_sums, bool need_grad_x, bool need_grad_weights, bool need_tangent_z) -> "
+        "Tensor scale, Tensor of_z, bool need_grad_x, bool need_grad_weights, bool need_tangent_z) -> "
         "(Tensor[] grad_x, Tensor input_sums, Tensor[] grad_depthwise, Tensor[] grad_pointwise, "
         "Tensor[] tangent_z, Tensor tangent_sums)");
-  m.def("channel_sums(Tensor[] x, Tensor[] y) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
   m.impl("separable_forward", separable_forward);
   m.impl("separable_backward", separable_backward);
-  m.impl("channel_sums", channel_sums);
 }
 
 }  // namespace ldarts

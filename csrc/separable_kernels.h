@@ -12,9 +12,9 @@
 // but z is kept: neither s x + b nor a ever is in memory, and y is computed again in the backward pass.
 //
 // Backward, from the gradients grad_z by z itself, G by a term scale z + shift (scale, shift [C]) and
-// grad_z_sums by z_sums, of which any may be 0:
+// of_z (norms.h), of which any may be 0:
 //
-//     dz = grad_z + scale G + grad_z_sums[0] + 2 grad_z_sums[1] z    [N, C, out_h, out_w]
+//     dz = grad_z + scale G + of_z[0] + of_z[1] z    [N, C, out_h, out_w]
 //     dy = Pᵀ dz                                                     [N, C, out_h, out_w]
 //     h  = [s x + b > 0] Dᵀ dy                                       [N, C, H, W], by s x + b
 //     by x: s h,  by s: Σ h x,  by b: Σ h
@@ -34,19 +34,10 @@
 //     by x: s' h,  by s: Σ h x',  by b: 0,  by P and by D: as above, with a' in the place of a
 //
 // Each pass computes its summand of z' too, tangent_z, and tangent_sums = (Σ z', Σ z' z, Σ z' G) [3, C],
-// through which grad_z_sums, z and scale are reached (norms.cpp).
+// through which of_z, z and scale are reached.
 #include "separable_group.h"
 
 namespace ldarts {
-
-// To the sums of x and of x y are added those of x (y - shift) and x, or, where x is y, those of `count` x -
-// shift and their squares.
-template <typename T>
-void add_shifted_sums(T sum, T product, T shift, int64_t count, double& to_sum, double& to_product) {
-  const double s = shift, all = sum + count * s;
-  to_sum += all;
-  to_product += product + s * (count ? sum + all : all);
-}
 
 // z = P y for some pixels. Per channel, the sums of z, of z other (other null: of z z) and, unless grad is
 // null, of z grad are added to sums, [2 or 3, width], by way of `part` [4, width].
@@ -114,7 +105,7 @@ struct Forward {
 template <typename T>
 struct PairGrads {
   const T *z, *grad_z, *grad_term;  // [N, out_h, out_w, C]; grad_term: G
-  const T *scale, *grad_z_sums;     // [C] of grad_term; [2, C]
+  const T *scale, *of_z;     // [C] of grad_term; [2, C]
   T* grad_x;                        // [N, H, W, C]
   bool add;                         // to grad_x, which a pair before this one has written
   T* tangent_z;                     // [N, out_h, out_w, C]; only beside the gradients by the weights
@@ -130,7 +121,7 @@ struct GradSums {
 
 // The gradients of a group, or the derivatives of its gradients, with the buffers of one thread:
 //
-//     dz = grad_z + scale G + grad_z_sums[0] + 2 grad_z_sums[1] z,  dy = Pᵀ dz,  h = [s x + b > 0] Dᵀ dy
+//     dz = grad_z + scale G + of_z[0] + of_z[1] z,  dy = Pᵀ dz,  h = [s x + b > 0] Dᵀ dy
 //
 // by x: s h (s' h with a tangent), by P: Σ dz yᵀ, by D: Σ dy a.
 template <typename T>
@@ -165,9 +156,8 @@ struct Backward {
   T* dy_row(int64_t o) { return dy.data() + (o + group.halo) * group.grad_pitch + group.halo * C; }
 
   void image_of_pair(const Pair<T>& pair, const PairGrads<T>& grads, int64_t n, const GradSums<T>& sums) {
-    fill_pattern(by_sum.data(), pattern, grads.grad_z_sums, 1, C);
-    fill_pattern(by_square.data(), pattern, grads.grad_z_sums + C, 1, C);
-    for (T& value : by_square) value *= 2;
+    fill_pattern(by_sum.data(), pattern, grads.of_z, 1, C);
+    fill_pattern(by_square.data(), pattern, grads.of_z + C, 1, C);
     if (grads.grad_term) fill_pattern(scale.data(), pattern, grads.scale, 1, C);
     for (int64_t o = 0; o < group.out_h; o += rows)
       output_rows(pair, grads, n, o, std::min(rows, group.out_h - o), sums);
@@ -272,41 +262,6 @@ void sum_depthwise(const T* partial, int64_t chunks, int64_t step, int64_t C, in
       T total = 0;
       for (int64_t i = c; i < pattern; i += C) total += sum[i];
       grad_depthwise[c * taps + t] = total;
-    }
-  }
-}
-
-// Per channel the sums of x and of x y are added to sums [2, C]; an image of `size` elements. As in project,
-// with float32 sums of kRun vectors.
-template <typename T>
-void add_channel_sums(const T* x, const T* y, int64_t size, int64_t C, double* sums) {
-  constexpr int64_t kRun = 32, V = kV<T>;
-  const int64_t pattern = pattern_period<T>(C) * V;
-  for (int64_t place = 0; place < std::min(pattern, size); place += V) {
-    const auto less = load(y + place, std::min(V, size - place));
-    T shift[V];
-    less.store(shift);
-    for (int64_t run = place; run < size; run += kRun * pattern) {
-      Vec<T> sum(0), product(0);
-      int64_t whole = 0, i = run;
-      for (; whole < kRun && i + V <= size; ++whole, i += pattern) {
-        const auto one = x == y ? load(x + i, V) - less : load(x + i, V);
-        sum = sum + one;
-        product = at::vec::fmadd(one, x == y ? one : load(y + i, V) - less, product);
-      }
-      T part[2][V];
-      sum.store(part[0]);
-      product.store(part[1]);
-      for (int64_t v = 0; v < V; ++v) {
-        const int64_t c = (place + v) % C;
-        add_shifted_sums(part[0][v], part[1][v], shift[v], x == y ? whole : 0, sums[c], sums[C + c]);
-      }
-      for (; whole < kRun && i < size; ++whole, i += pattern)  // less than a vector, at the end
-        for (int64_t v = 0; i + v < size; ++v) {
-          const int64_t c = (place + v) % C;
-          sums[c] += x[i + v];
-          sums[C + c] += static_cast<double>(x[i + v]) * y[i + v];
-        }
     }
   }
 }

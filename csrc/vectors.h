@@ -68,6 +68,15 @@ void add_pattern(double* sums, const T* pattern, int64_t size, int64_t C) {
   for (int64_t i = 0; i < size; ++i) sums[i % C] += pattern[i];
 }
 
+// To the sums of x and of x y are added those of x (y - shift) and x, or, where x is y, those of `count` x -
+// shift and their squares.
+template <typename T>
+void add_shifted_sums(T sum, T product, T shift, int64_t count, double& to_sum, double& to_product) {
+  const double s = shift, all = sum + count * s;
+  to_sum += all;
+  to_product += product + s * (count ? sum + all : all);
+}
+
 // visit(element, place in the pattern, count) for the vectors of `size` elements, those of one place after
 // the other.
 template <typename T, typename Visit>

@@ -21,7 +21,7 @@ from torch.utils.benchmark import timer
 from . import Architect, Network, SearchNetwork, genotypes
 from .architect import search_step, weight_step
 from .capture import Captured
-from .fused.mixed_sum import compiled_for, mixed_sum, mixed_sum_ref
+from .fused.sums import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, one_of, pick_device, script
 
 STAGES = {"1": (64, 16, 32, 32), "2": (64, 32, 16, 16), "3": (64, 64, 8, 8)}  # shapes of terms

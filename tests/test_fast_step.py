@@ -9,9 +9,10 @@ import torch.nn.functional as F
 import ldarts
 from ldarts import bench, fused
 from ldarts.fused import compiled_for
-from ldarts.fused.cell import indices
-from ldarts.fused.normalised_sum import node_sum, normalised_terms, ones
+from ldarts.fused import norms
+from ldarts.fused.normalised_sum import node_sum, normalised_terms
 from ldarts.fused.separable import separable_convolutions
+from ldarts.fused.sums import affine_sums
 from ldarts.operations import DilConv, SepConv
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -150,14 +151,13 @@ def test_the_same_bits_whatever_the_number_of_threads_of_a_separable_convolution
 
 
 @needs_build
-def test_a_node_of_weights_per_channel():
+def test_sums_of_weights_per_channel():
+    """Of tensors in another layout too, which are brought into that of the sum."""
     z, (scale, shift) = [images(2, 5, 3, 3) for _ in range(9)], torch.rand(2, 9, 5, dtype=torch.float64)
-    z[3] = z[3].contiguous()  # brought to the layout of the sum
-    expected = sum(w[:, None, None] * one + b[:, None, None] for w, b, one in zip(scale, shift, z))
-    compare([torch.ops.ldarts.node_sum(scale.split([2, 7]), shift.split([4, 5]), z),
-             torch.ops.ldarts.node_sum([], [], z)], [expected, sum(z)], 1e-12)
-    with pytest.raises(ValueError, match="scales, expected"):
-        torch.ops.ldarts.node_sum([scale[:, :4]], [], z)
+    z[3] = z[3].contiguous()
+    expected = sum(w[:, None, None] * term + b[:, None, None] for w, b, term in zip(scale, shift, z))
+    found = affine_sums(z, scale.split([2, 7]), shift.split([4, 5]), [[(m, m, m) for m in range(9)]])
+    compare(found, [expected], 1e-12)
 
 
 @needs_build
@@ -237,15 +237,14 @@ def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert 0 < found["seconds_per_weight_step"] < 2 * found["seconds_per_step"] and found["peak_mib"] > 50
     assert len(found["operations"]) == 10 and found["operations"][0]["ms"] >= found["operations"][9]["ms"] > 0
-    assert sum(found["kinds"].values()) > sum(e["ms"] for e in found["operations"]) * 0.99
 
 
 @pytest.mark.parametrize("space, layers", [("s2", 4), ("nasbench201", 1)])
 def test_a_pass_in_inference_mode_leaves_nothing_that_training_cannot_read(space, layers):
     net = ldarts.SearchNetwork(4, 10, layers, space).to(memory_format=torch.channels_last)
     x = images(4, 3, 16, 16, dtype=torch.float32)
-    indices.cache_clear()
-    ones.cache_clear()
+    norms._constant.cache_clear()
+    norms._membership.cache_clear()
     with torch.inference_mode():
         net(x)
     F.cross_entropy(net(x), torch.arange(4)).backward()

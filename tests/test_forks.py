@@ -18,6 +18,7 @@ import ldarts
 from ldarts import fused, model_search
 from ldarts.architect import RunningStatistics, search_step
 from ldarts.fused import compiled_for
+from ldarts.fused.normalised_sum import normalise
 from ldarts.operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
 
 needs_build = pytest.mark.skipif(not compiled_for("cpu"),
@@ -110,6 +111,21 @@ def another_kernel(conv):
 def patch_forwards(net):
     for module in some(every(net, SepConv)):
         module.forward = types.MethodType(lambda self, x: self.op(x).tanh(), module)
+
+
+def patch_convolutions(net):
+    """As weight standardisation does."""
+    def forward(self, x, weight, bias):
+        return nn.Conv2d._conv_forward(self, x, weight - weight.mean(), bias)
+
+    for module in some(every(net, nn.Conv2d)):
+        module._conv_forward = types.MethodType(forward, module)
+
+
+def share_norms(net):
+    for edge in every(net, model_search.MixedOp):
+        if isinstance(edge._ops[0], FactorizedReduce):
+            edge._ops[0].bn = edge._ops[1].op[7]
 
 
 def hook_outputs(net):
@@ -213,6 +229,13 @@ CHANGES = {  # what a fork does -> the space, the change
     "weight norm": ("s3", lambda net: [parametrizations.weight_norm(m) for m in some(every(net, nn.Conv2d))]),
     "pruned weights": ("s3", lambda net: [prune.random_unstructured(m, "weight", 0.5)
                                           for m in some(every(net, nn.Conv2d))]),
+    "a patched convolution": ("s3", patch_convolutions),
+    "norms of a scale of their own": ("s3", lambda net: set_all(
+        some([m for m in every(net, nn.BatchNorm2d) if m.num_features == 4]),
+        weight=nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]).double()))),
+    "one norm for several operations": ("s2", share_norms),
+    "fewer nodes": ("s3", lambda net: set_all(net.cells[:1], _steps=3)),
+    "integers as settings": ("s3", lambda net: set_all([op.op[5] for op in every(net, SepConv)], stride=1)),
     "another edge": ("s2", replace_an_edge),
     "another operation": ("s2", replace_an_operation),
     "drop path on edges": ("s3", lambda net: as_class(net, model_search.MixedOp, DropPathEdge)),
@@ -293,15 +316,16 @@ def test_an_edited_class_runs_as_it_is_written(owner, name, monkeypatch):
 def test_the_engine_says_what_it_leaves_to_the_modules():
     net = changed_network("s3", lambda net: None)
     cells = net.searched_cells()  # three, of 14 edges with two operations and `none`
-    assert fused.coverage(cells) == "84 of 84 operations run in the engine"
+    assert net.engine.coverage(cells) == "84 of 84 operations run in the engine"
     handle = every(net, SepConv)[0].register_forward_hook(lambda *_: None)
-    assert fused.coverage(cells) == ("83 of 84 operations run in the engine; "
+    assert net.engine.coverage(cells) == ("83 of 84 operations run in the engine; "
                                      "SepConv with a hook on SepConv runs as it is")
     handle.remove()
     every(net, SepConv)[5].op[4] = nn.SiLU()
-    assert fused.coverage(cells).endswith("; SepConv with SiLU runs as it is")
+    assert net.engine.coverage(cells).endswith("; SepConv with SiLU runs as it is")
     net.cells[1].__class__ = ActivatedCell
-    assert "56 operations run in the engine; 1 of 3 cells run as they are, ActivatedCell" in fused.coverage(cells)
+    assert "of 56 operations run in the engine; 1 of 3 cells run as they are, ActivatedCell" in (
+        net.engine.coverage(cells))
 
 
 @needs_build
@@ -331,9 +355,33 @@ def test_transforms_of_a_supernet_see_its_modules(transform):
             assert ldarts.SearchNetwork(4, 10, 3, "darts")(torch.empty(2, 3, 8, 8)).shape == (2, 10)
 
 
+def third_derivative(function, x):
+    value = (function(x) ** 3).sum()
+    for _ in range(2):
+        value = sum(g.square().sum() for g in torch.autograd.grad(value, x, create_graph=True))
+    return torch.autograd.grad(value, x)
+
+
+@needs_build
+def test_third_derivatives_of_norms_are_right_and_of_separable_convolutions_refused():
+    """Those of torch's own batch_norm are wrong: held to the formula in elementary operations."""
+    def by_hand(z):
+        deviations = z - z.mean((0, 2, 3), keepdim=True)
+        return deviations / (deviations.square().mean((0, 2, 3), keepdim=True) + norm.eps).sqrt()
+
+    norm, z = nn.BatchNorm2d(3, affine=False), images(1).requires_grad_()
+    expected = third_derivative(by_hand, z)
+    torch.testing.assert_close(third_derivative(lambda z: normalise([z], [norm])[0], z), expected)
+    net = changed_network("s3", lambda net: None)
+    with pytest.raises(RuntimeError, match="LDARTS_FUSED=off"):
+        third_derivative(net, z)
+
+
 @needs_build
 def test_a_planned_network_is_freed():
     net = changed_network("s3", lambda net: None)
+    net.cells[0].register_forward_hook(lambda module, *_, net=net: None)  # which makes a circle
+    net(images(1))
     cell = weakref.ref(net.cells[0])
     del net
     gc.collect()

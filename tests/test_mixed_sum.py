@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from ldarts.fused import compiled_for
-from ldarts.fused.mixed_sum import mixed_sum, mixed_sum_ref
+from ldarts.fused.sums import affine_sums, channel_sums, mixed_sum, mixed_sum_ref
 
-MODULE = sys.modules["ldarts.fused.mixed_sum"]  # fused.mixed_sum is the function
+MODULE = sys.modules["ldarts.fused.sums"]  # fused.mixed_sum is the function
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 needs_build = pytest.mark.skipif(not compiled_for("cpu"),
@@ -70,13 +70,57 @@ def test_gradients_of_any_order(layout, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     weights, terms = sample((2, 3, 4, 5), 3, torch.float32, device, grad=True)
+    rows = torch.rand(4, 3, device=device, requires_grad=True)
+    images = [t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in terms]
     ops = torch.ops.ldarts
-    for op, arguments in ((ops.mixed_sum, (weights, terms)), (ops.mixed_scale, (terms[0], weights)),
-                          (ops.mixed_dot, (terms[0], terms))):
-        torch.library.opcheck(op.default, arguments)
-    # Its gradients are theirs; the check of traced ones takes as long as the three.
-    torch.library.opcheck(ops.mixed_grads.default, (terms[0], weights, terms), test_utils=(
-        "test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(ops.mixed_sum.default, (weights, terms))
+    entries = [0, 1, 2, 0], [0, 3, -1, 2], [1, -1, -1, 0], [3, 1]  # z, scales, shifts; of sums of 3 and of 1
+    torch.library.opcheck(ops.affine_sums.default, (images, [rows[:2], rows[2:]], [rows[:2]], *entries))
+    torch.library.opcheck(ops.channel_sums.default, (images, [images[0], images[2], images[1]]))
+
+
+@needs_build
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_two_sums_are_each_other_s_derivative(device):
+    """A scale and a tensor in several entries, shifts, a row in none, pairs of one tensor."""
+    def image():
+        t = torch.randn(2, 3, 2, 2, dtype=torch.float64, device=device)
+        return t.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    torch.manual_seed(0)
+    z, scales, shifts = [image(), image()], *(torch.rand(2, n, 3, dtype=torch.float64, device=device)
+                                              .requires_grad_() for n in (2, 1))
+    sums = [[(0, 0, 0), (1, 2, -1), (1, -1, 1)], [(0, 2, -1)], [(1, -1, -1)]]
+
+    def affine(scales, shifts, *z):
+        return tuple(affine_sums(z, scales.unbind(), shifts.unbind(), sums))
+
+    def expected(scales, shifts, *z):
+        s, t = (rows.flatten(0, 1)[:, :, None, None] for rows in (scales, shifts))
+        return s[0] * z[0] + t[0] + s[2] * z[1] + z[1] + t[1], s[2] * z[0], z[1]
+
+    def channel(x, y):
+        return channel_sums([x, x, y, y], [y, x, y, x])
+
+    inputs = scales, shifts, *z
+    for found, wanted in zip(affine(*inputs), expected(*inputs)):
+        torch.testing.assert_close(found, wanted)
+    by_hand = torch.stack([z[0].sum((0, 2, 3)), (z[0] * z[1]).sum((0, 2, 3))])
+    torch.testing.assert_close(channel(*z)[0], by_hand)
+    for function, inputs in ((affine, inputs), (channel, z)):
+        assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+
+
+@needs_build
+@pytest.mark.parametrize("change, message", [
+    ({"entries": [2]}, "1 sums of 2 entries; 1 z"), ({"z_of_entry": [3]}, "entry 0 is of z 3"),
+    ({"scales": [torch.ones(2, 4)]}, r"expected \[N, 4, H, W\]"), ({"entries": [0, 1]}, "has no entry"),
+    ({"shifts": [torch.ones(1, 2)]}, "2 numbers a row, expected 3")], ids=str)
+def test_wrong_entries_are_named(change, message):
+    arguments = {"z": [torch.ones(2, 3, 2, 2)], "scales": [torch.ones(1, 3)], "shifts": [], "z_of_entry": [0],
+                 "scale_of_entry": [0], "shift_of_entry": [-1], "entries": [1]} | change
+    with pytest.raises(ValueError, match=message):
+        torch.ops.ldarts.affine_sums(**arguments)
 
 
 @needs_build
@@ -99,7 +143,7 @@ def test_the_same_bits_whatever_the_number_of_threads():
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append((mixed_sum(weights, terms), torch.ops.ldarts.mixed_dot(terms[0], terms)))
+            results.append((mixed_sum(weights, terms), channel_sums([terms[0]] * 9, terms)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results))

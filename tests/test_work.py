@@ -18,14 +18,14 @@ CASES = [("darts", "engine", STEPS), ("nasbench201", "engine", STEPS + OTHER_KIN
 def test_no_step_reads_a_value_back_or_mixes_devices(space, form, steps, monkeypatch):
     if form == "plain":
         monkeypatch.setattr("ldarts.fused.compiled_for", lambda device: False)
-        monkeypatch.setattr(sys.modules["ldarts.fused.mixed_sum"], "compiled_for", lambda device: False)
+        monkeypatch.setattr(sys.modules["ldarts.fused.sums"], "compiled_for", lambda device: False)
     elif not compiled_for("meta"):
         pytest.skip("the extension is not compiled: no compiler here")
     step = step_on_meta(space, 4, 1 if space == "nasbench201" else 4, 2, size=16)
     for unrolled, hessian, method, kind in steps:
         with Work() as work:
             step(unrolled=unrolled, hessian=hessian, method=method, kind=kind)
-        assert bool({"mixed_sum", "node_sum"} & work.calls.keys()) == (form == "engine")
+        assert bool({"affine_sums"} & work.calls.keys()) == (form == "engine")
 
 
 @pytest.mark.parametrize("mistake", [

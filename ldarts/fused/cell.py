@@ -4,7 +4,7 @@ What the operations that leave one state have in common is computed once: its Re
 its separable convolutions in one call. What is not recognised runs as its module says, in its place in the
 cell's order, and is added to its node.
 """
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import repeat
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .normalised_sum import Copies, Terms, node_sum, normalise, normalised_terms
+from .norms import constant
 from .recognise import SETTINGS, Halves, Link, Reader, Unrecognised, is_1x1
 from .separable import Pair, pairs_of, separable_convolutions
 
@@ -43,8 +44,8 @@ class Plan:
 
     def fits(self, *inputs: Tensor) -> bool:
         """Whether the operators take these inputs of the module."""
-        return all(x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ()) and x.numel() > 0
-                   and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
+        return all(isinstance(x, Tensor) and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ())
+                   and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 class ChainPlan(Plan):
@@ -84,6 +85,8 @@ class CellPlan(Plan):
                 leaving[state].append(self._operations_of(*next(remaining), state))
             if not self.module_terms[-1] and not any(of_state[-1] for of_state in leaving if of_state):
                 raise Unrecognised("a node of `none` alone")
+        if shares_norms(leaving, self.preprocess):
+            raise Unrecognised("a norm in several places, whose statistics depend on their order")
         if any(len(sum(of_state, [])) > MOST_TERMS for of_state in leaving):
             raise Unrecognised(f"more than {MOST_TERMS} operations that leave one state")
         self.leaving = {grouped: [Leaving(of_state, grouped) for of_state in leaving]
@@ -98,7 +101,7 @@ class CellPlan(Plan):
         except Unrecognised as reason:
             self._add_module_term(ModuleTerm(module, state, edge, None), reason)
             return []
-        modules = self.reader.members(module if kind == "nas201_edge" else module._ops)
+        modules = self.reader.members(module if kind == "nas201_edge" else module._ops).values()
         self.width = len(modules) if self.width is None else self.width
         if len(modules) != self.width:
             raise Unrecognised("edges of different numbers of operations")
@@ -131,8 +134,9 @@ class CellPlan(Plan):
 
     def fits(self, *inputs: Tensor) -> bool:
         *states, weights = inputs
-        shape_of_p = self.edges, self.width or weights.shape[-1]
-        return super().fits(*states) and weights.shape == shape_of_p and len({x.dtype for x in states}) == 1
+        return (super().fits(*states) and len({x.dtype for x in states}) == 1 and isinstance(weights, Tensor)
+                and weights.shape == (self.edges, self.width or weights.shape[-1])
+                and weights.dtype == torch.promote_types(states[0].dtype, torch.float32))
 
     def run(self, state_of: Callable[[Tensor], "State"], *inputs: Tensor) -> Tensor:
         """The cell's output, of its input states and p [edges, ops]."""
@@ -140,7 +144,7 @@ class CellPlan(Plan):
         if self.preprocess:
             states = run_chains([state_of(x) for x in states], self.preprocess)
         plans = self.leaving[groups_separable(states[0])]
-        columns = indices(tuple(k for plan in plans for k in plan.columns), weights.device)
+        columns = constant(tuple(k for plan in plans for k in plan.columns), torch.int64, weights)
         p = weights.flatten().index_select(0, columns).split([len(plan.columns) for plan in plans])
         leaving: list[Iterator[list[Terms]]] = []  # of each state the terms of its edges, node by node
         for module_terms in self.module_terms:
@@ -155,21 +159,24 @@ class CellPlan(Plan):
         return states[-1] if self.outputs == 1 else concat(*states[-self.outputs :])
 
 
+def shares_norms(leaving: Sequence[Sequence[Sequence[Operation]]], chains: Sequence[Sequence[Link]]) -> bool:
+    operations = [op for of_state in leaving for edge in of_state for op in edge]
+    all_chains = [*chains, *([*op.chain, op.norm] for op in operations)]
+    norms = [id(link) for chain in all_chains for link in chain if type(link) is nn.BatchNorm2d]
+    return len(norms) > len(set(norms))
+
+
 def make_plan(module: nn.Module, reader: Reader) -> Plan:
     """Raises Unrecognised where the module has to run as it is."""
     kind, children = reader.kind(module), module.__dict__["_modules"]
     if kind == "cell":
         blocks, edges = [children["preprocess0"], children["preprocess1"]], reader.members(children["_ops"])
-        return CellPlan(reader, blocks, edges, module._steps, module._multiplier)
+        return CellPlan(reader, blocks, [*edges.values()], module._steps, module._multiplier)
     if kind == "nas201_cell":
-        return CellPlan(reader, [], reader.members(children["edges"]), module.max_nodes - 1, 1)
+        edges = reader.members(children["edges"])
+        names = [f"{i}<-{j}" for i in range(1, module.max_nodes) for j in range(i)]
+        return CellPlan(reader, [], [edges[name] for name in names], module.max_nodes - 1, 1)
     return ChainPlan(reader.chain_of(module, kind))
-
-
-@cache  # a copy to the device is no part of a CUDA graph: made before its capture; also for training, as ones
-@torch.inference_mode(False)
-def indices(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 class Leaving:
@@ -276,7 +283,7 @@ class State:
         if type(link) is Halves:
             return torch.cat([conv_1x1(x, conv.weight) for x, conv in zip(self.pixels, link)], dim=1)
         if type(link) in (nn.AvgPool2d, nn.MaxPool2d):
-            key = type(link), *(getattr(link, name) for name in SETTINGS[type(link)])
+            key = type(link), str([getattr(link, name) for name in SETTINGS[type(link)]])
             if key not in self.pools:
                 self.pools[key] = link(self.x)
             return self.pools[key]
@@ -291,7 +298,7 @@ def run_chains(states: Sequence[State], chains: Sequence[Sequence[Link]]) -> lis
         waiting: dict[tuple, list[int]] = {}  # for a norm, by what norms computed together have in common
         for i, chain in enumerate(chains):
             while places[i] < len(chain) and type(chain[places[i]]) is not nn.BatchNorm2d:
-                values[i] = apply(chain[places[i]], values[i])
+                values[i] = apply(chain[places[i]], values[i], chain[places[i] - 1])
                 places[i] += 1
             if places[i] < len(chain):
                 key = values[i].shape, values[i].dtype, chain[places[i]].eps
@@ -305,15 +312,15 @@ def run_chains(states: Sequence[State], chains: Sequence[Sequence[Link]]) -> lis
                 places[i] += 1
 
 
-def apply(link: Link, x: Tensor) -> Tensor:
-    """link(x), but for norms, which are computed together."""
+def apply(link: Link, x: Tensor, before: Link | None = None) -> Tensor:
+    """link(x), x the result of the link before."""
     if type(link) is nn.ReLU:
         return relu(x)
     if type(link) is nn.BatchNorm2d:
         return normalise([x], [link])[0]
     if type(link) is Halves:
         return State(x).first(link)
-    if is_1x1(link, 1):
+    if is_1x1(link, 1) and type(before) is not nn.Conv2d:  # a separable convolution is cuDNN's
         return conv_1x1(x, link.weight)
     return link(x)
 

@@ -2,17 +2,18 @@
 
 A block is recognised where it is a chain of PyTorch's own modules, of their exact types, that nobody has
 hooked, patched or parametrised, whatever class holds them. A forward that does more than passing its input
-through a chain is recognised by its source, the functions below: an edited one runs as it is written.
+through a chain is recognised by its code, that of the functions below: an edited one runs as it is written.
 """
-import ast
+import builtins
+import dis
 import functools
-import inspect
-import textwrap
+import types
 import weakref
 from operator import itemgetter
 from typing import Any, Callable, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # Settings on which a result depends, beside parameters. `training` is read of every module.
@@ -25,7 +26,16 @@ SETTINGS = {
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
 }
 SETTINGS_OF = {of_type: itemgetter(*names) for of_type, names in SETTINGS.items() if names}
-FORWARD_OF = {of_type: of_type.forward for of_type in SETTINGS}
+
+
+def pytorch() -> list[Callable]:
+    """What PyTorch calls in a pass, as it is now: somebody may have replaced a part of it."""
+    return [nn.Module.__call__, nn.Module._call_impl, nn.Sequential.forward, nn.Conv2d._conv_forward,
+            *(of_type.forward for of_type in SETTINGS),
+            F.relu, F.conv2d, F.batch_norm, F.avg_pool2d, F.max_pool2d]
+
+
+AS_IMPORTED = pytorch()
 
 
 # The forwards that the engine computes in another way.
@@ -68,31 +78,25 @@ def nas201_cell(self, x, weights):
     return nodes[-1]
 
 
-FORWARDS = block, factorized_reduce, zero, mixed_op, nas201_edge, cell, nas201_cell
+def meaning(function: Callable) -> tuple | None:
+    """A function's instructions, and what global names stand for in it; None for a closure, or what is no plain
+    function."""
+    if not isinstance(function, types.FunctionType) or function.__closure__ or function.__defaults__:
+        return None
+
+    def instructions(code: types.CodeType) -> list:
+        return [(i.opname, instructions(i.argval) if isinstance(i.argval, types.CodeType) else i.argval)
+                for i in dis.get_instructions(code)]
+
+    scope = vars(builtins) | function.__globals__
+    names = "sum", "zip", "range", "enumerate", "len", "iter", "next", "torch"
+    return function.__code__.co_varnames, instructions(function.__code__), [scope.get(name) for name in names]
 
 
 @functools.cache
-def source(function: Callable) -> str:
-    """A function without its name, annotations and docstring; "" where it cannot be read."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return ""
-    if not isinstance(tree, ast.FunctionDef):
-        return ""
-    tree.name, tree.returns = "", None
-    for argument in tree.args.args:
-        argument.annotation = None
-    if ast.get_docstring(tree) is not None:
-        del tree.body[0]
-    return ast.unparse(tree)
-
-
-@functools.cache
-def known_forward(function: Callable) -> str:
-    """The name of the one of FORWARDS that this function is, or ""."""
-    text = source(function)
-    return next((known.__name__ for known in FORWARDS if source(known) == text), "")
+def known_forwards() -> dict[str, tuple]:
+    return {known.__name__: meaning(known)
+            for known in (block, factorized_reduce, zero, mixed_op, nas201_edge, cell, nas201_cell)}
 
 
 class Unrecognised(Exception):
@@ -117,29 +121,35 @@ class Reader:
 
     def unchanged(self) -> bool:
         """About 1 µs a module."""
-        return all((module := ref()) is not None and contents(module) == before
-                   for ref, before in self.read)
+        return all((module := ref()) is not None and contents(module) == before for ref, before in self.read)
 
     def kind(self, module: nn.Module) -> str:
         """The name of a forward above, "leaf" for the types in SETTINGS, "sequential"; else Unrecognised."""
+        of_type, own = type(module), module.__dict__
         self.read.append((weakref.ref(module), contents(module)))
-        of_type = type(module)
-        if is_hooked(module.__dict__):
+        if is_hooked(own):
             raise Unrecognised(f"a hook on {of_type.__name__}")
-        if "forward" in module.__dict__:
-            raise Unrecognised(f"a patched forward of {of_type.__name__}")
-        if of_type in SETTINGS and of_type.forward is FORWARD_OF[of_type]:
+        for name in own:
+            if callable(getattr(of_type, name, None)) or name in own["_modules"]:
+                raise Unrecognised(f"{name} of {of_type.__name__} patched")
+        if of_type in SETTINGS:
             return "leaf"
         if of_type is nn.Sequential:
             return "sequential"
-        if name := known_forward(of_type.forward):
-            return name
-        raise Unrecognised(of_type.__name__)
+        text = meaning(of_type.forward)
+        kind = next((name for name, known in known_forwards().items() if text == known), None)
+        if kind is None or not calls_as_modules_do(of_type, own["_modules"]):
+            raise Unrecognised(of_type.__name__)
+        return kind
 
-    def members(self, container: nn.Module) -> list[nn.Module]:
+    def members(self, container: nn.Module) -> dict[str, nn.Module]:
         """Those of a ModuleList or ModuleDict."""
+        of_type = type(container)
+        reading = of_type.__iter__, of_type.__getitem__
+        if reading not in [(t.__iter__, t.__getitem__) for t in (nn.ModuleList, nn.ModuleDict)]:
+            raise Unrecognised(of_type.__name__)
         self.read.append((weakref.ref(container), contents(container)))
-        return list(container.__dict__["_modules"].values())
+        return dict(container.__dict__["_modules"])
 
     def operation(self, module: nn.Module) -> list[Link] | None:
         """The chain of a candidate operation; None for `none`, which contributes nothing."""
@@ -158,7 +168,7 @@ class Reader:
             return [] if type(module) is nn.Identity else [module]
         if kind == "sequential":
             return [link for child in children.values() for link in self.chain(child)]
-        if kind == "block" and "op" in children:
+        if kind == "block":
             return self.chain(children["op"])
         if kind == "factorized_reduce":
             relu, conv_1, conv_2, norm = (self.chain(children[name])
@@ -169,14 +179,25 @@ class Reader:
         raise Unrecognised(f"the forward of {type(module).__name__}")
 
 
+def calls_as_modules_do(of_type: type, children: dict[str, nn.Module]) -> bool:
+    """Whether a class calls forward, and finds its children, as nn.Module does."""
+    return (of_type.__call__ is nn.Module.__call__ and of_type._call_impl is nn.Module._call_impl
+            and of_type.__getattr__ is nn.Module.__getattr__
+            and of_type.__getattribute__ is object.__getattribute__
+            and not any(hasattr(of_type, name) for name in children))
+
+
 def contents(module: nn.Module) -> tuple[Any, ...]:
     """What the engine's result depends on, but for the values of parameters and buffers."""
     own, of_type = module.__dict__, type(module)
     parameters = own["_parameters"]
-    return (of_type, of_type.forward, len(own), own["training"], is_hooked(own),
-            tuple(own["_modules"].values()),
-            parameters and [None if p is None else p.shape for p in parameters.values()],
-            SETTINGS_OF[of_type](own) if of_type in SETTINGS_OF else None)
+    shapes = parameters and [None if p is None else p.shape for p in parameters.values()]
+    if of_type in SETTINGS_OF:
+        return (of_type, len(own), "forward" in own, own["training"], is_hooked(own), shapes,
+                SETTINGS_OF[of_type](own))
+    return (of_type, of_type.forward, getattr(of_type.forward, "__code__", None), len(own), "forward" in own,
+            own["training"], is_hooked(own), tuple(own["_modules"].items()), shapes, own.get("_steps"),
+            own.get("_multiplier"), own.get("max_nodes"))
 
 
 def is_hooked(attributes: dict[str, Any]) -> bool:
@@ -189,8 +210,11 @@ def check_leaf(module: nn.Module) -> None:
     of_type = type(module)
     if of_type is nn.ReLU and module.inplace:
         raise Unrecognised("an in-place ReLU")
-    if of_type is nn.BatchNorm2d and (module.momentum is None or not module.training):
-        raise Unrecognised("a BatchNorm2d of momentum None" if module.training else "a BatchNorm2d in eval()")
+    if of_type is nn.BatchNorm2d:
+        if module.momentum is None or not module.training:
+            raise Unrecognised("a BatchNorm2d " + ("in eval()" if module.momentum else "of momentum None"))
+        if not (module.weight is None) == (module.bias is None) == (not module.affine):
+            raise Unrecognised("a BatchNorm2d of another scale or shift")
     if of_type in (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d) and not keeps_size(module):
         raise Unrecognised(f"a {of_type.__name__} of another size, ceil_mode or return_indices")
 

@@ -15,14 +15,14 @@ z is linear in each of a, D and P, so a derivative of these is the same computat
 by its tangent. Tests hold all this, gradients of gradients included, to its plain form in operations.py.
 """
 import copy
-import itertools
 from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .normalised_sum import TermNorms, Terms, move_statistics, pixels, terms_of_edges, zeros_for_none
+from .normalised_sum import Terms, move_statistics, no_sums, pixels, terms_of_edges
+from .norms import Norms, norm_gradients_backward
+from .sums import affine_sums, channel_sums, split
 
 class Pair(NamedTuple):
     """A depthwise and a pointwise convolution, and the norm behind them."""
@@ -58,6 +58,8 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
     return (no_bias and square and C == depthwise.groups == depthwise.out_channels == pointwise.out_channels
             and depthwise.padding_mode == "zeros" and (first or depthwise.stride == (1, 1))
             and pointwise.kernel_size == pointwise.stride == (1, 1) and pointwise.groups == 1
+            and depthwise.weight.shape == (C, 1, *depthwise.kernel_size)
+            and pointwise.weight.shape == (C, C, 1, 1)
             and not inner.affine and inner.eps == norm.eps)
 
 
@@ -72,14 +74,15 @@ def separable_convolutions(x: Sequence[Tensor], before: Tensor | None, pairs: Se
     weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
     rstd_mean, mean_var, scale_shift, *tensors = SeparableConvolutions.apply(
         (stride, dilations), pairs[0][2].eps, widths, before, p, *x, *weights)
-    z, links = tensors[: len(pairs)], tensors[len(pairs) :]
+    z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
     move_statistics([norm for _, _, norm in pairs], mean_var, pixels(z[0]))
-    return Separable(z, rstd_mean, terms_of_edges(links, split(z[len(z) - len(p) :], widths), scale_shift))
+    of_edges = split(z[len(z) - len(p) :], widths)
+    return Separable(z, rstd_mean, terms_of_edges(placeholders, of_edges, scale_shift))
 
 
 class SeparableConvolutions(torch.autograd.Function):
     """forward: x, depthwise and pointwise weights -> 1/σ and μ, mean and variance, scale and shift of the
-    terms, z of each pair, a link for each edge. backward: the gradients by those -> by before, p, x and the
+    terms, z of each pair, a placeholder for each edge. backward: the gradients by those -> by before, p, x and the
     weights that are asked for. Differentiable again through SeparableConvolutionsGrad."""
 
     @staticmethod
@@ -87,8 +90,8 @@ class SeparableConvolutions(torch.autograd.Function):
         count = len(geometry[1])
         x, depthwise, pointwise = split(tensors, [len(tensors) - 2 * count, count, count])
         zs, moments = Convolutions(geometry, before, x, depthwise, pointwise).forward()
-        norms = TermNorms(split(range(count - len(p), count), widths), [True] * count)
-        rstd_mean, mean_var, scale_shift = norms.statistics(moments, p, pixels(zs[0]), eps)
+        norms = Norms(split(range(count - len(p), count), widths), [True] * count, pixels(zs[0]))
+        rstd_mean, mean_var, scale_shift = norms.statistics(moments, p, eps)
         ctx.geometry, ctx.norms = geometry, norms
         ctx.save_for_backward(before, p, rstd_mean, *tensors, *zs)
         ctx.mark_non_differentiable(mean_var, scale_shift)
@@ -104,9 +107,9 @@ class SeparableConvolutions(torch.autograd.Function):
         in_front = nodes[: -2 * count]
         del in_front[0 if before is None else 1]  # p, whose gradient costs nothing
         by_inputs = any(asked_for(node) for node in in_front)
-        grad_z, grad_links = grads[:count], zeros_for_none(grads[count:], [saved[-1]] * len(grads[count:]))
+        grad_z, grad_edges = grads[:count], zeros_for_none(grads[count:], [saved[-1]] * len(grads[count:]))
         arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), before, p, rstd_mean, grad_rstd_mean,
-                     *saved, *grad_z, *grad_links)
+                     *saved, *grad_z, *grad_edges)
         again = torch.is_grad_enabled()  # without a derivative to come, the plain call, which saves nothing
         found = (SeparableConvolutionsGrad.apply(*arguments) if again
                  else SeparableConvolutionsGrad.compute(*arguments)[0])
@@ -131,11 +134,11 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
     def compute(geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors):
         """-> the results; sums that their derivatives need again. asked: by x and before, by the weights"""
         x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
-        grad_sums = norms.grad_sums(grads, zs)
-        scale, grad_moments, by_p = norms.gradients(rstd_mean, p, grad_rstd_mean, grad_sums, zs)
+        grad_sums = channel_sums(*norms.terms_of(grads, zs)) if grads else no_sums(zs[0])
+        scale, of_z, by_p = norms.gradients(rstd_mean, p, grad_rstd_mean, grad_sums)
         convolutions = Convolutions(geometry, before, x, depthwise, pointwise)
         by_x, by_affine, by_depthwise, by_pointwise, _, _ = convolutions.backward(
-            zs, grad_z, norms.of_terms(grads), scale, grad_moments, *asked, False)
+            zs, grad_z, norms.terms_of(grads, zs)[0], scale, of_z, *asked, False)
         by_before = (by_rstd_mean(before, by_affine).to(rstd_mean.dtype)
                      if before is not None and asked[0] else None)
         nothing = [None] * len(zs)
@@ -146,7 +149,8 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
     @staticmethod
     def parts(geometry, norms, tensors):
         count = len(geometry[1])
-        return split(tensors, [len(tensors) - 4 * count - norms.edges, *[count] * 4, norms.edges])
+        edges = len(norms.edges)
+        return split(tensors, [len(tensors) - 4 * count - edges, *[count] * 4, edges])
 
     @staticmethod
     def forward(ctx, geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors):
@@ -158,14 +162,15 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, v_before, v_p, *v):
+        if torch.is_grad_enabled():
+            raise RuntimeError("ldarts: the engine has no third derivative of separable convolutions; "
+                               "LDARTS_FUSED=off in the environment computes without it")
         before, p, rstd_mean, grad_rstd_mean, grad_sums, by_affine, *tensors = ctx.saved_tensors
         geometry, norms = ctx.geometry, ctx.norms
         x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
         inputs = Convolutions(geometry, before, x, depthwise, pointwise)
-        numbers = rstd_mean, p, grad_rstd_mean, grad_sums
-        scale, grad_moments, _ = norms.gradients(*numbers, zs)
+        scale, of_z, _ = norms.gradients(rstd_mean, p, grad_rstd_mean, grad_sums)
         v_x, v_depthwise, v_pointwise = split(v, [len(x), len(zs), len(zs)])
         by_before, affine = None, inputs.affine
         if v_before is not None:
@@ -185,7 +190,7 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         for other in replaced:
             of_a = bool(other.tangent)
             found_x, found_affine, found_depthwise, found_pointwise, found_w, found_sums = other.backward(
-                zs, grad_z, norms.of_terms(grads), scale, grad_moments,
+                zs, grad_z, norms.terms_of(grads, zs)[0], scale, of_z,
                 not of_a or before is not None, True, True)
             w, w_sums, by_x = add_lists(w, found_w), add(w_sums, found_sums), add_lists(by_x, found_x or None)
             if before is not None:
@@ -194,16 +199,40 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
                 by_before = add(by_before, by_rstd_mean(before, found_affine))
             by_depthwise = add_lists(by_depthwise, found_depthwise if other.depthwise is depthwise else None)
             by_pointwise = add_lists(by_pointwise, found_pointwise if other.pointwise is pointwise else None)
-        sums_of_w = (None, None) if w is None else (w_sums[:, :2], w_sums[len(zs) - len(p) :, 2])
-        may_overwrite = [g is None for g in grad_z]
-        by_statistics, by_p, by_grad_rstd_mean, by_z, by_grads = norms.derivatives(
-            numbers, zs, grads, w or [], may_overwrite, *sums_of_w, v_p)
+        # By what csrc/norms.h computes: scale by Σ w G, of_z by Σ w and Σ w z, by_p by v_p.
+        by_scale, by_of_z = (None, None) if w is None else (w_sums[len(zs) - len(p) :, 2], w_sums[:, :2])
+        by_statistics, by_p, by_grad_rstd_mean, by_grad_sums = norm_gradients_backward(
+            (rstd_mean, p, grad_rstd_mean, grad_sums), (norms.z_of_term, norms.has_norm, norms.count),
+            (by_scale, by_of_z, v_p))
+        by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums)
         nothing = [None] * len(zs)
         by_grad_z = [None if g is None or w is None else w[k] for k, g in enumerate(grad_z)]
         by_before = None if by_before is None else by_before.to(before.dtype)
-        return (None, None, None, by_before, by_p, by_statistics, by_grad_rstd_mean,
+        by_numbers = (None if t is None else t.to(p.dtype) for t in (by_p, by_statistics, by_grad_rstd_mean))
+        return (None, None, None, by_before, *by_numbers,
                 *(by_x or [None] * len(x)), *(by_depthwise or nothing), *(by_pointwise or nothing),
                 *by_z, *by_grad_z, *by_grads)
+
+
+def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):
+    """-> by each z and each G. Of the gradients by each z, whose own gradients are w (None: 0), and of the
+    sums ΣG and ΣG z of each term, whose gradients are by_grad_sums:
+
+        by z: of_z[1] w + Σ B G     by G: Σ scale w + A + B z     over the terms; A, B: by_grad_sums
+    """
+    E, K, M = len(grads), len(zs), len(norms.z_of_term)
+    by_z: list[list] = [[(E + K + k, M + 2 * k + 1, -1)] if w else [] for k in range(K)]
+    by_grads: list[list] = [[] for _ in grads]
+    for m, (k, e) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
+        row = M + 2 * K + 2 * m + 1
+        by_z[k].append((e, row, -1))
+        by_grads[e] += [(E + k, row, 2 * m), *([(E + K + k, m, -1)] if w else [])]
+    rows = by_grad_sums.flatten(0, 1)
+    wanted = [*by_grads, *(entries for entries in by_z if entries)]
+    found = iter(affine_sums([*grads, *zs, *(w or [])], [scale, of_z.flatten(0, 1), rows], [rows], wanted)
+                 if wanted else [])
+    by_grads = [next(found) for _ in grads]
+    return [next(found) if entries else None for entries in by_z], by_grads
 
 
 class Convolutions:
@@ -242,9 +271,8 @@ def by_rstd_mean(rstd_mean: Tensor, by_affine: Tensor) -> Tensor:
     return torch.stack([by_scale - mean * by_shift, -rstd * by_shift], 1)
 
 
-def split(items: Sequence, widths: Sequence[int]) -> list[Sequence]:
-    ends = list(itertools.accumulate(widths))
-    return [items[end - width : end] for end, width in zip(ends, widths)]
+def zeros_for_none(tensors, like):
+    return [torch.zeros_like(t) if v is None else v for v, t in zip(tensors, like)]
 
 
 def add(old, new):

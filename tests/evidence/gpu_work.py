@@ -39,13 +39,12 @@ LAUNCH_SECONDS, BYTES_PER_SECOND = 2e-6, 3e12
 FOREACH = (770, 448, 336, 252, 210)  # tensors a launch, by the number of lists (MultiTensorApply.cuh)
 CHUNKS, CHUNK = 2240, 65536  # a launch, of so many elements
 # Partial sums and their sum.
-LAUNCHES = dict.fromkeys(("mixed_dot", "mixed_grads", "channel_sums", "term_gradients",
-                          "term_gradients_backward"), 2)
+LAUNCHES = {"channel_sums": 2}
 KINDS = {  # of operations, by what their names contain
     "separable convolutions": ("separable_",),
     "other convolutions": ("conv", "mm"),
     "batch norm": ("batch_norm", "norm_statistics", "norm_gradients", "lerp"),
-    "sums of nodes": ("mixed_", "node_sum", "channel_sums", "affine_sums", "term_gradients"),
+    "sums of nodes": ("channel_sums", "affine_sums"),
     "pools": ("pool",), "ReLU": ("relu", "clamp_min", "threshold"), "optimizers": ("foreach", "sgd", "adam"),
     "copies and zeros": ("copy", "cat", "fill", "zero", "empty", "clone"),
     "other additions": ("add",),

@@ -1,13 +1,10 @@
-// Device code of normalised sums, and the plans that launch it; as in mixed_sum_kernels.cuh plain pointers
-// and sizes, so that it runs in tests/cuda_emulation.h. Tensors are channels-last, [pixels, C]; arithmetic
-// per channel is that of norms.h. Not yet run on a GPU.
+// Device code of the sums, and the plans that launch it. Tensors are channels-last, [pixels, C]; arithmetic per
+// channel is that of norms.h. Not yet run on a GPU.
 //
 // Nothing is added atomically: sums over pixels are those of blocks, written side by side, and sums of these
 // in a fixed order, so that the bits depend on sizes and alignment alone.
 #pragma once
-#include "mixed_sum_kernels.cuh"
-#include "norms.h"
-#include "normalised_sum_cuda.h"
+#include "packs.cuh"
 
 namespace ldarts {
 
@@ -145,16 +142,13 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_const
 
 // The first M blocks are those of the gradients by p.
 template <typename P>
-__global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_constant__ GradientsArgs<P> a) {
-  const NormGradients<P>& norms = a.norms;
-  const int64_t K = norms.map.K, M = norms.map.M, C = norms.C;
-  const bool again = a.again;
+__global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_constant__ NormGradients<P> a) {
+  const int64_t K = a.map.K, M = a.map.M, C = a.C;
   double* shared = shared_memory;  // [kWarps]
   if (blockIdx.x < M) {
     const int m = blockIdx.x;
     double sum = 0;
-    for (int64_t c = threadIdx.x; c < C; c += kThreads)
-      sum += again ? norms.derivative_by_p(m, c) : norms.by_p(m, c);
+    for (int64_t c = threadIdx.x; c < C; c += kThreads) sum += a.share_of_p(m, c);
     sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sum;
     __syncthreads();
@@ -163,24 +157,9 @@ __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_consta
     a.by_p[m] = sum;
     return;
   }
-  const int64_t i = thread_number() - M * kThreads, c = i % C, k = i / C, m = k - K;
-  if (k < K) {
-    const TwoNumbers by_sums = norms.by_z_sums(k, c);
-    a.by_z_sum[i] = by_sums.first;
-    a.twice_by_square[i] = 2 * by_sums.second;
-    if (!again) return;
-    const TwoNumbers by = norms.derivative_by_rstd_mean(k, c);
-    a.by_rstd_mean[2 * k * C + c] = by.first;
-    a.by_rstd_mean[(2 * k + 1) * C + c] = by.second;
-    a.by_grad_rstd_mean[2 * k * C + c] = norms.rstd_tangent(k, c);
-    a.by_grad_rstd_mean[(2 * k + 1) * C + c] = norms.mean_tangent(k, c);
-  } else if (m < M) {
-    a.scale[m * C + c] = norms.scale(m, c);
-    if (!again) return;
-    const TwoNumbers by = norms.derivative_by_grad_sums(m, c);
-    a.by_grad_sum[m * C + c] = by.first;
-    a.by_grad_product[m * C + c] = by.second;
-  }
+  const int64_t i = thread_number() - M * kThreads, row = i / C, c = i % C;
+  if (row < K) a.write_of_z(row, c);
+  else if (row < K + M) a.write_scale(row - K, c);
 }
 
 // out[s] = Σ scale term + shift over its entries, of which `end` is behind the last. The first sum goes on
@@ -263,7 +242,8 @@ __global__ void __launch_bounds__(kThreads) affine_sums_kernel(const __grid_cons
   }
 }
 
-// The plans. `launch` is that of mixed_sum_kernels.cuh.
+// The plans. `launch(kernel, blocks, bytes of shared memory, arguments)` starts blocks of kThreads threads. Pointers
+// are device pointers, arrays of pointers lie on the host.
 
 // partial [max_slabs, pairs or kMaxPairs, 2, C] is scratch, out [pairs, 2, C]; pixels > 0.
 template <typename T, typename Launch>
@@ -292,9 +272,8 @@ void launch_statistics(const NormStatistics<P>& a, const Launch& launch) {
 }
 
 template <typename P, typename Launch>
-void launch_gradients(const GradientsArgs<P>& a, const Launch& launch) {
-  const TermMap& map = a.norms.map;
-  launch(gradients_kernel<P>, map.M + blocks_for((map.K + map.M) * a.norms.C, kThreads, INT32_MAX),
+void launch_gradients(const NormGradients<P>& a, const Launch& launch) {
+  launch(gradients_kernel<P>, a.map.M + blocks_for((a.map.K + a.map.M) * a.C, kThreads, INT32_MAX),
          sizeof(double) * kWarps, a);
 }
 

@@ -1,17 +1,23 @@
 #pragma once
-// What normalised_sum_kernels.cu, compiled by nvcc, and normalised_sum_cuda.cpp, by the host's compiler, both
-// know.
-#include "mixed_sum_cuda.h"
+// What sums_kernels.cu, compiled by nvcc, and sums_cuda.cpp, by the host's compiler, both know.
 #include "norms.h"
 
+#include <cstdint>
 #include <vector>
+
+struct CUstream_st;
 
 namespace ldarts {
 
+constexpr int kThreads = 128;  // small: the 8x8 maps at the end of a network still spread over all processors
 constexpr int kMaxPairs = 128;    // of pointers, and of what is below, that travel by value with one launch
 constexpr int kMaxEntries = 128;
 constexpr int kMaxSums = 64;
 constexpr int kMaxSlabs = 512;  // a constant: sums have the same bits whatever the number of processors
+
+template <typename T> struct Accumulator { using type = float; };
+template <> struct Accumulator<double> { using type = double; };
+template <typename T> using Acc = typename Accumulator<T>::type;
 
 // scale term + shift, with a scale and a shift [C] for each channel; null: 1 and 0.
 template <typename T>
@@ -26,21 +32,9 @@ struct AffineSum {
   std::vector<Affine<T>> entries;
 };
 
-// The gradients of norms.h, or in the derivative (again) the gradients of these; [rows, C] where nothing else
-// is said. Those of the sums of tensors are scales and shifts.
-template <typename P>
-struct GradientsArgs {
-  NormGradients<P> norms;
-  bool again;
-  P *scale, *by_z_sum, *twice_by_square;   // of M terms; of K z, by S1 and 2 by S2
-  P* by_p;                                 // [M]; again: its derivative
-  P *by_grad_sum, *by_grad_product;        // of M terms, by A and by B; only where again, as what follows
-  P *by_rstd_mean, *by_grad_rstd_mean;     // [K, 2, C]
-};
-
-// The plans of normalised_sum_kernels.cuh: for float, double and __nv_bfloat16, and for float and double.
+// The plans of sums_kernels.cuh: for float, double, __nv_bfloat16 and __half, and for float and double.
 template <typename T>
-struct NormalisedSumKernels {
+struct SumKernels {
   CUstream_st* stream;
   int64_t max_blocks;
 
@@ -55,7 +49,7 @@ struct NormKernels {
   CUstream_st* stream;
 
   void statistics(const NormStatistics<P>& norms) const;
-  void gradients(const GradientsArgs<P>& gradients) const;
+  void gradients(const NormGradients<P>& norms) const;
 };
 
 }  // namespace ldarts
