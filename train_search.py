@@ -23,6 +23,7 @@ from ldarts.architect import search_step
 from ldarts.capture import Captured
 from ldarts.data import Batches, eval_batches, halves, load
 from ldarts.distributed import Processes
+from ldarts.fused import compiled_for
 from ldarts.genotypes import to_json
 from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, check_images, evaluate, machine_facts,
                          parse_search_args, pick_device, script, script_path, seed_everything,
@@ -105,6 +106,8 @@ def search(at_end):
     weights = sum(p.numel() for p in net.weight_parameters())
     run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
             f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
+    if compiled_for(device.type) and layout is torch.channels_last:
+        run.log(net.engine.coverage(net.searched_cells()))
     probe = next(eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))
     if graph:
         take = Captured(take, net, [optimizer, arch.optimizer], run.log)

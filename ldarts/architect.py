@@ -48,16 +48,21 @@ class Architect:
         self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas,
                                           weight_decay=weight_decay, eps=eps)
         # Lists, because a walk through the thousands of modules of a supernet takes milliseconds.
-        self._weights, self._statistics = net.weight_parameters(), RunningStatistics(net)
+        self._weights, self._statistics = list(net.weight_parameters()), RunningStatistics(net)
 
     @property
     def weights(self) -> list[nn.Parameter]:
         """w: those of net.weight_parameters() that require a gradient."""
         return [p for p in self._weights if p.requires_grad]
 
+    @property
+    def alphas(self) -> list[nn.Parameter]:
+        """Those of net.arch_parameters() that require a gradient."""
+        return [alpha for alpha in self.net.arch_parameters() if alpha.requires_grad]
+
     def step(self, grads: Sequence[Tensor]) -> None:
         """One step of Adam along the gradients of alpha_grads."""
-        for alpha, grad in zip(self.net.arch_parameters(), grads):
+        for alpha, grad in zip(self.alphas, grads, strict=True):
             alpha.grad = grad
         self.optimizer.step()
 
@@ -71,10 +76,9 @@ class Architect:
         """
         if hessian not in ("central", "exact"):
             raise InputError(f"unknown way {hessian!r} to the product with the Hessian: use central or exact")
-        alphas = self.net.arch_parameters()
+        alphas, w = self.alphas, self.weights
         with self._statistics.kept():
-            w = self.weights
-            if not unrolled:
+            if not unrolled or not w:
                 with without_grad(w):  # which nobody would read
                     grads = gradients(self._loss(valid, amp=self.amp), alphas)
                     return in_layout_of(alphas, self.average(grads))
@@ -91,7 +95,8 @@ class Architect:
             if hessian == "exact":
                 product = torch.autograd.grad(dw, alphas, vector, materialize_grads=True)
             else:
-                r = 1e-2 / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
+                length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
+                r = 1e-2 / length.clamp_min(torch.finfo(length.dtype).tiny)
 
                 def side(sign: int) -> tuple[Tensor, ...]:  # ∂L_train(w + sign r vector, α) by α
                     shifted = torch._foreach_add([p.detach() for p in w],
@@ -126,6 +131,7 @@ class Architect:
         first backward pass.
         """
         w, p = self.weights, self.cell_leaves()
+        method = method if w else None  # all of them are frozen
         rng = random_state(batch[0].device)
         as_one = method == "exact" and lambda_t is not None
         logits, own_loss = self._pass(batch, p, self.amp)
@@ -171,7 +177,7 @@ class Architect:
         collapses (Zela et al., 2020): power iteration by double backward, from one direction on every call,
         changing nothing. Ends after `iterations`, or at a change of less than `tolerance` times the value.
         """
-        device, alphas = batch[0].device, self.net.arch_parameters()
+        device, alphas = batch[0].device, self.alphas
         generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with self._statistics.kept(), without_grad(self.weights), generators:
             torch.manual_seed(0)
@@ -223,7 +229,7 @@ class Architect:
         noise = self.average([torch.randn_like(t) for t in like])
         return torch._foreach_mul(noise, nn.utils.get_total_norm(like) / nn.utils.get_total_norm(noise))
 
-    def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None, rng: Tensor | None = None,
+    def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None, rng: list[Tensor] | None = None,
               amp: torch.dtype | None = None) -> Tensor:
         """The loss at p; rng: draw the same random numbers as a pass that began in this state."""
         if rng is not None:
@@ -289,18 +295,25 @@ def in_layout_of(parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> list[
 
 def gradients(loss: Tensor, tensors: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
     """∂loss/∂tensor of each, 0 where the loss does not reach it."""
+    if not tensors:
+        return ()
     return torch.autograd.grad(loss, tensors, create_graph=create_graph, materialize_grads=True)
 
 
-def random_state(device: torch.device) -> Tensor | None:
-    """The state of a device's random numbers; None under a CUDA graph's capture, where none may be drawn."""
+def random_state(device: torch.device) -> list[Tensor] | None:
+    """The states of PyTorch's random numbers on the host and on a GPU. None under a CUDA graph's capture: a
+    step that draws any is not captured (capture.py)."""
     if device.type != "cuda":
-        return torch.get_rng_state()
-    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.get_rng_state(device)
+        return [torch.get_rng_state()]
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return [torch.get_rng_state(), torch.cuda.get_rng_state(device)]
 
 
-def set_random_state(device: torch.device, state: Tensor) -> None:
-    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+def set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 class RunningStatistics:
@@ -316,8 +329,8 @@ class RunningStatistics:
     def kept(self) -> Iterator[None]:
         """Within, batch norms track nothing; other buffers are put back at the end."""
         tracking = [norm for norm in self.norms if norm.track_running_stats]
-        buffers = [(m._buffers, name, b, b.clone()) for m in self.others for name, b in m._buffers.items()
-                   if b is not None]
+        buffers = [(m._buffers, name, b, None if b is None else b.clone())
+                   for m in self.others for name, b in m._buffers.items()]
         for norm in tracking:
             object.__setattr__(norm, "track_running_stats", False)  # Module's own looks for parameters first
         try:
@@ -326,7 +339,8 @@ class RunningStatistics:
             for norm in tracking:
                 object.__setattr__(norm, "track_running_stats", True)
             for of_module, name, buffer, value in buffers:
-                buffer.data.copy_(value)
+                if buffer is not None and 0 not in buffer.stride():  # an expanded one is written by nobody
+                    buffer.data.copy_(value)
                 of_module[name] = buffer  # a module may have put another tensor in its place
 
 

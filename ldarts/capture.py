@@ -75,6 +75,8 @@ class Captured:
                     values["step"] = values["step"].to(p.device)
         self.inputs = [t.clone() for t in inputs]
         before = {id(t): t.detach().clone() for t in self._state()}
+        device = inputs[0].device
+        random_numbers = torch.cuda.get_rng_state(device)
         operations, stream = LastOperation(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -84,6 +86,9 @@ class Captured:
                 with torch.no_grad():  # as if nothing had been
                     for t in self._state():
                         t.copy_(before[id(t)]) if id(t) in before else t.zero_()
+                if not torch.equal(torch.cuda.get_rng_state(device), random_numbers):
+                    torch.cuda.set_rng_state(random_numbers, device)
+                    return self._fail("it draws random numbers, the same ones in all passes of a difference")
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=stream), operations:
                     self.result = self.step(*self.inputs, **options)
@@ -93,10 +98,13 @@ class Captured:
                 raise
             while error.__context__:  # the end of a failed capture hides its reason behind another
                 error = error.__context__
-            self.failed = True
-            self.warn(f"warning: the step can't be a CUDA graph ({operations.last}: "
-                      f"{str(error).splitlines()[0]}); it runs without one, slower")
-        torch.cuda.current_stream().wait_stream(stream)
+            self._fail(f"{operations.last}: {str(error).splitlines()[0]}")
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def _fail(self, reason: str) -> None:
+        self.failed = True
+        self.warn(f"warning: the step can't be a CUDA graph ({reason}); it runs without one, slower")
 
 
 class LastOperation(TorchDispatchMode):

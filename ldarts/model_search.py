@@ -109,6 +109,7 @@ class SearchNetwork(nn.Module):
         in_201 = space == "nasbench201"
         if layers < 1 or C < 1 or (C % 2 and not in_201):
             raise InputError(f"{layers} cells of {C} channels: use one or more, in DARTS's cells an even C")
+        self.engine = fused.Engine()
         self._alpha_names = ["arch_parameters"] if in_201 else ["alphas_normal", "alphas_reduce"]
         (self._build_nasbench201 if in_201 else self._build_darts)(C, num_classes, layers)
         for name, edges in zip(self._alpha_names, self.primitives):
@@ -156,7 +157,7 @@ class SearchNetwork(nn.Module):
     def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
         """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights()."""
         weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
-        run = fused.runner(x)  # the door to the engine: run(module, *inputs) is module(*inputs)
+        run = self.engine.runner(x)  # the door to the engine: run(module, *inputs) is module(*inputs)
         before = x = run(self.stem, x)
         for cell in self.cells:
             if isinstance(cell, Cell):

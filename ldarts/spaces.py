@@ -48,7 +48,7 @@ SPACES = {
 
 
 def get(name: str) -> Space:
-    """The space called `name`. Raises InputError that lists the known ones, or for edges of unequal length."""
+    """The space called `name`. Raises InputError for unknown ones, and for edges of unequal length."""
     if name not in SPACES:
         raise InputError(f"unknown search space {name!r}: use one of {', '.join(SPACES)}")
     for edges in SPACES[name]:
