@@ -1,5 +1,6 @@
 """Derived networks as users bring them: genotypes from logs and modules, others' weights, runs cut short."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from test_evidence import refused, run_main, write_run
 
 import train_eval
 import train_search
-from ldarts import InputError, genotypes, nasbench201, runs, visualize
+from ldarts import (InputError, Network, NetworkImageNet, NetworkNAS201, genotypes, nasbench201, runs,
+                    visualize)
 from ldarts.data import ImageSet
 from ldarts.genotypes import PUBLISHED, to_json
 from ldarts.runs import count_multiply_adds, load_checkpoint
@@ -277,6 +279,23 @@ def test_other_weights_name_the_first_that_differs(change, said, trained, tmp_pa
     torch.save({key: value for key, value in state.items() if value is not None}, "weights.pt")
     assert said in refused(monkeypatch, capsys, train_eval, "--evaluate", "weights.pt", "--arch", "DARTS",
                            "--data", folder, *SIZE)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("build, cell, side", [
+    (Network, CELL, 32), (NetworkImageNet, CELL, 64), (NetworkNAS201, ARCH, 32)], ids=["32", "224", "201"])
+def test_a_network_is_exported_as_the_readme_says(build, cell, side):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    prepare, export, trace = re.findall(r"`(net\.eval[^`]+|torch\.export\.[^`]+|torch\.jit[^`]+)`", readme)
+    net = build(4, 10, 1, cell) if build == NetworkNAS201 else build(4, 10, 3, True, cell)
+    names = {"torch": torch, "net": net, "x": torch.randn(2, 3, side, side), "__name__": "user"}
+    eval(prepare, names)
+    program, traced = (eval(line, names) for line in (export, trace))
+    x = torch.randn(2, 3, side, side)
+    for logits in (program.module()(x)[0], traced(x)):
+        torch.testing.assert_close(logits, net(x)[0], rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="Only tensors"):
+        torch.jit.trace(net, x)
 
 
 # ---- what images, batches and memory do not allow
