@@ -21,6 +21,7 @@ from torch.utils.benchmark import timer
 from . import Architect, Network, SearchNetwork, genotypes
 from .architect import search_step, weight_step
 from .capture import Captured
+from .errors import progress
 from .fused.sums import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, one_of, pick_device, script
 
@@ -63,15 +64,15 @@ def main() -> None:
     {"mixed_sum": bench_mixed_sum, "step": bench_step, "eval": bench_eval}[args.command](args)
 
 
-def seconds(function: Callable[[], object], repeats: int) -> float:
+def seconds(function: Callable[[], object], repeats: int, name: str) -> float:
     """The median of a function's calls, after a first one."""
-    return statistics.median(interleaved([function], repeats)[0])
+    return statistics.median(interleaved([function], repeats, name)[0])
 
 
-def interleaved(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+def interleaved(functions: Sequence[Callable[[], object]], repeats: int, name: str) -> list[list[float]]:
     """Seconds of each function's calls. The functions take turns; the first round is not counted."""
     times = [[] for _ in functions]
-    for _ in range(repeats + 1):
+    for _ in progress(range(repeats + 1), f"{name}: round"):
         for function, own_times in zip(functions, times):
             started = timer()  # waits for the device
             function()
@@ -123,7 +124,7 @@ def time_sums(stage: str, count: int, layout: str, dtype: str, device: torch.dev
     grad, size = torch.randn_like(like), like.numel() * like.element_size()
     flat = torch.cat([t.detach().flatten() for t in terms])
     target = torch.empty_like(flat)
-    copy_rate = 2 * count * size / seconds(lambda: target.copy_(flat), 15)
+    copy_rate = 2 * count * size / seconds(lambda: target.copy_(flat), 15, "copy")
     variants = {"fused": mixed_sum, "reference": mixed_sum_ref}
     if compiles:
         torch.compiler.reset()
@@ -137,7 +138,8 @@ def time_sums(stage: str, count: int, layout: str, dtype: str, device: torch.dev
         torch.autograd.grad(function(weights, terms), [weights, *terms], grad)
 
     for phase, run, sizes in (("forward", forward, count + 1), ("forward+backward", both, 3 * count + 2)):
-        times = dict(zip(variants, interleaved([partial(run, f) for f in variants.values()], 15)))
+        calls, name = [partial(run, f) for f in variants.values()], f"{count} terms of stage {stage}, {phase}"
+        times = dict(zip(variants, interleaved(calls, 15, name)))
         rate = sizes * size / statistics.median(times["fused"])
         row = {"stage": stage, "terms": count, "layout": layout, "dtype": dtype, "phase": phase,
                "MB": sizes * size / 1e6, "copy_GBps": copy_rate / 1e9,
@@ -170,12 +172,12 @@ def bench_step(args: argparse.Namespace) -> None:
     def only_weights(x, y, *valid):
         return weight_step(arch, optimizer, (x, y), **options)
 
-    def timed(function):
+    def timed(function, name):
         step = Captured(function, net, [optimizer, arch.optimizer]) if graph else function
-        return seconds(lambda: step(*batches), args.steps)
+        return seconds(lambda: step(*batches), args.steps, name)
 
-    result = {"seconds_per_step": timed(whole_step), "peak_mib": peak_mib(device),
-              "seconds_per_weight_step": timed(only_weights), "device": device_name(device),
+    result = {"seconds_per_step": timed(whole_step, "search step"), "peak_mib": peak_mib(device),
+              "seconds_per_weight_step": timed(only_weights, "step of w"), "device": device_name(device),
               "torch": torch.__version__, "fused": compiled_for(device.type), "graph": graph}
     if args.profile:
         result["operations"] = costliest(lambda: whole_step(*batches), on_gpu)[: args.profile]
@@ -193,7 +195,8 @@ def costliest(run: Callable[[], object], on_gpu: bool) -> list[dict[str, Any]]:
     """Name, milliseconds and calls of each operation, the costliest first."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as profiler:
-        run()
+        for call in progress([run], "profile: step"):
+            call()
     cost = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # microseconds
     operations = [{"name": event.key, "ms": getattr(event, cost) / 1e3, "calls": event.count}
                   for event in profiler.key_averages()]
@@ -230,7 +233,7 @@ def images_per_second(args: argparse.Namespace, layout: torch.memory_format, amp
         torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         optimizer.step()
 
-    return args.batch_size / seconds(step, args.steps)
+    return args.batch_size / seconds(step, args.steps, f"training step{', compiled' * compiles}, {layout}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What the scripts print as one line."""
+"""What the scripts print as one line: errors, and where long work is."""
 import importlib.util
 import os
 import sys
 import textwrap
-from typing import Callable
+import threading
+from typing import Callable, Iterable, Iterator
 
+FIRST_LINE = 10  # seconds of silence
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")  # CUDA, CPU, C++, cuDNN
 
 
@@ -49,6 +51,26 @@ def script(main: Callable[[], None], less_memory: str = "smaller batches") -> No
         sys.exit(2 if isinstance(error, InputError) else 3)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def progress(items: Iterable, what: str) -> Iterator:
+    """The items. After 10, 30, 70, … seconds a line on standard error names the one that is in work."""
+    number, over = 0, threading.Event()
+    total = f" of {len(items)}" if hasattr(items, "__len__") else ""
+
+    def tell() -> None:
+        pause = FIRST_LINE
+        while not over.wait(pause):
+            print(f"{what} {number}{total}", file=sys.stderr, flush=True)
+            pause *= 2
+
+    if os.environ.get("RANK", "0") == "0":
+        threading.Thread(target=tell, daemon=True).start()
+    try:
+        for number, item in enumerate(items, 1):
+            yield item
+    finally:
+        over.set()
 
 
 def out_of_memory(error: BaseException | None) -> str:

@@ -233,8 +233,12 @@ def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [
         "bench", "step", "--json", "--search_space", "s2", "--init_channels", "4", "--layers", "4",
         "--batch_size", "4", "--steps", "1", "--lambda_grad", method, "--device", "cpu"])
+    monkeypatch.setattr("ldarts.errors.FIRST_LINE", 0.001)
     bench.main()
-    found = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    for where in ("search step: round 1 of 2", "step of w: round 1 of 2", "profile: step 1 of 1"):
+        assert where in printed.err
+    found = json.loads(printed.out)
     assert 0 < found["seconds_per_weight_step"] < 2 * found["seconds_per_step"] and found["peak_mib"] > 50
     assert len(found["operations"]) == 10 and found["operations"][0]["ms"] >= found["operations"][9]["ms"] > 0
 

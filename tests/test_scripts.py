@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import train_eval
 import train_search
 from ldarts import Genotype, Network, data, genotypes, runs
+from ldarts.distributed import Processes
 from ldarts.runs import load_checkpoint, parse_search_args
 from test_archives import python2_pickle, rows, write_cifar10
 
@@ -232,6 +234,23 @@ def test_a_system_without_fcntl_is_told_in_one_line(name):
                             cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("ImportError: ldarts runs on Linux and macOS")
+
+
+def test_what_takes_long_says_where_it_is(monkeypatch, capsys):
+    monkeypatch.setattr("ldarts.errors.FIRST_LINE", 0.1)
+
+    def evaluate(pause):
+        def net(x):
+            time.sleep(pause)
+            return x
+
+        batches = [(torch.zeros(1, 10), torch.zeros(1, dtype=torch.int64))] * 4
+        runs.evaluate(net, torch.nn.CrossEntropyLoss(), batches, Processes(torch.device("cpu")))
+        return capsys.readouterr().err.splitlines()
+
+    first, second, *_ = evaluate(0.2)  # after 0.1 s and 0.3 s
+    assert first == "evaluation: batch 1 of 4" and second == "evaluation: batch 2 of 4"
+    assert evaluate(0) == []
 
 
 # ---- the images of a run

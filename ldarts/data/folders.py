@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, brief, require
+from ..errors import InputError, brief, progress, require
 from .batches import Batch, Normalize, generator_of, share_of
 
 # In PyTorch's messages of workers that cannot pass their images on, or were killed.
@@ -66,7 +66,8 @@ def find_images(root: Path) -> tuple[dict[str, list[str]], list[str]]:
                          "--data must hold val/, for training also train/, of ImageNet") from error
 
     by_class, skipped = {}, []
-    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
+    walk = os.walk(root, onerror=fail, followlinks=True)
+    for folder, subfolders, files in progress(walk, f"reading {root}: folder"):
         names = Path(folder).relative_to(root).parts
         images = [file for file in sorted(files)
                   if names and not file.startswith(".") and file.lower().endswith(SUFFIXES)]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Processes
+from ..errors import progress
 
 
 class Meter:
@@ -33,7 +34,7 @@ def evaluate(net: Callable, criterion: nn.Module, batches: Iterable,
              processes: Processes) -> tuple[float, float]:
     """(loss, accuracy in percent) over the batches of all processes. net: x -> logits, in evaluation mode"""
     meter = Meter(processes)
-    for x, y in batches:
+    for x, y in progress(batches, "evaluation: batch"):
         logits = net(x)
         meter.update(criterion(logits, y), logits, y)
     return meter.read()[:2]
