@@ -143,8 +143,10 @@ def test_what_is_no_run_among_runs_is_left_out_by_name(tmp_path, monkeypatch, ca
         assert said in printed.out
         assert len(printed.err.splitlines()) == 3
         assert all(f"left out: runs/{name}" in printed.err for name in ("notes", "damaged", ".ipynb"))
-    assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none", "runs/a")
-    assert "notes.txt" in refused(monkeypatch, capsys, runs, "runs/notes.txt", "runs/.ipynb_checkpoints")
+    assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/a", "runs/none")
+    assert "notes.txt" in refused(monkeypatch, capsys, runs, "runs/notes.txt")
+    with pytest.raises(InputError, match="none of these is a run"):
+        run_main(monkeypatch, runs, "runs/notes.txt", "runs/.ipynb_checkpoints")
 
 
 @pytest.mark.parametrize("dataset, column, shown", [

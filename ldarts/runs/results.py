@@ -2,7 +2,7 @@
 import os
 import statistics
 import sys
-from typing import Any
+from typing import Any, Iterator
 
 from ..errors import InputError
 from ..nasbench201 import SETS, better_than_random, rank_of, searched_set
@@ -100,23 +100,16 @@ def best_search(paths: list[str]) -> str:
     return max(searches, key=lambda path: read_run(path)[1][-1]["valid_accuracy"])
 
 
-def readable(paths: list[str]) -> list[str]:
-    """Those of the paths that are runs; the others are named on standard error. Raises InputError for a path
-    that does not exist, and if none is a run."""
-    runs, errors = [], []
+def readable(paths: list[str]) -> Iterator[str]:
+    """Those of several paths that are runs; the others are named on standard error."""
     for path in paths:
         try:
             read_config(path), read_metrics(path)
-            runs.append(path)
+            yield path
         except InputError as error:
-            if not os.path.exists(path):
+            if len(paths) == 1 or not os.path.exists(path):
                 raise
-            errors.append(error)
-    if not runs:
-        raise errors[0]
-    for error in errors:
-        print(f"left out: {error}", file=sys.stderr)
-    return runs
+            print(f"left out: {error}", file=sys.stderr)
 
 
 def main() -> None:
@@ -127,5 +120,6 @@ def main() -> None:
                         help="print the search with the highest validation accuracy at its end instead")
     parser.add_argument("--unfinished", action="store_true", help="include unfinished runs in the table")
     args = parser.parse_args()
-    paths = readable(args.runs)
+    if not (paths := [*readable(args.runs)]):
+        raise InputError("none of these is a run: a run is a folder runs/<name>")
     print(best_search(paths) if args.best else summary(paths, args.unfinished).rstrip("\n"))
