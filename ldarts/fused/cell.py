@@ -30,6 +30,15 @@ class Operation(NamedTuple):
     norm: nn.BatchNorm2d | None
 
 
+class Whole(NamedTuple):
+    """A link that runs as its module says."""
+
+    module: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x).contiguous(memory_format=torch.channels_last)
+
+
 class ModuleTerm(NamedTuple):
     """What runs as its module says: an operation, or an edge, which weighs its operations itself."""
 
@@ -73,7 +82,7 @@ class CellPlan(Plan):
         self.outputs = outputs
         self.edges, self.width = len(edges), None  # the shape of p
         self.eps: float | None = None  # of all norms behind operations
-        self.preprocess = [reader.chain(block) for block in blocks]
+        self.preprocess = [self._chain_of(block) for block in blocks]
         inputs = max(1, len(blocks))
         # Of each state, for each edge that leaves it, the recognised operations; of each node the others.
         leaving: list[list[list[Operation]]] = [[] for _ in range(inputs + nodes - 1)]
@@ -91,6 +100,14 @@ class CellPlan(Plan):
             raise Unrecognised(f"more than {MOST_TERMS} operations that leave one state")
         self.leaving = {grouped: [Leaving(of_state, grouped) for of_state in leaving]
                         for grouped in (True, False)}
+
+    def _chain_of(self, block: nn.Module) -> list[Link]:
+        """The chain of a block in front of the nodes, or the block as a whole."""
+        try:
+            return self.reader.chain(block)
+        except Unrecognised as reason:
+            self._leave(block, reason)
+            return [Whole(block)]
 
     def _operations_of(self, edge: int, module: nn.Module, state: int) -> list[Operation]:
         """The recognised operations of an edge; the others become terms of their modules."""
@@ -125,12 +142,16 @@ class CellPlan(Plan):
         return found
 
     def _add_module_term(self, term: ModuleTerm, reason: Unrecognised) -> None:
-        name, why = type(term.module).__name__, str(reason)
-        if any(getattr(module, "inplace", False) for module in term.module.modules()):
-            raise Unrecognised(f"{name}, which may change a state in place")
+        self._leave(term.module, reason)
         self.operations += 1
-        self.refusals.append(name if why == name else f"{name} with {why}")
         self.module_terms[-1].append(term)
+
+    def _leave(self, module: nn.Module, reason: Unrecognised) -> None:
+        """Note that a module runs as it is."""
+        name, why = type(module).__name__, str(reason)
+        if any(getattr(part, "inplace", False) for part in module.modules()):
+            raise Unrecognised(f"{name}, which may change a state in place")
+        self.refusals.append(name if why == name else f"{name} with {why}")
 
     def fits(self, *inputs: Tensor) -> bool:
         *states, weights = inputs

@@ -20,7 +20,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .norms import Norms, constant
+from .norms import Norms, constant, norm_gradients_backward
 from .sums import affine_sums, channel_sums
 
 
@@ -144,16 +144,63 @@ class NormalisedTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_rstd_mean, _mean_var, _scale_shift, *grads):
         p, rstd_mean, *zs = ctx.saved_tensors
-        norms, grads = ctx.norms, channels_last(grads, zs[0])
+        found = TermGradients.apply(ctx.norms, p, rstd_mean, grad_rstd_mean, *zs, *channels_last(grads, zs[0]))
+        return None, None, *found
+
+
+class TermGradients(torch.autograd.Function):
+    """forward: the gradients by p and each z, of that by 1/σ and μ (None: 0) and G of each edge: channel sums of
+    G and z, arithmetic, an affine sum. backward: autograd's, but in one pass over the tensors instead of three."""
+
+    @staticmethod
+    def forward(ctx, norms, p, rstd_mean, grad_rstd_mean, *tensors):
+        zs, grads = tensors[: len(norms.has_norm)], tensors[len(norms.has_norm) :]
         sums = channel_sums(*norms.terms_of(grads, zs))
         scale, of_z, by_p = norms.gradients(rstd_mean, p, grad_rstd_mean, sums)
+        ctx.norms = norms
+        ctx.save_for_backward(p, rstd_mean, grad_rstd_mean, sums, scale, of_z, *tensors)
         # By a z: Σ scale G over its terms + of_z[0] + of_z[1] z
-        edges, M = len(grads), len(norms.z_of_term)
-        entries = [[(edges + k, M + 2 * k + 1, 2 * k)] if has else [] for k, has in enumerate(norms.has_norm)]
+        K, M = len(zs), len(norms.z_of_term)
+        entries = [[(k, M + 2 * k + 1, 2 * k)] if has else [] for k, has in enumerate(norms.has_norm)]
         for m, (k, edge) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
-            entries[k].append((edge, m, -1))
+            entries[k].append((K + edge, m, -1))
         rows = of_z.flatten(0, 1)
-        return None, None, by_p, *affine_sums([*grads, *zs], [scale, rows], [rows], entries)
+        return by_p, *affine_sums(tensors, [scale, rows], [rows], entries)
+
+    @staticmethod
+    def backward(ctx, grad_p, *w):
+        p, rstd_mean, grad_rstd_mean, sums, scale, of_z, *tensors = ctx.saved_tensors
+        norms, K = ctx.norms, len(w)
+        zs, grads, w = tensors[:K], tensors[K:], channels_last(w, tensors[0])
+        if torch.is_grad_enabled():  # for a third derivative
+            sums = channel_sums(*norms.terms_of(grads, zs))
+            scale, of_z, _ = norms.gradients(rstd_mean, p, grad_rstd_mean, sums)
+        of_w = channel_sums([*w, *norms.terms_of(grads, w)[0]], [*zs, *norms.terms_of(grads, w)[1]])
+        by_rstd_mean, by_p, by_grad_rstd_mean, by_sums = norm_gradients_backward(
+            (rstd_mean, p, grad_rstd_mean, sums), norms.numbers, (of_w[K:, 1], of_w[:K], grad_p))
+        by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_sums)
+        return None, by_p, by_rstd_mean, by_grad_rstd_mean, *by_z, *by_grads
+
+
+def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):
+    """-> by each z and each G. Of the gradients by each z, whose own gradients are w (None: 0), and of the
+    sums ΣG and ΣG z of each term, whose gradients are by_grad_sums:
+
+        by z: of_z[1] w + Σ B G     by G: Σ scale w + A + B z     over the terms; A, B: by_grad_sums
+    """
+    E, K, M = len(grads), len(zs), len(norms.z_of_term)
+    by_z: list[list] = [[(E + K + k, M + 2 * k + 1, -1)] if w else [] for k in range(K)]
+    by_grads: list[list] = [[] for _ in grads]
+    for m, (k, e) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
+        row = M + 2 * K + 2 * m + 1
+        by_z[k].append((e, row, -1))
+        by_grads[e] += [(E + k, row, 2 * m), *([(E + K + k, m, -1)] if w else [])]
+    rows = by_grad_sums.flatten(0, 1)
+    wanted = [*by_grads, *(entries for entries in by_z if entries)]
+    found = iter(affine_sums([*grads, *zs, *(w or [])], [scale, of_z.flatten(0, 1), rows], [rows], wanted)
+                 if wanted else [])
+    by_grads = [next(found) for _ in grads]
+    return [next(found) if entries else None for entries in by_z], by_grads
 
 
 def channels_last(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:

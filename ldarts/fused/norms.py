@@ -50,6 +50,7 @@ class Norms:
         self.edges, self.has_norm, self.count = edges, [int(has) for has in has_norm], count
         self.z_of_term = [k for edge in edges for k in edge]
         self.edge_of_term = [e for e, edge in enumerate(edges) for _ in edge]
+        self.numbers = self.z_of_term, self.has_norm, count
 
     def statistics(self, sums: Tensor, p: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """sums: Σz, Σz² of each z with a norm, [norms, 2, C] -> of each z 1/σ and μ, mean and variance
@@ -63,8 +64,7 @@ class Norms:
         The gradient by a z is Σ scale G over its terms + of_z[0] + of_z[1] z. grad_rstd_mean: that by 1/σ and
         μ of what else reads them, or None.
         """
-        return NormGradients.apply(rstd_mean, p, grad_rstd_mean, sums, self.z_of_term, self.has_norm,
-                                   self.count)
+        return NormGradients.apply(rstd_mean, p, grad_rstd_mean, sums, *self.numbers)
 
     def terms_of(self, grads: Sequence[Tensor], zs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """G and z of each term."""

@@ -20,9 +20,9 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .normalised_sum import Terms, move_statistics, no_sums, pixels, terms_of_edges
+from .normalised_sum import Terms, derivatives, move_statistics, no_sums, pixels, terms_of_edges
 from .norms import Norms, norm_gradients_backward
-from .sums import affine_sums, channel_sums, split
+from .sums import channel_sums, split
 
 class Pair(NamedTuple):
     """A depthwise and a pointwise convolution, and the norm behind them."""
@@ -202,7 +202,7 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         # By what csrc/norms.h computes: scale by Σ w G, of_z by Σ w and Σ w z, by_p by v_p.
         by_scale, by_of_z = (None, None) if w is None else (w_sums[len(zs) - len(p) :, 2], w_sums[:, :2])
         by_statistics, by_p, by_grad_rstd_mean, by_grad_sums = norm_gradients_backward(
-            (rstd_mean, p, grad_rstd_mean, grad_sums), (norms.z_of_term, norms.has_norm, norms.count),
+            (rstd_mean, p, grad_rstd_mean, grad_sums), norms.numbers,
             (by_scale, by_of_z, v_p))
         by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums)
         nothing = [None] * len(zs)
@@ -212,27 +212,6 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         return (None, None, None, by_before, *by_numbers,
                 *(by_x or [None] * len(x)), *(by_depthwise or nothing), *(by_pointwise or nothing),
                 *by_z, *by_grad_z, *by_grads)
-
-
-def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):
-    """-> by each z and each G. Of the gradients by each z, whose own gradients are w (None: 0), and of the
-    sums ΣG and ΣG z of each term, whose gradients are by_grad_sums:
-
-        by z: of_z[1] w + Σ B G     by G: Σ scale w + A + B z     over the terms; A, B: by_grad_sums
-    """
-    E, K, M = len(grads), len(zs), len(norms.z_of_term)
-    by_z: list[list] = [[(E + K + k, M + 2 * k + 1, -1)] if w else [] for k in range(K)]
-    by_grads: list[list] = [[] for _ in grads]
-    for m, (k, e) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
-        row = M + 2 * K + 2 * m + 1
-        by_z[k].append((e, row, -1))
-        by_grads[e] += [(E + k, row, 2 * m), *([(E + K + k, m, -1)] if w else [])]
-    rows = by_grad_sums.flatten(0, 1)
-    wanted = [*by_grads, *(entries for entries in by_z if entries)]
-    found = iter(affine_sums([*grads, *zs, *(w or [])], [scale, of_z.flatten(0, 1), rows], [rows], wanted)
-                 if wanted else [])
-    by_grads = [next(found) for _ in grads]
-    return [next(found) if entries else None for entries in by_z], by_grads
 
 
 class Convolutions:
