@@ -1,4 +1,6 @@
 """The two commands as a user types them: real processes, real folders."""
+import collections
+import gc
 import io
 import json
 import os
@@ -342,6 +344,25 @@ def test_a_program_around_a_run_has_its_signal_handlers_back(command, tmp_path, 
     sent = []
     in_process(command[0], *resume)
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("command", [[*SEARCH, "--tensorboard"], EVAL], ids=["search", "evaluation"])
+def test_runs_of_one_process_leave_nothing_behind(command, tmp_path, monkeypatch, capsys):
+    """After the first ones no object, tensor, thread or open file is added, and no warning is printed again."""
+    if "--tensorboard" in command:
+        pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    write_cifar10(tmp_path / "own", 8)
+    left = []
+    for name in range(4):
+        in_process(*command, *SMALL, "--data", "own", "--save", name)
+        gc.collect()
+        objects = gc.get_objects()
+        left.append([len(objects), sum(type(thing) is torch.Tensor for thing in objects),
+                     threading.active_count(), len(os.listdir("/dev/fd"))])
+        del objects
+    assert left[3][1:] == left[1][1:] and left[3][0] < left[1][0] + 200
+    assert max(collections.Counter(capsys.readouterr().err.splitlines()).values(), default=0) <= 1
 
 
 @pytest.mark.parametrize("command", [SEARCH, EVAL], ids=["search", "evaluation"])
