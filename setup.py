@@ -42,7 +42,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["ldarts", "ldarts.data", "ldarts.fused", "ldarts.runs", "ldarts.study", "ldarts.csrc"],
+    packages=["ldarts", "ldarts.data", "ldarts.fused", "ldarts.runs", "ldarts.csrc"],
     package_dir={"ldarts.csrc": "csrc"},  # the sources, because the first use may have to compile them
     package_data={"ldarts": ["nasbench201.npz"], "ldarts.csrc": ["*"]},
     ext_modules=[Extension("ldarts.built", [])] if importlib.util.find_spec("torch") else [],

@@ -1,10 +1,8 @@
 """What shows results: studies, pictures, NAS-Bench-201's file."""
 import itertools
 import json
-import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ import train_search
 from ldarts import NetworkImageNet, genotypes, nasbench201, runs, visualize
 from ldarts.runs import count_multiply_adds, count_parameters
 from ldarts.runs.arguments import DEMO
-from ldarts.study import cases, collapse, collapse_report, gradient
 
 ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|avg_pool_3x3~1|nor_conv_1x1~2|"
 TABLES = sorted(Path(__file__).parent.glob("evidence/*/tables.md"))
@@ -67,97 +64,6 @@ def test_the_eigenvalue_is_that_of_the_whole_hessian():
     found = arch.alpha_eigenvalue(double(batch()), iterations=30, tolerance=0.0)
     assert torch.equal(torch.get_rng_state(), before)
     assert found == pytest.approx(float(eigenvalues[eigenvalues.abs().argmax()]), rel=0.05)
-
-
-def test_a_snapshot_measures_each_direction_and_leaves_the_net_alone():
-    net = make("s2", dtype=torch.float32)[0]
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    args = SimpleNamespace(kinds=["cosine"], dtypes=["float64"], epsilons=[1e-1, 1e-7], length=1e-5)
-    rows = list(gradient.measure(args, net, [batch(1)], [batch(2)]))
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    found = {(row["estimator"], row["epsilon"]): row for row in rows}
-    assert len(found) == 7
-    exact, random = found["exact", None], found["random", None]
-    assert exact["cosine"] == pytest.approx(1) and abs(random["cosine"]) < 0.1
-    assert exact["same"] == pytest.approx(1e-5 * exact["norm"], rel=0.2)
-    assert exact["same"] != exact["held_out"][0]
-    for method in ("central", "forward"):
-        assert found[method, 1e-7]["cosine"] > 0.999 and found[method, 1e-1]["cosine"] < 0.9
-        assert found[method, 1e-7]["same"] == pytest.approx(exact["same"], rel=1e-2)
-
-
-SEARCH = ["collapse", "--dataset", "synthetic", "--image_size", 4, "--init_channels", 2, "--layers", 1,
-          "--epochs", 2, "--batch_size", 500, "--lambda_reg", 0.25, "--fresh_batches", 2, "--out", "out"]
-
-
-def test_the_study_of_collapse_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    flags = [*SEARCH, "--variants", "DARTS", "random", "--seeds"]
-    run_main(monkeypatch, cases, *flags, 0)
-    first = (tmp_path / "out/nasbench201-random-0.json").read_bytes()
-    run_main(monkeypatch, cases, *flags, 0, 2)
-    assert (tmp_path / "out/nasbench201-random-0.json").read_bytes() == first
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "tables.md", "nasbench201.png", "truth.png",
-        *(f"nasbench201-{v}-{seed}.json" for v in ("DARTS", "random") for seed in (0, 2))}
-    assert (tmp_path / "out/truth.png").stat().st_size > 10_000
-    lines = {v: json.loads((tmp_path / f"out/nasbench201-{v}-2.json").read_text())["values"]
-             for v in ("DARTS", "random")}
-    assert lines["DARTS"][0] == lines["random"][0]  # λ is 0 in the first epoch
-    assert lines["DARTS"][1]["ratio"] == 0 < lines["random"][1]["ratio"]
-    assert lines["DARTS"][1]["loss"] != lines["random"][1]["loss"]
-    capsys.readouterr()
-    run_main(monkeypatch, cases, *flags, 0, 2, "--show")
-    cell = collapse.true_accuracy(lines["random"][1])
-    assert f"{cell:.2f} (" in capsys.readouterr().out
-    assert "--epochs" in refused(monkeypatch, capsys, cases, *flags, 0, "--epochs", 3)
-
-
-def test_a_study_side_by_side_has_the_results_of_one_after_the_other(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = [*SEARCH, "--spaces", "nasbench201", "--variants", "exact", "relative", "--seeds", 1]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run_main(monkeypatch, cases, *flags)
-    torch.set_num_threads(threads)
-    run_main(monkeypatch, cases, *flags, "--out", "beside", "--jobs", 2)
-    for name in ("nasbench201-exact-1.json", "nasbench201-relative-1.json"):
-        one, other = (json.loads((tmp_path / folder / name).read_text()) for folder in ("out", "beside"))
-        assert one["values"] == other["values"] and "p_skip" in one["values"][1]
-
-
-def flat(tensors):
-    return torch.cat([t.flatten() for t in tensors])
-
-
-def parts_of(variant, lambda_t, epsilon=1e-4):
-    """∇L, ∇Λ by a central difference, and what a variant subtracts from ∇L, on one batch."""
-    net, plain, _ = make("s2")
-    variant = collapse.VARIANTS[variant]
-    arch = collapse.make_architect(SimpleNamespace(arch_learning_rate=1e-3), variant, net, seed=0)
-    _, dw, central, _ = plain.lambda_grads(double(batch()), "cosine", epsilon, "central")
-    stepped = arch.weight_grads(double(batch()), "cosine", 1e-4, variant.method, lambda_t).dw
-    return flat(dw), flat(central), flat(dw) - flat(stepped)
-
-
-def test_the_control_is_as_long_as_the_published_estimate_and_points_nowhere():
-    _, central, taken = parts_of("random", 0.5)
-    assert float(taken.norm()) == pytest.approx(0.5 * float(central.norm()), rel=1e-6)
-    assert abs(float(torch.cosine_similarity(taken, central, 0))) < 0.1
-
-
-def test_relative_strength_counts_in_lengths_of_the_gradient_of_the_loss():
-    loss, central, taken = parts_of("relative", 0.5, epsilon=1e-7)
-    assert float(taken.norm()) == pytest.approx(0.5 * float(loss.norm()), rel=1e-6)
-    assert float(torch.cosine_similarity(taken, central, 0)) == pytest.approx(1, abs=1e-4)
-
-
-def test_rank_correlation_by_hand():
-    assert collapse_report.spearman([1, 2, 3, 4], [10, 20, 30, 25]) == pytest.approx(0.8)
-    assert collapse_report.spearman([1, 1, 2], [3, 3, 1]) == pytest.approx(-1)
-    assert collapse_report.spearman([1, 1, 1], [3, 2, 1]) != collapse_report.spearman([1, 1, 1], [3, 2, 1])
 
 
 @pytest.mark.parametrize("name", [*genotypes.PUBLISHED, ARCH])
@@ -263,25 +169,6 @@ def test_the_published_cell_on_imagenet():
     with torch.device("meta"):
         net = NetworkImageNet(48, 1000, 14, True, genotypes.load("LAMBDA_DARTS"))
     assert (count_parameters(net), count_multiply_adds(net, (3, 224, 224))) == (5140288, 565652544)
-
-
-@pytest.mark.parametrize("folder", [path.parent for path in TABLES], ids=lambda p: p.name)
-def test_the_findings_are_those_of_the_results_beside_them(folder, tmp_path, monkeypatch, capsys):
-    """tables.md is what --show makes of the results."""
-    found = sorted(folder.glob("*-*.json"))
-    for path in found:
-        shutil.copy(path, tmp_path)
-    names = [path.stem.rsplit("-", 1)[0] for path in found]
-    spaces = {name.split("-")[0] for name in names}
-    flags = ["--seeds", *sorted({path.stem.rsplit("-", 1)[1] for path in found}), "--spaces", *sorted(spaces)]
-    study = folder.name.split("-")[0]
-    if study == "collapse":
-        flags += ["--variants", *sorted({name.split("-", 1)[1] for name in names})]
-    for module in (gradient, collapse_report):
-        monkeypatch.setattr(module, "find_spec", lambda name: None)  # without the pictures
-    run_main(monkeypatch, cases, study, "--out", tmp_path, "--show", *flags)
-    text = (tmp_path / "tables.md").read_text()
-    assert text == (folder / "tables.md").read_text() == capsys.readouterr().out
 
 
 def test_the_first_command_is_what_the_evidence_says():

@@ -1,1 +1,0 @@
-"""The evidence, repeatable: does ∇Λ raise Λ, does Λ prevent collapse, is what a search finds worth more?"""
