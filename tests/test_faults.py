@@ -323,6 +323,7 @@ def test_a_second_process_on_a_run_is_refused_until_the_first_is_dead(stopped, w
     shutil.copytree(stopped, folder, dirs_exist_ok=True)
     first = forks.start(folder, "train_search.py", "--resume", "runs/one", sabotage=forks.SlowSteps(60))
     forks.wait_for(lambda: "weights, on cpu" in printed(folder))
+    time.sleep(0.5)  # the other lines are through, the first step is long
     before = (folder / "runs/one/log.txt").read_bytes()
     message, = resume(forks, folder, "train_search.py", 2).splitlines()
     assert f"runs/one is in use by process {first.pid} on " in message
