@@ -1,9 +1,10 @@
-"""The engine: what `model_search` defines, computed faster. Its door is `runner`.
+"""The engine: what `model_search` defines, computed faster. Its door is `Engine.runner`.
 
     build, toolkit   compile and load csrc/
     recognise        what a module is, by its contents
-    mixed_sum        the weighted sum
-    normalised_sum   a node as one sum of terms behind batch norms
+    sums             the two sums on which all is built, and `mixed_sum`
+    norms            batch norms behind terms: arithmetic on numbers per channel
+    normalised_sum   a node as one sum of normalised terms
     separable        the separable convolutions that leave a state
     cell             a cell by all of these
 
@@ -28,7 +29,11 @@ __all__ = ["Engine", "compiled_for", "engine_supports", "mixed_sum"]
 
 def engine_supports(x: Tensor) -> bool:
     """Whether the engine may compute a pass that reads x. Not where somebody watches or transforms every call
-    of PyTorch: global hooks and patches, tracing and export, torch.func, forward mode, autocast on a CPU."""
+    of PyTorch: global hooks and patches, tracing and export, torch.func, forward mode, autocast on a CPU.
+
+    A dispatch mode, such as PyTorch's FlopCounterMode, sees the engine's operators and cannot count them: use
+    LDARTS_FUSED=off with it.
+    """
     return (isinstance(x, Tensor) and not isinstance(x, FakeTensor) and compiled_for(x.device.type)
             and not _has_any_global_hook() and pytorch() == AS_IMPORTED
             and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())

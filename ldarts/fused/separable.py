@@ -24,6 +24,7 @@ from .normalised_sum import Terms, derivatives, move_statistics, no_sums, pixels
 from .norms import Norms, norm_gradients_backward
 from .sums import channel_sums, split
 
+
 class Pair(NamedTuple):
     """A depthwise and a pointwise convolution, and the norm behind them."""
 

@@ -114,7 +114,7 @@ def dense_format(tensors: Sequence[Tensor]) -> torch.memory_format:
 
 
 class AffineSums(torch.autograd.Function):
-    """affine_sums with a derivative. (The operator has the same one, at ten times the price of a call.)"""
+    """affine_sums with a derivative. The operator has the same one, for torch.compile; a call of it costs more."""
 
     @staticmethod
     def forward(ctx, lengths, numbers, *tensors):
