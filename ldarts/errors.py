@@ -6,7 +6,6 @@ import textwrap
 import threading
 from typing import Callable, Iterable, Iterator
 
-FIRST_LINE = 10  # seconds of silence
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")  # CUDA, CPU, C++, cuDNN
 
 
@@ -53,13 +52,13 @@ def script(main: Callable[[], None], less_memory: str = "smaller batches") -> No
         sys.exit(130)
 
 
-def progress(items: Iterable, what: str) -> Iterator:
+def progress(items: Iterable, what: str, pause: float = 10) -> Iterator:
     """The items. After 10, 30, 70, … seconds a line on standard error names the one that is in work."""
     number, over = 0, threading.Event()
     total = f" of {len(items)}" if hasattr(items, "__len__") else ""
 
     def tell() -> None:
-        pause = FIRST_LINE
+        nonlocal pause
         while not over.wait(pause):
             print(f"{what} {number}{total}", file=sys.stderr, flush=True)
             pause *= 2

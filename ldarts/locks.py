@@ -1,41 +1,41 @@
-"""Locks of files, by which processes take turns. The kernel releases them, also if a process is killed."""
+"""A lock of a file between processes. The kernel unlocks it, also where a process is killed."""
 import contextlib
 import fcntl
 import os
+import platform
 import sys
 import warnings
 from pathlib import Path
-from typing import Iterator, TextIO
+from typing import Iterator
 
-
-def lock(file: TextIO) -> None:
-    """Lock an open file until it is closed. Raises OSError if another process has locked it.
-
-    Some file systems (of NFS, of Lustre) have no locks: a warning says so, and the process goes on.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # another process has it
-        raise
-    except OSError as error:
-        warnings.warn(f"{file.name}: this file system has no locks ({error.strerror}); nothing keeps a "
-                      "second process out", stacklevel=3)
+from .errors import InputError
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Within it, the file is locked; it is made and removed. Waits, and says so, for another process.
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Within it this process has locked the file. wait: for another process, else that raises InputError.
 
-    What is done within has to hold where it was done already, and twice at once, where there are no locks.
+    Some file systems (of NFS, of Lustre) have no locks: a warning says so, and the process goes on.
     """
-    with open(path, "w") as file:
+    with open(path, "a+") as file:
         try:
-            lock(file)
-        except OSError:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            used = f"{path.parent} is in use by {file.read(100).strip() or 'another process'}"
+            if not wait:
+                raise InputError(f"{used}: wait until it ends, or stop it") from error
             if os.environ.get("RANK", "0") == "0":
-                print(f"ldarts: waiting for another process ({path})", file=sys.stderr, flush=True)
+                print(f"ldarts: waiting: {used}", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            warnings.warn(f"ldarts: a file system here has no locks ({error.strerror}); nothing keeps a "
+                          "second process out of a run, or from compiling and downloading the same")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if wait:  # what was waited for is done
+                path.unlink(missing_ok=True)

@@ -233,7 +233,7 @@ def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [
         "bench", "step", "--json", "--search_space", "s2", "--init_channels", "4", "--layers", "4",
         "--batch_size", "4", "--steps", "1", "--lambda_grad", method, "--device", "cpu"])
-    monkeypatch.setattr("ldarts.errors.FIRST_LINE", 0.001)
+    monkeypatch.setattr("ldarts.errors.progress.__defaults__", (0.001,))
     bench.main()
     printed = capsys.readouterr()
     for where in ("search step: round 1 of 2", "step of w: round 1 of 2", "profile: step 1 of 1"):

@@ -340,7 +340,7 @@ def test_a_file_system_without_locks_is_one_warning(number, whole, folder, forks
     argv = [*SEARCH, "--epochs", "1"]
     process = forks.start(folder, "train_search.py", *argv, sabotage=forks.NoLocks(number))
     assert forks.finish(process) == 0, printed(folder)
-    assert printed(folder).count("Warning: runs/one/lock: this file system has no locks") == 1
+    assert printed(folder).count("Warning: ldarts: a file system here has no locks") == 1
     assert_same_bits(folder, whole("train_search.py", *argv))
     figures["disk faults"] += 1
 

@@ -239,7 +239,7 @@ def test_a_system_without_fcntl_is_told_in_one_line(name):
 
 
 def test_what_takes_long_says_where_it_is(monkeypatch, capsys):
-    monkeypatch.setattr("ldarts.errors.FIRST_LINE", 0.1)
+    monkeypatch.setattr("ldarts.errors.progress.__defaults__", (0.1,))
 
     def evaluate(pause):
         def net(x):
@@ -348,7 +348,7 @@ def test_a_program_around_a_run_has_its_signal_handlers_back(command, tmp_path, 
 
 @pytest.mark.parametrize("command", [[*SEARCH, "--tensorboard"], EVAL], ids=["search", "evaluation"])
 def test_runs_of_one_process_leave_nothing_behind(command, tmp_path, monkeypatch, capsys):
-    """After the first ones no object, tensor, thread or open file is added, and no warning is printed again."""
+    """After the first ones no object, tensor, thread or open file is added; no warning is printed again."""
     if "--tensorboard" in command:
         pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)

@@ -66,6 +66,7 @@ def locate(source: Source, root: Path, download: bool) -> Path:
     """The folder with the source's files, downloaded into root if the folder (SVHN: the file) is missing.
 
     root: that folder, one that holds it or the archive, or the archive itself, which is unpacked beside it.
+    One process downloads and unpacks, the others wait.
     """
     files, archive = source.train + source.test, root / Path(source.url).name
     if root.is_file() or source.folder and root.name == archive.name and not root.exists():
@@ -87,13 +88,8 @@ def damaged(path: Path, reason: str, source: Source) -> InputError:
     return InputError(f"{path}: {reason}; get it again from {source.url}, or use --dataset synthetic")
 
 
-def lock_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.lock")
-
-
 def fetch(url: str, md5: str, path: Path, download: bool) -> None:
-    """Download url to path if path is missing. The file appears whole, with the right MD5, or not at all. One
-    process downloads it, the others wait."""
+    """Download url to path if path is missing. The file appears whole, with the right MD5, or not at all."""
     by_hand = f"put {url} at {path}, name its folder by --data, or use --dataset synthetic"
     if path.is_file():
         return
@@ -102,7 +98,7 @@ def fetch(url: str, md5: str, path: Path, download: bool) -> None:
     made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock_of(path)), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        with locked(Path(f"{path}.lock")), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             if path.is_file():
                 return
             partial, digest, done = Path(scratch, path.name), hashlib.md5(usedforsecurity=False), 0
@@ -124,11 +120,10 @@ def fetch(url: str, md5: str, path: Path, download: bool) -> None:
 
 
 def unpack(archive: Path, root: Path, source: Source) -> None:
-    """Unpack the regular files of the source's folder, which appears whole or not at all. One process unpacks
-    it, the others wait."""
+    """Unpack the regular files of the source's folder, which appears whole or not at all."""
     folder = source.folder
     try:
-        with (locked(lock_of(archive)), tempfile.TemporaryDirectory(dir=root) as scratch,
+        with (locked(Path(f"{archive}.lock")), tempfile.TemporaryDirectory(dir=root) as scratch,
               tarfile.open(archive) as tar):
             if (root / folder).is_dir():
                 return

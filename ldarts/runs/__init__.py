@@ -1,7 +1,7 @@
 """A run: its command line, its folder, and its results.
 
 arguments: the flags of both scripts; folder: Run; checkpoints: files that appear whole; signals: stopping a
-run, its lock; meters: losses and accuracies; machine: device, precision, seeds; derived: the network of
+run; meters: losses and accuracies; machine: device, precision, seeds; derived: the network of
 train_eval.py; records: reading run folders; results: the table of runs.
 """
 from ..errors import script

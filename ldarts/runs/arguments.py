@@ -73,7 +73,7 @@ class Default:
 # Each row: a flag, its default, what it takes, its meaning.
 BOTH = [
     ("--data", "data", absolute, "folder of the data set, or its archive"),
-    ("--save", None, str, "name of the run (default: search- or eval- and the time)"),
+    ("--save", None, str, "name of the run (default: search- or eval-, the time, a mark)"),
     ("--resume", None, str, "continue the run in this folder; the arguments are those of the run"),
     ("--seed", 0, SEED, "of all random numbers"),
     ("--momentum", 0.9, NUMBER, "of SGD"),

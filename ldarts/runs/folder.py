@@ -1,9 +1,9 @@
 """The run folder: configuration, log, metrics and checkpoints."""
 import argparse
-import itertools
 import json
 import math
 import os
+import secrets
 import signal
 import sys
 import time
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ..distributed import Processes
 from ..errors import InputError, NotFinite, brief
+from ..locks import locked
 from .checkpoints import (CHECKPOINT, PREVIOUS, load_checkpoint, not_written, resume_flag, save_checkpoint,
                           script_path, write_atomically)
 from .machine import commit, device_name, seed_everything, versions
 from .meters import Meter
 from .records import read_config
-from .signals import Signals, lock_folder
+from .signals import Signals
 
 NEVER = 2**62  # larger than any step
 
@@ -54,9 +55,16 @@ class Run:
         self.epoch_started = time.perf_counter()
         self.steps_taken, self.saves, self.save_seconds = 0, 0, 0.0  # by this process
         self.first_not_finite: dict[str, Tensor] = {}  # the step in which a quantity was not finite
-        self.path = Path(args.resume) if args.resume else self._new_folder(kind)
+        started, mark = processes.largest(int(time.time()), secrets.randbelow(16**6))  # the same on all ranks
+        name = args.save or f"{kind}-{datetime.fromtimestamp(started):%Y%m%d-%H%M%S}-{mark:06x}"
+        self.path = Path(args.resume or Path("runs", name))
+        if self.writes and not args.resume:
+            self._make_folder()
         if self.writes:
-            at_end.enter_context(lock_folder(self.path))
+            try:
+                at_end.enter_context(locked(self.path / "lock", wait=False))
+            except OSError as error:
+                raise not_written(self.path / "lock", error) from error
         if args.resume:
             self._resume()
         elif self.writes:
@@ -160,30 +168,15 @@ class Run:
         share = 100 * self.save_seconds / (time.perf_counter() - self.started)
         return f"{self.saves} checkpoints took {self.save_seconds:.2f} s, {share:.2f} % of the time"
 
-    def _new_folder(self, kind: str) -> Path:
-        """runs/<name>, made by rank 0. Without --save the name is the time; a number follows it where another
-        job started in this second."""
-        started, = self.processes.largest(int(time.time()))  # clocks of ranks differ
-        name = self.args.save or f"{kind}-{datetime.fromtimestamp(started):%Y%m%d-%H%M%S}"
-        for number in itertools.count(1):
-            path = Path("runs", f"{name}-{number}" if number > 1 else name)
-            taken, = self.processes.largest(int(self.writes and not self._make_folder(path)))
-            if not taken:
-                return path
-
-    def _make_folder(self, path: Path) -> bool:
-        """False if another job has the folder and --save did not name it."""
+    def _make_folder(self) -> None:
         try:
-            path.mkdir(parents=True)
+            self.path.mkdir(parents=True)
         except FileExistsError as error:
-            if not self.args.save and path.exists():
-                return False
-            raise InputError(f"{path} exists already: give another name with --save, or continue it "
-                             f"with {resume_flag(path)}") from error
+            raise InputError(f"{self.path} exists already: give another name with --save, or continue it "
+                             f"with {resume_flag(self.path)}") from error
         except OSError as error:
-            raise InputError(f"{path}: cannot be made ({error.strerror}): "
+            raise InputError(f"{self.path}: cannot be made ({error.strerror}): "
                              "give another name with --save") from error
-        return True
 
     def _write_metrics(self) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in self.history))

@@ -1,14 +1,6 @@
-"""Signals that stop a run, and the lock that keeps a second process out of its folder."""
+"""Signals that stop a run."""
 import contextlib
-import os
-import platform
 import signal
-from pathlib import Path
-from typing import TextIO
-
-from ..errors import InputError
-from ..locks import lock
-from .checkpoints import not_written
 
 
 class Signals:
@@ -34,21 +26,3 @@ class Signals:
         if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-
-
-def lock_folder(folder: Path) -> TextIO:
-    """Lock the folder. The lock ends when the returned file is closed, or with this process."""
-    try:
-        file = open(folder / "lock", "a+")
-    except OSError as error:
-        raise not_written(folder / "lock", error) from error
-    try:
-        lock(file)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read(100).strip() or "another process"
-        raise InputError(f"{folder} is in use by {holder}: wait until it ends, or stop it") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
