@@ -29,13 +29,13 @@ class Architect:
     w_momentum, w_weight_decay: those of the SGD on w, which the unrolled step imitates; average: tensors ->
     their means over the processes. A gradient is averaged before anything that is not linear in it: results,
     loss included, are those of the global batch (logits: of the process). amp: the dtype to which autocast
-    lowers the passes that no difference is taken of. eps: of Adam; far
-    below the gradient every α takes steps of one length, far above it steps of lr / eps times its gradient.
+    lowers the passes that no difference is taken of. eps: of Adam; far below the gradient every α takes steps
+    of one length, far above it steps of lr / eps times its gradient.
 
     No method changes a weight, a buffer or a momentum, but lambda_grads, a training pass, moves running
     statistics once. Weights that do not require a gradient stay as they are and are left out of all lists;
     where the loss does not reach a weight its gradient is 0. The passes of one difference draw the same
-    random numbers. The modules of net are listed once, here: build it before.
+    random numbers and begin with the same buffers. The modules of net are listed once, here: build it before.
     """
 
     def __init__(self, net: SearchNetwork, criterion: Callable[[Tensor, Tensor], Tensor], lr: float = 3e-4,
@@ -82,7 +82,7 @@ class Architect:
                 with without_grad(w):  # which nobody would read
                     grads = gradients(self._loss(valid, amp=self.amp), alphas)
                     return in_layout_of(alphas, self.average(grads))
-            rng = random_state(train[0].device)
+            rng, buffers = random_state(train[0].device), self._statistics.snapshot()
             loss = self._loss(train, amp=self.amp)
             dw = gradients(loss, w, create_graph=hessian == "exact")
             unrolled_w = torch._foreach_mul([p.detach() for p in w], 1 - eta * self.w_weight_decay)
@@ -102,6 +102,7 @@ class Architect:
                     shifted = torch._foreach_add([p.detach() for p in w],
                                                  torch._foreach_mul(vector, sign * r))
                     with temporary_values(w, shifted), without_grad(w):
+                        self._statistics.put_back(buffers)
                         return gradients(self._loss(train, rng=rng), alphas)
 
                 product = [(up - down) / (2 * r) for up, down in zip(side(1), side(-1))]
@@ -132,7 +133,7 @@ class Architect:
         """
         w, p = self.weights, self.cell_leaves()
         method = method if w else None  # all of them are frozen
-        rng = random_state(batch[0].device)
+        rng, buffers = random_state(batch[0].device), self._statistics.snapshot()
         as_one = method == "exact" and lambda_t is not None
         logits, own_loss = self._pass(batch, p, self.amp)
         wanted = w if method is None else p if as_one else [*w, *p]
@@ -162,6 +163,7 @@ class Architect:
         def shifted(sign: int) -> tuple[Tensor, ...]:  # ∇_w L at p + sign ε u
             at = [q.detach() if d is None else q.detach() + sign * eps * d for q, d in zip(p, u)]
             with self._statistics.kept():
+                self._statistics.put_back(buffers)
                 return gradients(self._loss(batch, at, rng=rng), w)
 
         d_lambda = self.average(torch._foreach_div(torch._foreach_sub(shifted(1), shifted(-1)), 2 * eps))
@@ -329,8 +331,7 @@ class RunningStatistics:
     def kept(self) -> Iterator[None]:
         """Within, batch norms track nothing; other buffers are put back at the end."""
         tracking = [norm for norm in self.norms if norm.track_running_stats]
-        buffers = [(m._buffers, name, b, None if b is None else b.clone())
-                   for m in self.others for name, b in m._buffers.items()]
+        before = self.snapshot()
         for norm in tracking:
             object.__setattr__(norm, "track_running_stats", False)  # Module's own looks for parameters first
         try:
@@ -338,10 +339,18 @@ class RunningStatistics:
         finally:
             for norm in tracking:
                 object.__setattr__(norm, "track_running_stats", True)
-            for of_module, name, buffer, value in buffers:
-                if buffer is not None and 0 not in buffer.stride():  # an expanded one is written by nobody
-                    buffer.data.copy_(value)
-                of_module[name] = buffer  # a module may have put another tensor in its place
+            self.put_back(before)
+
+    def snapshot(self) -> list[tuple[dict, str, Tensor | None, Tensor | None]]:
+        """The other buffers: for each the dictionary and name it is found by, itself, a copy of its values."""
+        return [(m._buffers, name, b, None if b is None else b.clone())
+                for m in self.others for name, b in m._buffers.items()]
+
+    def put_back(self, snapshot: Sequence) -> None:
+        for of_module, name, buffer, values in snapshot:
+            if buffer is not None and 0 not in buffer.stride():  # an expanded one is written by nobody
+                buffer.data.copy_(values)
+            of_module[name] = buffer  # a module may have put another tensor in its place
 
 
 @contextmanager
