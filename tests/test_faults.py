@@ -441,7 +441,8 @@ def resumable(tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
     net = torch.nn.Linear(2, 2)
-    args = argparse.Namespace(resume=str(folder), epochs=1, report_freq=1, checkpoint_minutes=1, seed=0)
+    args = argparse.Namespace(resume=str(folder), save=None, epochs=1, report_freq=1, checkpoint_minutes=1,
+                              seed=0)
 
     def attempt(content):
         (folder / CHECKPOINT).write_bytes(content)
