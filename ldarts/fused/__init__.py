@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from ..operations import Zero
 from .cell import CellPlan, Plan, State, make_plan
 from .recognise import AS_IMPORTED, Reader, Unrecognised, pytorch
 from .sums import compiled_for, mixed_sum
@@ -78,15 +79,12 @@ class Engine:
 
         cells: those of a supernet, in training mode.
         """
-        plans = [self.plan_of(cell) for cell in cells]
-        planned = [plan for plan in plans if isinstance(plan, CellPlan)]
-        text = (f"{sum(plan.recognised for plan in planned)} of {sum(plan.operations for plan in planned)} "
-                "operations run in the engine")
-        if refused := [plan for plan in plans if not isinstance(plan, CellPlan)]:
-            text += f"; {len(refused)} of {len(plans)} cells run as they are, {refused[0]}"
-        if refusals := [refusal for plan in planned for refusal in plan.refusals]:
-            text += f"; {refusals[0]} runs as it is"
-        return text
+        recognised, operations, refusals = 0, sum(map(count_operations, cells)), []
+        for plan in map(self.plan_of, cells):
+            recognised += plan.recognised if isinstance(plan, CellPlan) else 0
+            refusals += plan.refusals if isinstance(plan, CellPlan) else [plan]
+        text = f"{recognised} of {operations} operations run in the engine"
+        return f"{text}; {refusals[0]} runs as it is, slower" if refusals else text
 
 
 class Pass:
@@ -106,6 +104,12 @@ class Pass:
         """The same for the same tensor, unless it was changed in place."""
         version = 0 if x.is_inference() else x._version
         return self.states.setdefault((id(x), version), State(x))
+
+
+def count_operations(cell: nn.Module) -> int:
+    """All but `none`, on the edges of a cell of model_search."""
+    edges = cell._ops if hasattr(cell, "_ops") else cell.edges.values()
+    return sum(not isinstance(op, Zero) for edge in edges for op in getattr(edge, "_ops", edge))
 
 
 def run_plainly(module: nn.Module, *inputs: Any) -> Any:

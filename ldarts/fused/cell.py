@@ -70,15 +70,15 @@ class ChainPlan(Plan):
 class CellPlan(Plan):
     """A cell of the supernet.
 
-    operations: how many it has but for `none`; recognised: how many of these the engine computes;
-    refusals: why it does not compute the others. Raises Unrecognised where the whole cell runs as it is.
+    recognised: how many operations the engine computes; refusals: why it does not compute the others. Raises
+    Unrecognised where the whole cell runs as it is.
     """
 
     def __init__(self, reader: Reader, blocks: Sequence[nn.Module], edges: Sequence[nn.Module], nodes: int,
                  outputs: int):
         """blocks: one for each input, before the nodes, or none; outputs: how many of the last nodes are put
         out, side by side"""
-        self.reader, self.operations, self.recognised, self.refusals = reader, 0, 0, []
+        self.reader, self.recognised, self.refusals = reader, 0, []
         self.outputs = outputs
         self.edges, self.width = len(edges), None  # the shape of p
         self.eps: float | None = None  # of all norms behind operations
@@ -137,13 +137,11 @@ class CellPlan(Plan):
                 found.append(Operation(edge * self.width + k, chain, norm))
             except Unrecognised as reason:
                 self._add_module_term(ModuleTerm(op, state, edge, k), reason)
-        self.operations += len(found)
         self.recognised += len(found)
         return found
 
     def _add_module_term(self, term: ModuleTerm, reason: Unrecognised) -> None:
         self._leave(term.module, reason)
-        self.operations += 1
         self.module_terms[-1].append(term)
 
     def _leave(self, module: nn.Module, reason: Unrecognised) -> None:

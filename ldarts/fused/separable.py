@@ -44,7 +44,7 @@ class Separable(NamedTuple):
 def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
     """The one or two pairs that norm(chain(x)) consists of, each behind a ReLU; [] for anything else."""
     links = [*chain, norm]
-    if len(links) not in (4, 8) or any(type(relu) is not nn.ReLU for relu in links[::4]):
+    if norm is None or len(links) not in (4, 8) or any(type(relu) is not nn.ReLU for relu in links[::4]):
         return []
     pairs = [Pair(*links[i + 1 : i + 4]) for i in range(0, len(links), 4)]
     return pairs if all(is_pair(*pair, norm, first=pair is pairs[0]) for pair in pairs) else []
