@@ -2,7 +2,7 @@
 // convolution that leave one state, in one call. Formulas and kernels: separable_kernels.h; gradients:
 // ldarts/separable.py.
 //
-// Images are dealt to kChunks sums, whatever the number of threads: the same bits always.
+// Images are dealt to chunks with a sum each, whatever the number of threads: the same bits always.
 #include "separable_kernels.h"
 
 #include <ATen/ATen.h>
@@ -19,9 +19,8 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-constexpr int64_t kChunks = 8;
-
-int64_t chunks_of(int64_t images) { return std::min(kChunks, images); }
+// 8, and for large batches one for 4 images: as many threads as there are chunks can work.
+int64_t chunks_of(int64_t images) { return std::min(images, std::max<int64_t>(8, images / 4)); }
 
 // run(chunk, image, state of the thread) for all images, those of a chunk in order; make() -> the state.
 template <typename Make, typename Run>
