@@ -5,11 +5,12 @@ import multiprocessing.forkserver
 import os
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread costs more than it computes
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
