@@ -5,12 +5,11 @@ import multiprocessing.forkserver
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread costs more than it computes
+import numpy as np
+import pytest
+import torch
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 GOLDEN = Path(__file__).parent / "golden"
 
 
