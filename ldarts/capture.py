@@ -1,11 +1,12 @@
 """A training step as one CUDA graph: thousands of kernels of a few microseconds each, launched at once."""
+import traceback
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Captured:
@@ -77,41 +78,34 @@ class Captured:
         before = {id(t): t.detach().clone() for t in self._state()}
         device = inputs[0].device
         random_numbers = torch.cuda.get_rng_state(device)
-        operations, stream = LastOperation(), torch.cuda.Stream()
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a capture that fails does not leave its own
+            for _ in range(3):  # libraries choose and load their kernels, which a capture may not do
+                self.step(*self.inputs, **options)
+            with torch.no_grad():  # as if nothing had been
+                for t in self._state():
+                    t.copy_(before[id(t)]) if id(t) in before else t.zero_()
+            if torch.equal(torch.cuda.get_rng_state(device), random_numbers):
+                reason = self._record(stream, options)
+            else:
+                torch.cuda.set_rng_state(random_numbers, device)
+                reason = "it draws random numbers, the same ones in all passes of a difference"
+        torch.cuda.current_stream().wait_stream(stream)
+        if reason:
+            self.failed = True
+            self.warn(f"warning: the step can't be a CUDA graph ({reason}); it runs without one, slower")
+
+    def _record(self, stream: torch.cuda.Stream, options: dict[str, Any]) -> str:
+        """Record the graph. Returns "", or the reason why that failed, with its line of code."""
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(stream):  # a capture that fails does not leave its own
-                for _ in range(3):  # libraries choose and load their kernels, which a capture may not do
-                    self.step(*self.inputs, **options)
-                with torch.no_grad():  # as if nothing had been
-                    for t in self._state():
-                        t.copy_(before[id(t)]) if id(t) in before else t.zero_()
-                if not torch.equal(torch.cuda.get_rng_state(device), random_numbers):
-                    torch.cuda.set_rng_state(random_numbers, device)
-                    return self._fail("it draws random numbers, the same ones in all passes of a difference")
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream), operations:
-                    self.result = self.step(*self.inputs, **options)
-            self.graph = graph
+            with torch.cuda.graph(graph, stream=stream):
+                self.result = self.step(*self.inputs, **options)
         except RuntimeError as error:
-            if operations.last is None:  # before the capture
-                raise
             while error.__context__:  # the end of a failed capture hides its reason behind another
                 error = error.__context__
-            self._fail(f"{operations.last}: {str(error).splitlines()[0]}")
-        finally:
-            torch.cuda.current_stream().wait_stream(stream)
-
-    def _fail(self, reason: str) -> None:
-        self.failed = True
-        self.warn(f"warning: the step can't be a CUDA graph ({reason}); it runs without one, slower")
-
-
-class LastOperation(TorchDispatchMode):
-    """Notes which operation of PyTorch was called last."""
-
-    last = None
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.last = func
-        return func(*args, **(kwargs or {}))
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            return f"{Path(place.filename).name}:{place.lineno} {place.line}: {str(error).splitlines()[0]}"
+        self.graph = graph
+        return ""

@@ -1,7 +1,6 @@
 """The processes that torchrun started, each on its share of every batch; or one process alone.
 
-A rank that dies closes its connections: the others fail in the next exchange, at the latest in the next step,
-and torchrun ends what is left. Running statistics of batch norms are those of rank 0, as in torch's DDP.
+If one dies, the others fail in the next exchange. Running statistics are those of rank 0, as in torch's DDP.
 """
 import os
 from datetime import timedelta
