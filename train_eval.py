@@ -138,7 +138,6 @@ def train(at_end):
                 f"(best {best:.2f} %)")
         run.end_epoch({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
                        "test_loss": test_loss, "test_accuracy": test_accuracy})
-    run.log(run.cost())
     processes.close()
 
 

@@ -171,7 +171,6 @@ def search(at_end):
 
 def report(run, genotype, args):
     """What a search ends in."""
-    run.log(run.cost())
     if isinstance(genotype, str):
         run.log(f"genotype: {genotype}")
     else:

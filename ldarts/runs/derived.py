@@ -1,6 +1,7 @@
 """The derived network that train_eval.py trains or tests: its cell, its size, its weights from a file."""
 import copy
 import re
+import textwrap
 from argparse import Namespace
 from pathlib import Path
 from typing import Sequence
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import genotypes
-from ..errors import InputError, brief
+from ..errors import InputError
 from .checkpoints import CHECKPOINT, load_checkpoint, resume_flag, script_path
 from .machine import MEMORY_FORMATS
 from .records import read_config, run_folder, unfinished
@@ -91,20 +92,15 @@ def read_trained(path: str, arch: str | None) -> tuple[dict[str, Tensor], Cell]:
 
 
 def load_weights(net: nn.Module, args: Namespace) -> None:
-    """Load the weights of --evaluate. Raises InputError that names the first one that does not fit."""
+    """Load the weights of --evaluate. Raises InputError that names one that does not fit."""
     weights, _ = read_trained(args.evaluate, args.arch)
-    wanted = net.state_dict()
-    for key in [*wanted, *weights]:
-        here, there = (list(tensors[key].shape) if key in tensors else "missing"
-                       for tensors in (wanted, weights))
-        if here != there and not (key.endswith("num_batches_tracked") and there == "missing"):
-            raise InputError(f"{args.evaluate}: {key} is {there}, and {here} in the network of {args.layers} "
-                             f"cells of {args.init_channels} channels on {args.dataset}; give the --arch, "
-                             "--dataset, --layers and --init_channels that it was trained with")
     try:
         net.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"{args.evaluate}: weights that cannot be copied ({brief(error)})") from error
+    except RuntimeError as error:  # a title, then a line for each kind of mismatch
+        mismatch = textwrap.shorten(str(error).splitlines()[1], 250)
+        raise InputError(f"{args.evaluate}: {mismatch} The network has {args.layers} cells of "
+                         f"{args.init_channels} channels on {args.dataset}; give the --arch, --dataset, "
+                         "--layers and --init_channels that it was trained with") from error
 
 
 def check_images(height: int, width: int, images: int, auxiliary: bool = False) -> None:

@@ -53,7 +53,7 @@ class Run:
         self.data = [images.identity() for images in sets]
         self.meter = Meter(processes)
         self.epoch_started = time.perf_counter()
-        self.steps_taken, self.saves, self.save_seconds = 0, 0, 0.0  # by this process
+        self.steps_taken = 0  # by this process
         self.first_not_finite: dict[str, Tensor] = {}  # the step in which a quantity was not finite
         started, mark = processes.largest(int(time.time()), secrets.randbelow(16**6))  # the same on all ranks
         name = args.save or f"{kind}-{datetime.fromtimestamp(started):%Y%m%d-%H%M%S}-{mark:06x}"
@@ -160,13 +160,6 @@ class Run:
                 "seconds": started - self.epoch_started, "meters": meters, "history": self.history,
                 "data": self.data})
         self.saved = time.perf_counter()
-        self.save_seconds += self.saved - started
-        self.saves += 1
-
-    def cost(self) -> str:
-        """The time that checkpoints took, as a line."""
-        share = 100 * self.save_seconds / (time.perf_counter() - self.started)
-        return f"{self.saves} checkpoints took {self.save_seconds:.2f} s, {share:.2f} % of the time"
 
     def _make_folder(self) -> None:
         try:
