@@ -1,4 +1,4 @@
-"""Λ and Λ±: how far the cells agree on which operations matter; cell_shares: which of them decide."""
+"""Λ and Λ±: how far the cells agree on which operations matter; and each cell's share in that decision."""
 from typing import Sequence
 
 import torch
@@ -16,9 +16,8 @@ def layer_alignment(grads: Sequence[Tensor], kind: str = "cosine") -> Tensor:
     (Λ, eq. 7 of Movahedi et al., 2023), or `sign`, ⟨g_i, g_j⟩ / ⟨|g_i|, |g_j|⟩ with |·| per element (Λ±).
     A pair in which a gradient is 0 agrees by 0.
     """
-    if len(grads) < 2:
-        raise InputError(f"Λ compares the gradients of at least two cells, got {len(grads)}: "
-                         "use more layers or λ = 0")
+    if (n := len(grads)) < 2:
+        raise InputError(f"Λ compares the gradients of at least two cells, got {n}: use more layers or λ = 0")
     g = torch.stack([grad.flatten() for grad in grads])  # [n, edges * ops]
     if kind == "cosine":
         lengths = g.norm(dim=1, keepdim=True)
@@ -29,7 +28,6 @@ def layer_alignment(grads: Sequence[Tensor], kind: str = "cosine") -> Tensor:
         pairs = (g @ g.T) / of_sizes.where(of_sizes > 0, 1)
     else:
         raise InputError(f"unknown alignment {kind!r}: use one of {', '.join(KINDS)}")
-    n = len(grads)
     return (pairs.sum() - pairs.diagonal().sum()) / (n * (n - 1))
 
 

@@ -3,10 +3,8 @@ import importlib.util
 import os
 import sys
 import textwrap
-import threading
+import time
 from typing import Callable, Iterable, Iterator
-
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")  # CUDA, CPU, C++, cuDNN
 
 
 class InputError(ValueError):
@@ -23,7 +21,7 @@ def brief(error: BaseException) -> str:
 
 
 def require(module: str, purpose: str, package: str = "") -> None:
-    """Raises InputError, beginning with `purpose`, if a module is missing. package: its name for pip"""
+    """Raises InputError, which names the `purpose`, if a module is missing. package: its name for pip"""
     if importlib.util.find_spec(module) is None:
         package = package or module
         raise InputError(f"{purpose} needs {package}, which is not installed: pip install {package}")
@@ -38,44 +36,37 @@ def script(main: Callable[[], None], less_memory: str = "smaller batches") -> No
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        try:
-            main()
-        except (RuntimeError, MemoryError) as error:
-            if reason := out_of_memory(error):
-                raise InputError(f"out of memory ({reason}); use {less_memory}") from error
-            raise
-    except (InputError, NotFinite) as error:
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, InputError) else 3)
+        main()
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def progress(items: Iterable, what: str, pause: float = 10) -> Iterator:
-    """The items. After 10, 30, 70, … seconds a line on standard error names the one that is in work."""
-    number, over = 0, threading.Event()
-    total = f" of {len(items)}" if hasattr(items, "__len__") else ""
-
-    def tell() -> None:
-        nonlocal pause
-        while not over.wait(pause):
-            print(f"{what} {number}{total}", file=sys.stderr, flush=True)
-            pause *= 2
-
-    if os.environ.get("RANK", "0") == "0":
-        threading.Thread(target=tell, daemon=True).start()
-    try:
-        for number, item in enumerate(items, 1):
-            yield item
-    finally:
-        over.set()
+    except (InputError, NotFinite, RuntimeError, MemoryError) as error:
+        message = str(error)
+        if not isinstance(error, (InputError, NotFinite)):
+            if not (reason := out_of_memory(error)):
+                raise
+            message = f"out of memory ({reason}); use {less_memory}"
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+        sys.exit(3 if isinstance(error, NotFinite) else 2)
 
 
 def out_of_memory(error: BaseException | None) -> str:
-    """The message of a lack of memory, "" for other errors; it may be the cause of another error."""
+    """The message of a lack of memory, of this error or of one that led to it; "" for other errors."""
+    texts = "out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED"  # of CUDA, CPU, C++, cuDNN
     while error:
-        if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+        if isinstance(error, MemoryError) or any(text in str(error) for text in texts):
             return brief(error)
         error = error.__cause__ or error.__context__
     return ""
+
+
+def progress(items: Iterable, what: str, pause: float = 10) -> Iterator:
+    """The items. After 10, 30, 70, … seconds a line on standard error names the last one that is done."""
+    total = f" of {len(items)}" if hasattr(items, "__len__") else ""
+    due = time.monotonic() + pause
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() > due and os.environ.get("RANK", "0") == "0":
+            print(f"{what} {number}{total}", file=sys.stderr, flush=True)
+            pause *= 2
+            due += pause

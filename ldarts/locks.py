@@ -1,4 +1,4 @@
-"""A lock of a file between processes. The kernel unlocks it, also where a process is killed."""
+"""A lock between processes, as a file. The kernel unlocks it, also when a process is killed."""
 import contextlib
 import fcntl
 import os
@@ -13,20 +13,19 @@ from .errors import InputError
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Within it this process has locked the file. wait: for another process, else that raises InputError.
+    """Within it this process has the lock. wait: until another process ends, else that raises InputError.
 
     Some file systems (of NFS, of Lustre) have no locks: a warning says so, and the process goes on.
     """
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+        except BlockingIOError as error:
             file.seek(0)
             used = f"{path.parent} is in use by {file.read(100).strip() or 'another process'}"
             if not wait:
                 raise InputError(f"{used}: wait until it ends, or stop it") from error
-            if os.environ.get("RANK", "0") == "0":
-                print(f"ldarts: waiting: {used}", file=sys.stderr, flush=True)
+            print(f"ldarts: waiting: {used}", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             warnings.warn(f"ldarts: a file system here has no locks ({error.strerror}); nothing keeps a "
@@ -37,5 +36,5 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         try:
             yield
         finally:
-            if wait:  # what was waited for is done
+            if wait:  # nobody reads it any more
                 path.unlink(missing_ok=True)
