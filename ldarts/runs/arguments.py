@@ -56,18 +56,10 @@ INSIDE_1 = checked(float, "a number above 0 and below 1", lambda value: 0 < valu
 SWITCH, YES_OR_NO = "store_true", BooleanOptionalAction
 
 
-class Default:
-    """A default that depends on the search space or else the data set: Default(8, nasbench201=5)."""
-
-    def __init__(self, usual: Any, **others: Any):
-        self.usual, self.others = usual, others
-
-    def __str__(self) -> str:
-        return ", ".join([str(self.usual), *(f"{name} {value}" for name, value in self.others.items())])
-
-    def resolve(self, args: Namespace) -> Any:
-        names = getattr(args, "search_space", None), args.dataset
-        return next((self.others[name] for name in names if name in self.others), self.usual)
+def resolve(default: dict[str, Any], args: Namespace) -> Any:
+    """A default that depends on the search space or else the data set: {"usual": 8, "nasbench201": 5}."""
+    names = getattr(args, "search_space", None), args.dataset, "usual"
+    return next(default[name] for name in names if name in default)
 
 
 # Each row: a flag, its default, what it takes, its meaning.
@@ -91,10 +83,10 @@ SEARCH = [
     ("--dataset", "cifar10", one_of(DATASETS), ", ".join(DATASETS)),
     ("--image_size", None, COUNT, "pixels a side, a divisor of the data set's (default: the data set's)"),
     ("--search_space", "darts", one_of(SPACES), ", ".join(SPACES)),
-    ("--batch_size", Default(64, nasbench201=64, svhn=96), COUNT, "images of a step"),
-    ("--epochs", Default(50, nasbench201=100), COUNT, "over which the schedules run"),
+    ("--batch_size", dict(usual=64, nasbench201=64, svhn=96), COUNT, "images of a step"),
+    ("--epochs", dict(usual=50, nasbench201=100), COUNT, "over which the schedules run"),
     ("--init_channels", 16, COUNT, "channels of the first cell"),
-    ("--layers", Default(8, nasbench201=5), COUNT, "cells; in nasbench201 cells per stage"),
+    ("--layers", dict(usual=8, nasbench201=5), COUNT, "cells; in nasbench201 cells per stage"),
     ("--train_portion", 0.5, INSIDE_1, "share of the training set for w; the rest is for α"),
     ("--learning_rate", 0.025, POSITIVE, "of SGD on w at the start; falls along a cosine"),
     ("--learning_rate_min", 0.001, NUMBER, "of SGD on w at the end"),
@@ -103,13 +95,13 @@ SEARCH = [
     ("--cutout_prob", 1.0, SHARE, "probability of cutout in the last epoch"),
     ("--unrolled", False, SWITCH, "second-order gradients by α"),
     ("--hessian", "central", one_of(("central", "exact")), "second-order product: central, exact"),
-    ("--arch_learning_rate", Default(3e-4, nasbench201=1e-4), POSITIVE, "of Adam on α"),
+    ("--arch_learning_rate", dict(usual=3e-4, nasbench201=1e-4), POSITIVE, "of Adam on α"),
     ("--arch_weight_decay", 1e-3, NUMBER, "of Adam on α"),
     ("--arch_epsilon", 1e-8, POSITIVE, "of Adam on α; with 0.1 a step follows the gradient's length too"),
-    ("--lambda_reg", Default(0.125, nasbench201=0.25, svhn=0.25), NUMBER, "λ of the last epoch; 0: DARTS"),
+    ("--lambda_reg", dict(usual=0.125, nasbench201=0.25, svhn=0.25), NUMBER, "λ at the end; 0: DARTS"),
     ("--lambda_kind", "cosine", one_of(KINDS), f"kind of Λ: {', '.join(KINDS)}"),
     ("--lambda_grad", "central", one_of(METHODS), "way to ∇Λ: central, exact; random is a control"),
-    ("--epsilon", Default(1e-4, nasbench201=1e-4, svhn=1e-3), POSITIVE, "ε₀ of central"),
+    ("--epsilon", dict(usual=1e-4, nasbench201=1e-4, svhn=1e-3), POSITIVE, "ε₀ of central"),
     ("--probe_batches", None, COUNT, "fresh batches of each half for the metrics (default: the last one)"),
     ("--eigenvalue", False, SWITCH, "log the dominant eigenvalue of ∂²L_valid/∂α² every epoch"),
     ("--plot", False, SWITCH, "draw the cells, α and the curves every epoch (needs matplotlib)"),
@@ -122,18 +114,18 @@ EVAL = [
     ("--arch", None, cell_name, "a published cell (default LAMBDA_DARTS), a search's run, a file, a text"),
     ("--evaluate", None, checkpoint_file, "test a run or the weights in this file, and stop"),
     ("--dataset", "cifar10", one_of(EVAL_SETS), ", ".join(EVAL_SETS)),
-    ("--batch_size", Default(96, imagenet=1024), COUNT, "images of a step"),
-    ("--epochs", Default(600, imagenet=250), COUNT, "over which the schedules run"),
+    ("--batch_size", dict(usual=96, imagenet=1024), COUNT, "images of a step"),
+    ("--epochs", dict(usual=600, imagenet=250), COUNT, "over which the schedules run"),
     ("--init_channels", None, COUNT, "channels of the first cell (default as published: 36, imagenet 48)"),
     ("--layers", None, COUNT, "cells (default as published: 20, imagenet 14), in nasbench201 per stage"),
-    ("--learning_rate", Default(0.025, imagenet=0.5), POSITIVE, "at the start; falls to 0 at the end"),
-    ("--weight_decay", Default(3e-4, imagenet=3e-5), NUMBER, "of SGD"),
+    ("--learning_rate", dict(usual=0.025, imagenet=0.5), POSITIVE, "at the start; falls to 0 at the end"),
+    ("--weight_decay", dict(usual=3e-4, imagenet=3e-5), NUMBER, "of SGD"),
     ("--warmup_epochs", 5, COUNT_OR_0, "epochs in which imagenet's rate grows, for batches above 256"),
     ("--auxiliary", None, YES_OR_NO, "auxiliary tower (default: on, in nasbench201 off)"),
     ("--auxiliary_weight", 0.4, NUMBER, "of the auxiliary tower's loss"),
-    ("--cutout", Default(True, imagenet=False), YES_OR_NO, "cutout"),
-    ("--drop_path_prob", Default(0.2, imagenet=0.0), BELOW_1, "probability to drop a path in the last epoch"),
-    ("--label_smoothing", Default(0.0, imagenet=0.1), BELOW_1, "of the training loss"),
+    ("--cutout", dict(usual=True, imagenet=False), YES_OR_NO, "cutout"),
+    ("--drop_path_prob", dict(usual=0.2, imagenet=0.0), BELOW_1, "of a path, in the last epoch"),
+    ("--label_smoothing", dict(usual=0.0, imagenet=0.1), BELOW_1, "of the training loss"),
     ("--workers", 4, COUNT_OR_0, "processes that read imagenet"),
     ("--compile", False, SWITCH, "torch.compile the network"),
     *BOTH,
@@ -148,32 +140,23 @@ FROM_RUN = ("dataset", "data", "seed", "batch_size", "init_channels", "layers") 
 class Parser(argparse.ArgumentParser):
     """argparse that raises InputError."""
 
-    def add_flag(self, name: str, default: Any, takes: Any, meaning: str) -> None:
-        """A row of the tables above."""
-        if default is not None and default is not False and "(default" not in meaning:
-            meaning += f" (default {default})"
-        kind = {"action": takes} if takes in (SWITCH, YES_OR_NO) else {"type": takes}
-        default = None if isinstance(default, Default) else default
-        self.add_argument(name, default=default, help=meaning, **kind)
-
     def error(self, message: str):
         raise InputError(message.removeprefix("argument "))
 
 
-def recorded_flags(folder: str | Path, kind: str, parser: Parser, names: Sequence[str] = ()) -> list[str]:
-    """The arguments of a run of a kind, or those in `names`, as they are typed."""
-    config, argv = read_config(folder), []
+def use_recorded(folder: str | Path, kind: str, parser: Parser, names: Sequence[str] = ()) -> None:
+    """Make the arguments of a run of a kind, or those in `names`, the defaults of a parser."""
+    config = read_config(folder)
     if config["kind"] != kind:
         raise InputError(f"{folder}: not a run of this script; --resume takes one of kind {kind!r}")
     for action in parser._actions:
         value = config.get(action.dest) if not names or action.dest in names else None
-        if not isinstance(value, (bool, int, float, str, type(None))):
-            raise InputError(f"{folder}/config.json: {action.dest} is neither a number nor text")
-        if isinstance(value, bool):
-            argv += action.option_strings[not value :][:1]  # --x; for False --no-x if there is one
-        elif value is not None and action.dest != "resume":
-            argv.append(f"{action.option_strings[0]}={value}")
-    return argv
+        if value is None:
+            continue
+        is_switch = action.nargs == 0
+        if not isinstance(value, bool if is_switch else (int, float, str)):
+            raise InputError(f"{folder}/config.json: {action.dest} has a value of the wrong type")
+        action.default = value if is_switch else str(value)  # which argparse reads as if it were typed
 
 
 def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
@@ -182,8 +165,13 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
     kind: `search` or `eval`, as in the run's config.json.
     """
     parser, argv = Parser(description=description), sys.argv[1:]
-    for row in table:
-        parser.add_flag(*row)
+    for name, default, takes, meaning in table:
+        by_space = isinstance(default, dict)
+        shown = ", ".join(f"{of} {value}" for of, value in default.items()) if by_space else str(default)
+        if default not in (None, False) and "(default" not in meaning:
+            meaning += f" (default {shown.removeprefix('usual ')})"
+        parser.add_argument(name, default=None if by_space else default, help=meaning,
+                            **{"action" if takes in (SWITCH, YES_OR_NO) else "type": takes})
     args = parser.parse_args(argv)
     if getattr(args, "demo", False):
         if os.environ.get("RANK", "0") == "0":
@@ -191,22 +179,21 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
         argv = [*DEMO.split(), *argv]
     if getattr(args, "evaluate", None):
         with contextlib.suppress(InputError):  # weights that lie in no run's folder
-            argv = [*recorded_flags(Path(args.evaluate).parent, kind, parser, FROM_RUN), *argv]
+            use_recorded(Path(args.evaluate).parent, kind, parser, FROM_RUN)
     if args.resume:
-        recorded = recorded_flags(args.resume, kind, parser)
+        use_recorded(args.resume, kind, parser)
         try:
-            before = parser.parse_args(recorded)
+            before = parser.parse_args([])
         except InputError as error:
             raise InputError(f"{args.resume}/config.json: {error}") from error
-        argv = [*recorded, *argv]
     args = parser.parse_args(argv)
     for name, value in vars(args).items() if args.resume else ():
         if name not in (*MAY_CHANGE, "resume", "demo") and value != (was := getattr(before, name)):
             raise InputError(f"--{name} {value}: {args.resume} was started with {was}; leave it out, "
                              f"only {', '.join(MAY_CHANGE)} may change (the schedules run over --epochs)")
     for flag, default, *_ in table:
-        if isinstance(default, Default) and getattr(args, flag[2:]) is None:
-            setattr(args, flag[2:], default.resolve(args))
+        if isinstance(default, dict) and getattr(args, flag[2:]) is None:
+            setattr(args, flag[2:], resolve(default, args))
     return args
 
 
