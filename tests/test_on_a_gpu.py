@@ -261,7 +261,7 @@ def test_training_on_a_gpu_is_that_on_the_cpu(gpu, folder):
 def test_default_flags_in_bf16_with_all_that_is_drawn(script, gpu, folder):
     drawn = [f"--{flag}" for flag, module in (("plot", "matplotlib"), ("tensorboard", "tensorboard"))
              if find_spec(module)]
-    argv = [*SEARCH, "--epochs", "2", "--search_space", "s2", "--unrolled", *drawn]
+    argv = [*SEARCH, "--epochs", "2", "--search_space", "s2", *drawn]
     argv = argv if script == "train_search.py" else [*TRAIN, "--arch", CONVS]
     path = succeed(gpu, folder("run"), script, *argv, "--amp", "bf16")
     assert len(metrics(path)) == 2
@@ -289,7 +289,7 @@ def stopped_after(steps, script, *argv):
 
 
 CONTINUED = {
-    "darts, second order, graph": (["--search_space", "darts", "--unrolled", "--lambda_reg", "0"], True),
+    "s3, second order, graph": (["--search_space", "s3", "--unrolled", "--lambda_reg", "0"], True),
     "nasbench201, graph": (["--search_space", "nasbench201", "--layers", "1"], False),
     "s4, second order": (["--search_space", "s4", "--unrolled"], True),
     "s2, no graph": (["--search_space", "s2", "--no-graph"], True),
