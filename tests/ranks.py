@@ -20,7 +20,7 @@ GRADIENTS = {
        lambda arch, train, valid, kind=kind, method=method: weight_grads(arch, train, method, kind)
        for kind in ("cosine", "sign") for method in ("central", "exact")},
     "Λ in a step": lambda arch, train, valid: list(arch.weight_grads(train, "cosine", 1e-3, "exact", 0.1).dw),
-    "Λ of a batch": lambda arch, train, valid: [arch.batch_alignment(train)],
+    "Λ of a batch": lambda arch, train, valid: [arch.alignment(arch.cell_gradients(train), "cosine")[0]],
 }
 
 

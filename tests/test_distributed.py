@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 import ranks
 from ldarts import layer_alignment
-from ldarts.architect import RunningStatistics
 from test_archives import packed_cifar10
 from test_faults import COMMON, EVAL, assert_same_bits, printed, reached, write_images
 
@@ -88,7 +87,7 @@ def serial():
     net, arch = ranks.make()
     w, alphas, p = net.weight_parameters(), net.arch_parameters(), arch.cell_leaves()
     found = {}
-    with RunningStatistics(net).kept():
+    with arch.kept(grad=True):
         def loss(images, **replaced):
             return F.cross_entropy(torch.func.functional_call(net, replaced, (images[0],)), images[1])
 

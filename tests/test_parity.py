@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 import ldarts
 from conftest import GOLDEN
-from ldarts.architect import RunningStatistics
 from ldarts.runs import count_parameters
 
 CASES = ["s5_cosine", "s2_sign_unrolled"]
@@ -119,7 +118,7 @@ def test_exact_second_order_equals_central_at_a_small_radius(case, monkeypatch):
     w = net.weight_parameters()
     loss = lambda b: F.cross_entropy(net(b[0]), b[1])
     saved = [p.detach().clone() for p in w]
-    with RunningStatistics(net).kept():
+    with arch.kept(grad=True):
         dw = torch.autograd.grad(loss(arguments[0]), w)
         with torch.no_grad():
             for p, g in zip(w, dw):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import ldarts
 from ldarts import genotypes, spaces
 from ldarts.alignment import cell_shares
-from ldarts.architect import METHODS, RunningStatistics, search_step
+from ldarts.architect import METHODS, search_step
 from ldarts.model_search import derive
 from ldarts.operations import OPS
 
@@ -178,10 +178,10 @@ def test_statistics_move_once_a_step_by_the_training_pass(unrolled, lambda_t):
 
 
 def test_frozen_statistics_stay_frozen_behind_a_block_within():
-    net = make("s2")[0]
+    net, arch, _ = make("s2")
     before = [b.clone() for b in net.buffers()]
-    with RunningStatistics(net).kept():
-        with RunningStatistics(net.stem).kept():
+    with arch.kept():
+        with ldarts.Architect(net, F.cross_entropy).kept():
             pass
         net(double(batch())[0])
     assert all(torch.equal(a, b) for a, b in zip(before, net.buffers()))
