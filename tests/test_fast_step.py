@@ -11,7 +11,7 @@ from ldarts import bench, fused
 from ldarts.fused import compiled_for
 from ldarts.fused import norms
 from ldarts.fused.normalised_sum import node_sum, normalised_terms
-from ldarts.fused.separable import separable_convolutions
+from ldarts.fused.separable import affine_of, separable_convolutions
 from ldarts.fused.sums import affine_sums
 from ldarts.operations import DilConv, SepConv
 
@@ -47,7 +47,7 @@ def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
     weights = [w for op in ops for w in op.parameters()]
 
     zs, rstd_mean, dils = separable_convolutions([x], None, [tuple(op.op[1:4]) for op in ops], p[2:], [2])
-    twice = separable_convolutions(zs[:2], rstd_mean[:2], [tuple(op.op[5:8]) for op in seps], p[:2], [1, 1])
+    twice = separable_convolutions(zs[:2], affine_of(rstd_mean[:2]), [tuple(op.op[5:8]) for op in seps], p[:2], [1, 1])
     found = node_sum([*twice.terms, *dils])
     statistics = [b.clone() for op in ops for b in op.buffers()]
     for op in ops:
@@ -71,7 +71,7 @@ def test_only_asked_gradients_of_a_separable_convolutions(asked):
     inputs = [x] if asked == "x" else list(op.parameters())
     p = torch.ones(1, dtype=torch.float64)
     zs, rstd_mean, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], p[:0], [])
-    found = node_sum(separable_convolutions(zs, rstd_mean, [tuple(op.op[5:8])], p, [1])[2])
+    found = node_sum(separable_convolutions(zs, affine_of(rstd_mean), [tuple(op.op[5:8])], p, [1])[2])
     grad = images(*found.shape)
     compare(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(op(x), inputs, grad), 1e-10)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .normalised_sum import Copies, Terms, node_sum, normalise, normalised_terms
 from .norms import constant
 from .recognise import SETTINGS, Halves, Link, Reader, Unrecognised, is_1x1
-from .separable import Pair, pairs_of, separable_convolutions
+from .separable import Pair, affine_of, pairs_of, separable_convolutions
 
 ON_A_GPU = torch.float32, torch.float64, torch.bfloat16
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": ON_A_GPU, "meta": ON_A_GPU}
@@ -252,7 +252,7 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
         share_out(first.terms, plan.dilated)
     if separable:
         count = len(separable)
-        second = separable_convolutions(first.z[:count], first.rstd_mean[:count],
+        second = separable_convolutions(first.z[:count], affine_of(first.rstd_mean[:count]),
                                         [pairs[1] for pairs in separable], p_separable,
                                         widths_of(plan.separable))
         share_out(second.terms, plan.separable)

@@ -14,7 +14,6 @@ made of the G of the nodes that z is a term of (see normalised_sum) and of what 
 z is linear in each of a, D and P, so a derivative of these is the same computation with one of them replaced
 by its tangent. Tests hold all this, gradients of gradients included, to its plain form in operations.py.
 """
-import copy
 from typing import NamedTuple, Sequence
 
 import torch
@@ -64,9 +63,9 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
             and not inner.affine and inner.eps == norm.eps)
 
 
-def separable_convolutions(x: Sequence[Tensor], before: Tensor | None, pairs: Sequence[Pair], p: Tensor,
+def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Sequence[Pair], p: Tensor,
                            widths: Sequence[int]) -> Separable:
-    """x: one input [N, C, H, W] for all pairs, or one each; before: None, or rstd_mean of the norms in front.
+    """x: one input [N, C, H, W] for all pairs, or one each; affine: [2, pairs, C], s and b; None: 1 and 0.
 
     p: the weights of the pairs that are terms, the last of them; widths: how many of these each edge has, at
     least 1. Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
@@ -74,7 +73,7 @@ def separable_convolutions(x: Sequence[Tensor], before: Tensor | None, pairs: Se
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
     weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
     rstd_mean, mean_var, scale_shift, *tensors = SeparableConvolutions.apply(
-        (stride, dilations), pairs[0][2].eps, widths, before, p, *x, *weights)
+        (stride, dilations), pairs[0][2].eps, widths, affine, p, *x, *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
     move_statistics([norm for _, _, norm in pairs], mean_var, pixels(z[0]))
     of_edges = split(z[len(z) - len(p) :], widths)
@@ -83,33 +82,33 @@ def separable_convolutions(x: Sequence[Tensor], before: Tensor | None, pairs: Se
 
 class SeparableConvolutions(torch.autograd.Function):
     """forward: x, depthwise and pointwise weights -> 1/σ and μ, mean and variance, scale and shift of the
-    terms, z of each pair, a placeholder for each edge. backward: the gradients by those -> by before, p, x and the
+    terms, z of each pair, a placeholder for each edge. backward: the gradients by those -> by affine, p, x and the
     weights that are asked for. Differentiable again through SeparableConvolutionsGrad."""
 
     @staticmethod
-    def forward(ctx, geometry, eps, widths, before, p, *tensors):
+    def forward(ctx, geometry, eps, widths, affine, p, *tensors):
         count = len(geometry[1])
         x, depthwise, pointwise = split(tensors, [len(tensors) - 2 * count, count, count])
-        zs, moments = Convolutions(geometry, before, x, depthwise, pointwise).forward()
+        zs, moments = torch.ops.ldarts.separable_forward(x, affine, depthwise, pointwise, *geometry)
         norms = Norms(split(range(count - len(p), count), widths), [True] * count, pixels(zs[0]))
         rstd_mean, mean_var, scale_shift = norms.statistics(moments, p, eps)
         ctx.geometry, ctx.norms = geometry, norms
-        ctx.save_for_backward(before, p, rstd_mean, *tensors, *zs)
+        ctx.save_for_backward(affine, p, rstd_mean, *tensors, *zs)
         ctx.mark_non_differentiable(mean_var, scale_shift)
         ctx.set_materialize_grads(False)
         return rstd_mean, mean_var, scale_shift, *zs, *(zs[-1].view_as(zs[-1]) for _ in widths)
 
     @staticmethod
     def backward(ctx, grad_rstd_mean, _mean_var, _scale_shift, *grads):
-        before, p, rstd_mean, *saved = ctx.saved_tensors
+        affine, p, rstd_mean, *saved = ctx.saved_tensors
         count = len(ctx.geometry[1])
         nodes = [node for node, _ in ctx.next_functions]  # of the tensors among the arguments
         by_weights = any(asked_for(node) for node in nodes[-2 * count :])
         in_front = nodes[: -2 * count]
-        del in_front[0 if before is None else 1]  # p, whose gradient costs nothing
+        del in_front[0 if affine is None else 1]  # p, whose gradient costs nothing
         by_inputs = any(asked_for(node) for node in in_front)
         grad_z, grad_edges = grads[:count], zeros_for_none(grads[count:], [saved[-1]] * len(grads[count:]))
-        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), before, p, rstd_mean, grad_rstd_mean,
+        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, p, rstd_mean, grad_rstd_mean,
                      *saved, *grad_z, *grad_edges)
         again = torch.is_grad_enabled()  # without a derivative to come, the plain call, which saves nothing
         found = (SeparableConvolutionsGrad.apply(*arguments) if again
@@ -128,24 +127,22 @@ def asked_for(node: torch.autograd.graph.Node | None) -> bool:
 
 
 class SeparableConvolutionsGrad(torch.autograd.Function):
-    """forward: backward of SeparableConvolutions: gradients by before, p, each x and each weight of both
+    """forward: backward of SeparableConvolutions: gradients by affine, p, each x and each weight of both
     kinds, from those by 1/σ and μ, each z (or None) and each edge's G. backward: its derivatives, once."""
 
     @staticmethod
-    def compute(geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors):
-        """-> the results; sums that their derivatives need again. asked: by x and before, by the weights"""
+    def compute(geometry, norms, asked, affine, p, rstd_mean, grad_rstd_mean, *tensors):
+        """-> the results; sums that their derivatives need again. asked: by x and affine, by the weights"""
         x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
         grad_sums = channel_sums(*norms.terms_of(grads, zs)) if grads else no_sums(zs[0])
         scale, of_z, by_p = norms.gradients(rstd_mean, p, grad_rstd_mean, grad_sums)
-        convolutions = Convolutions(geometry, before, x, depthwise, pointwise)
-        by_x, by_affine, by_depthwise, by_pointwise, _, _ = convolutions.backward(
-            zs, grad_z, norms.terms_of(grads, zs)[0], scale, of_z, *asked, False)
-        by_before = (by_rstd_mean(before, by_affine).to(rstd_mean.dtype)
-                     if before is not None and asked[0] else None)
+        by_x, sums, by_depthwise, by_pointwise, _, _ = torch.ops.ldarts.separable_backward(
+            x, [], affine, depthwise, pointwise, *geometry, zs, grad_z, norms.terms_of(grads, zs)[0], scale,
+            of_z, *asked, False)
+        by_affine = torch.stack([sums[:, 1], sums[:, 0]]) if affine is not None and asked[0] else None
         nothing = [None] * len(zs)
-        results = (by_before, by_p.to(p.dtype), *(by_x or [None] * len(x)), *(by_depthwise or nothing),
-                   *(by_pointwise or nothing))
-        return results, (grad_sums, by_affine)
+        return (by_affine, by_p.to(p.dtype), *(by_x or [None] * len(x)), *(by_depthwise or nothing),
+                *(by_pointwise or nothing)), grad_sums
 
     @staticmethod
     def parts(geometry, norms, tensors):
@@ -154,101 +151,70 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         return split(tensors, [len(tensors) - 4 * count - edges, *[count] * 4, edges])
 
     @staticmethod
-    def forward(ctx, geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors):
-        results, sums = SeparableConvolutionsGrad.compute(
-            geometry, norms, asked, before, p, rstd_mean, grad_rstd_mean, *tensors)
+    def forward(ctx, geometry, norms, asked, affine, p, rstd_mean, grad_rstd_mean, *tensors):
+        results, grad_sums = SeparableConvolutionsGrad.compute(
+            geometry, norms, asked, affine, p, rstd_mean, grad_rstd_mean, *tensors)
         ctx.geometry, ctx.norms = geometry, norms
-        ctx.save_for_backward(before, p, rstd_mean, grad_rstd_mean, *sums, *tensors)
+        ctx.save_for_backward(affine, p, rstd_mean, grad_rstd_mean, grad_sums, *tensors)
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
-    def backward(ctx, v_before, v_p, *v):
+    def backward(ctx, v_affine, v_p, *v):
         if torch.is_grad_enabled():
             raise RuntimeError("ldarts: the engine has no third derivative of separable convolutions; "
                                "LDARTS_FUSED=off in the environment computes without it")
-        before, p, rstd_mean, grad_rstd_mean, grad_sums, by_affine, *tensors = ctx.saved_tensors
-        geometry, norms = ctx.geometry, ctx.norms
-        x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
-        inputs = Convolutions(geometry, before, x, depthwise, pointwise)
+        affine, p, rstd_mean, grad_rstd_mean, grad_sums, *tensors = ctx.saved_tensors
+        norms = ctx.norms
+        x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(ctx.geometry, norms, tensors)
         scale, of_z, _ = norms.gradients(rstd_mean, p, grad_rstd_mean, grad_sums)
         v_x, v_depthwise, v_pointwise = split(v, [len(x), len(zs), len(zs)])
-        by_before, affine = None, inputs.affine
-        if v_before is not None:
-            # Through by_rstd_mean, to before and to by_affine, whose gradients are the tangents of s and b.
-            (rstd, mean), (v_rstd, v_mean), by_shift = before.unbind(1), v_before.unbind(1), by_affine[:, 0]
-            affine = torch.cat([affine, torch.stack([v_rstd, -mean * v_rstd - rstd * v_mean])])
-            by_before = torch.stack([-by_shift * v_mean, -by_shift * v_rstd], 1)
-        replaced = []
-        if v_before is not None or any(t is not None for t in v_x):
-            replaced.append(inputs.replace(affine=affine, tangent=zeros_for_none(v_x, x)))
-        if any(t is not None for t in v_depthwise):
-            replaced.append(inputs.replace(depthwise=zeros_for_none(v_depthwise, depthwise)))
-        if any(t is not None for t in v_pointwise):
-            replaced.append(inputs.replace(pointwise=zeros_for_none(v_pointwise, pointwise)))
+        w = w_sums = by_affine = by_x = by_depthwise = by_pointwise = None
 
-        w = w_sums = by_x = by_depthwise = by_pointwise = None
-        for other in replaced:
-            of_a = bool(other.tangent)
-            found_x, found_affine, found_depthwise, found_pointwise, found_w, found_sums = other.backward(
-                zs, grad_z, norms.terms_of(grads, zs)[0], scale, of_z,
-                not of_a or before is not None, True, True)
+        def add_pass(tangent, affine, depthwise, pointwise, with_input):
+            """Those of one summand of z', with a, D or P replaced by its tangent."""
+            nonlocal w, w_sums, by_x
+            found_x, sums, *of_weights, found_w, found_sums = torch.ops.ldarts.separable_backward(
+                x, tangent, affine, depthwise, pointwise, *ctx.geometry, zs, grad_z,
+                norms.terms_of(grads, zs)[0], scale, of_z, with_input, True, True)
             w, w_sums, by_x = add_lists(w, found_w), add(w_sums, found_sums), add_lists(by_x, found_x or None)
-            if before is not None:
-                if of_a:
-                    found_affine = torch.stack([torch.zeros_like(found_affine[:, 2]), found_affine[:, 2]], 1)
-                by_before = add(by_before, by_rstd_mean(before, found_affine))
-            by_depthwise = add_lists(by_depthwise, found_depthwise if other.depthwise is depthwise else None)
-            by_pointwise = add_lists(by_pointwise, found_pointwise if other.pointwise is pointwise else None)
+            return sums, *of_weights
+
+        if v_affine is not None or any(t is not None for t in v_x):  # a: gradients by D and P, and s
+            tangents = affine if v_affine is None else torch.cat([affine, v_affine])
+            sums, by_depthwise, by_pointwise = add_pass(zeros_for_none(v_x, x), tangents, depthwise, pointwise,
+                                                        affine is not None)
+            if affine is not None:
+                by_affine = torch.stack([sums[:, 2], torch.zeros_like(sums[:, 2])])
+        for replaced, v_weights in enumerate((v_depthwise, v_pointwise)):
+            if all(t is None for t in v_weights):
+                continue
+            weights = [depthwise, pointwise]
+            weights[replaced] = zeros_for_none(v_weights, weights[replaced])
+            sums, found_depthwise, found_pointwise = add_pass([], affine, *weights, True)
+            if replaced == 0:  # D, whose tangent has no gradient
+                by_pointwise = add_lists(by_pointwise, found_pointwise)
+            else:
+                by_depthwise = add_lists(by_depthwise, found_depthwise)
+            if affine is not None:
+                by_affine = add(by_affine, torch.stack([sums[:, 1], sums[:, 0]]))
         # By what csrc/norms.h computes: scale by Σ w G, of_z by Σ w and Σ w z, by_p by v_p.
         by_scale, by_of_z = (None, None) if w is None else (w_sums[len(zs) - len(p) :, 2], w_sums[:, :2])
         by_statistics, by_p, by_grad_rstd_mean, by_grad_sums = norm_gradients_backward(
-            (rstd_mean, p, grad_rstd_mean, grad_sums), norms.numbers,
-            (by_scale, by_of_z, v_p))
+            (rstd_mean, p, grad_rstd_mean, grad_sums), norms.numbers, (by_scale, by_of_z, v_p))
         by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums)
         nothing = [None] * len(zs)
         by_grad_z = [None if g is None or w is None else w[k] for k, g in enumerate(grad_z)]
-        by_before = None if by_before is None else by_before.to(before.dtype)
         by_numbers = (None if t is None else t.to(p.dtype) for t in (by_p, by_statistics, by_grad_rstd_mean))
-        return (None, None, None, by_before, *by_numbers,
+        return (None, None, None, by_affine, *by_numbers,
                 *(by_x or [None] * len(x)), *(by_depthwise or nothing), *(by_pointwise or nothing),
                 *by_z, *by_grad_z, *by_grads)
 
 
-class Convolutions:
-    """The arguments of the two operators of csrc/separable.cpp."""
-
-    def __init__(self, geometry, before, x, depthwise, pointwise):
-        """geometry: stride, dilation of each pair; before: 1/σ and μ of the norms in front, or None"""
-        self.geometry, self.x, self.depthwise, self.pointwise = geometry, x, depthwise, pointwise
-        self.tangent = []  # of x, in the place of a
-        self.affine = None if before is None else affine_of(before)
-
-    def replace(self, **changed) -> "Convolutions":
-        other = copy.copy(self)
-        vars(other).update(changed)
-        return other
-
-    def forward(self):
-        return torch.ops.ldarts.separable_forward(self.x, self.affine, self.depthwise, self.pointwise,
-                                                  *self.geometry)
-
-    def backward(self, *arguments):
-        return torch.ops.ldarts.separable_backward(self.x, self.tangent, self.affine, self.depthwise,
-                                                   self.pointwise, *self.geometry, *arguments)
-
-
 def affine_of(rstd_mean: Tensor) -> Tensor:
-    """s = 1/σ and b = −μ/σ, [2, pairs, C]."""
-    rstd, mean = rstd_mean.unbind(1)
+    """s = 1/σ and b = −μ/σ, [2, pairs, C], in float64: their gradients nearly cancel in the one by μ."""
+    rstd, mean = rstd_mean.double().unbind(1)
     return torch.stack([rstd, -rstd * mean])
-
-
-def by_rstd_mean(rstd_mean: Tensor, by_affine: Tensor) -> Tensor:
-    """The gradient by 1/σ and μ, from those by b and s, [pairs, 2 or more, C]."""
-    by_shift, by_scale = by_affine[:, 0], by_affine[:, 1]
-    rstd, mean = rstd_mean.unbind(1)
-    return torch.stack([by_scale - mean * by_shift, -rstd * by_shift], 1)
 
 
 def zeros_for_none(tensors, like):
