@@ -82,8 +82,8 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
 
 class SeparableConvolutions(torch.autograd.Function):
     """forward: x, depthwise and pointwise weights -> 1/σ and μ, mean and variance, scale and shift of the
-    terms, z of each pair, a placeholder for each edge. backward: the gradients by those -> by affine, p, x and the
-    weights that are asked for. Differentiable again through SeparableConvolutionsGrad."""
+    terms, z of each pair, a placeholder for each edge. backward: the gradients by those -> by affine, p, x
+    and the weights that are asked for. Differentiable again through SeparableConvolutionsGrad."""
 
     @staticmethod
     def forward(ctx, geometry, eps, widths, affine, p, *tensors):
@@ -165,8 +165,8 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
             raise RuntimeError("ldarts: the engine has no third derivative of separable convolutions; "
                                "LDARTS_FUSED=off in the environment computes without it")
         affine, p, rstd_mean, grad_rstd_mean, grad_sums, *tensors = ctx.saved_tensors
-        norms = ctx.norms
-        x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(ctx.geometry, norms, tensors)
+        geometry, norms = ctx.geometry, ctx.norms
+        x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
         scale, of_z, _ = norms.gradients(rstd_mean, p, grad_rstd_mean, grad_sums)
         v_x, v_depthwise, v_pointwise = split(v, [len(x), len(zs), len(zs)])
         w = w_sums = by_affine = by_x = by_depthwise = by_pointwise = None
@@ -175,7 +175,7 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
             """Those of one summand of z', with a, D or P replaced by its tangent."""
             nonlocal w, w_sums, by_x
             found_x, sums, *of_weights, found_w, found_sums = torch.ops.ldarts.separable_backward(
-                x, tangent, affine, depthwise, pointwise, *ctx.geometry, zs, grad_z,
+                x, tangent, affine, depthwise, pointwise, *geometry, zs, grad_z,
                 norms.terms_of(grads, zs)[0], scale, of_z, with_input, True, True)
             w, w_sums, by_x = add_lists(w, found_w), add(w_sums, found_sums), add_lists(by_x, found_x or None)
             return sums, *of_weights
