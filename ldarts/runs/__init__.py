@@ -12,5 +12,5 @@ from .folder import Run
 from .machine import (AMP, MEMORY_FORMATS, amp_dtype, device_name, machine_facts, pick_device,
                       seed_everything, set_deterministic, versions)
 from .meters import evaluate
-from .records import read_config, read_metrics, read_run
+from .records import read_config, read_metrics, read_run, unfinished
 from .results import grouped, main, spread, table

@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from ldarts import nasbench201  # noqa: E402
-from ldarts.runs import read_run, script, spread, table, write_atomically  # noqa: E402
+from ldarts.runs import read_run, script, spread, table, unfinished, write_atomically  # noqa: E402
 from ldarts.visualize import draw_shares, pyplot, save  # noqa: E402
 
 FOLDER = Path(__file__).with_suffix("")
@@ -48,10 +48,10 @@ def rounded(value: Any) -> Any:
 def keep(runs: Sequence[str]) -> None:
     """Write what is needed of each finished run to FOLDER/results, or FOLDER/explored by its seed."""
     for run in map(Path, runs):
-        config, metrics = read_run(run)
-        if len(metrics) < config["epochs"]:
-            print(f"{run}: {len(metrics)} of {config['epochs']} epochs, left out")
+        if how_far := unfinished(run):
+            print(f"{run}: {how_far}, left out")
             continue
+        config, metrics = read_run(run)
         seconds = [float(number) for number in run.with_suffix(".cpu").read_text().split()]
         result = {"variant": variant_of(config), "seed": config["seed"], "commit": config["commit"],
                   "device": config["device_name"], "torch": config["versions"]["torch"],
