@@ -2,6 +2,7 @@
 
     python -m ldarts.bench mixed_sum    # the weighted sum: fused, reference, compiled reference
     python -m ldarts.bench step [--search_space darts --batch_size 16 --unrolled --lambda_grad exact]
+    python -m ldarts.bench step --compare    # and plain PyTorch in the default layout and channels-last, in turn
     python -m ldarts.bench eval [--arch LAMBDA_DARTS --amp bf16 --compile]    # and the plain form
 """
 import argparse
@@ -22,6 +23,7 @@ from . import Architect, Network, SearchNetwork, genotypes
 from .architect import search_step, weight_step
 from .capture import Captured
 from .errors import progress
+from .fused import run_plainly
 from .fused.sums import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, one_of, pick_device, script
 
@@ -43,6 +45,7 @@ def main() -> None:
     step.add_argument("--unrolled", action="store_true")
     step.add_argument("--lambda_grad", type=one_of(("none", "central", "exact")), default="central")
     step.add_argument("--memory_format", type=one_of(MEMORY_FORMATS), default="channels_last")
+    step.add_argument("--compare", action="store_true", help="with plain PyTorch in both layouts, in turn")
     step.add_argument("--graph", action=argparse.BooleanOptionalAction, help="default: on a GPU, but for s4")
     step.add_argument("--profile", type=int, default=10, metavar="N", help="list the N costliest; 0: none")
     train = commands.add_parser("eval", help="training of a derived network, and of its plain form")
@@ -151,11 +154,10 @@ def time_sums(stage: str, count: int, layout: str, dtype: str, device: torch.dev
         yield row
 
 
-def bench_step(args: argparse.Namespace) -> None:
-    """A search step on random images, and its step of w alone. The profile is of a step without a graph."""
-    device, space, on_gpu = args.device, args.search_space, args.device.type == "cuda"
-    layout, in_201 = MEMORY_FORMATS[args.memory_format], space == "nasbench201"
-    graph = on_gpu and space != "s4" if args.graph is None else args.graph
+def search_of(args: argparse.Namespace, layout: torch.memory_format):
+    """A search on random images: net, Architect, SGD, its step, its step of w alone, what they read."""
+    device, space = args.device, args.search_space
+    in_201 = space == "nasbench201"
     torch.manual_seed(0)
     net = SearchNetwork(args.init_channels, 10, args.layers or (5 if in_201 else 8), space)
     net.to(device, memory_format=layout)
@@ -171,6 +173,40 @@ def bench_step(args: argparse.Namespace) -> None:
 
     def only_weights(x, y, *valid):
         return weight_step(arch, optimizer, (x, y), **options)
+
+    return net, arch, optimizer, whole_step, only_weights, batches
+
+
+def compare_steps(args: argparse.Namespace) -> None:
+    """Seconds of a step in the default layout and in channels-last, both without the engine, and of ours."""
+    variants = {"default layout": (torch.contiguous_format, False),
+                "channels-last": (torch.channels_last, False), "ours": (torch.channels_last, True)}
+    calls = []
+    for layout, with_engine in variants.values():
+        net, _, _, step, _, batches = search_of(args, layout)
+        if not with_engine:
+            net.engine.runner = lambda x: run_plainly
+        calls.append(partial(step, *batches))
+    medians = [*map(statistics.median, interleaved(calls, args.steps, "search steps"))]
+    result = {"device": device_name(args.device), "threads": torch.get_num_threads(),
+              "seconds": dict(zip(variants, medians))}
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f"{args.search_space}, batch {args.batch_size}, Λ {args.lambda_grad}, {result['threads']} threads, "
+          f"{result['device']}")
+    for name, median in result["seconds"].items():
+        print(f"{name:15} {median:8.3f} s/step   {median / medians[-1]:5.2f} times ours")
+
+
+def bench_step(args: argparse.Namespace) -> None:
+    """A search step on random images, and its step of w alone. The profile is of a step without a graph."""
+    if args.compare:
+        return compare_steps(args)
+    device, space, on_gpu = args.device, args.search_space, args.device.type == "cuda"
+    graph = on_gpu and space != "s4" if args.graph is None else args.graph
+    search = search_of(args, MEMORY_FORMATS[args.memory_format])
+    net, arch, optimizer, whole_step, only_weights, batches = search
 
     def timed(function, name):
         step = Captured(function, net, [optimizer, arch.optimizer]) if graph else function

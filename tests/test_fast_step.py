@@ -243,6 +243,19 @@ def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
     assert len(found["operations"]) == 10 and found["operations"][0]["ms"] >= found["operations"][9]["ms"] > 0
 
 
+def test_a_compared_step_is_plain_twice_and_ours_once(monkeypatch, capsys):
+    sums, normalised = [], ldarts.fused.cell.node_sum
+    monkeypatch.setattr("ldarts.fused.cell.node_sum", lambda terms: sums.append(1) or normalised(terms))
+    monkeypatch.setattr("sys.argv", [
+        "bench", "step", "--compare", "--json", "--search_space", "s2", "--init_channels", "4", "--layers", "4",
+        "--batch_size", "2", "--steps", "1", "--lambda_grad", "none", "--device", "cpu"])
+    bench.main()
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["seconds"]) == ["default layout", "channels-last", "ours"]
+    assert min(found["seconds"].values()) > 0
+    assert len(sums) == 2 * 2 * 4 * 4  # calls, passes by α and w, cells, nodes: of ours alone
+
+
 @pytest.mark.parametrize("space, layers", [("s2", 4), ("nasbench201", 1)])
 def test_a_pass_in_inference_mode_leaves_nothing_that_training_cannot_read(space, layers):
     net = ldarts.SearchNetwork(4, 10, layers, space).to(memory_format=torch.channels_last)
