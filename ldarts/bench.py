@@ -2,7 +2,7 @@
 
     python -m ldarts.bench mixed_sum    # the weighted sum: fused, reference, compiled reference
     python -m ldarts.bench step [--search_space darts --batch_size 16 --unrolled --lambda_grad exact]
-    python -m ldarts.bench step --compare    # and plain PyTorch in the default layout and channels-last, in turn
+    python -m ldarts.bench step --compare    # in turn with plain PyTorch in both memory layouts
     python -m ldarts.bench eval [--arch LAMBDA_DARTS --amp bf16 --compile]    # and the plain form
 """
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     step.add_argument("--unrolled", action="store_true")
     step.add_argument("--lambda_grad", type=one_of(("none", "central", "exact")), default="central")
     step.add_argument("--memory_format", type=one_of(MEMORY_FORMATS), default="channels_last")
-    step.add_argument("--compare", action="store_true", help="with plain PyTorch in both layouts, in turn")
+    step.add_argument("--compare", action="store_true", help="with plain PyTorch in both layouts, without a graph")
     step.add_argument("--graph", action=argparse.BooleanOptionalAction, help="default: on a GPU, but for s4")
     step.add_argument("--profile", type=int, default=10, metavar="N", help="list the N costliest; 0: none")
     train = commands.add_parser("eval", help="training of a derived network, and of its plain form")

@@ -20,12 +20,13 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except (BlockingIOError, PermissionError) as error:  # the latter over some of NFS
             file.seek(0)
             used = f"{path.parent} is in use by {file.read(100).strip() or 'another process'}"
             if not wait:
                 raise InputError(f"{used}: wait until it ends, or stop it") from error
-            print(f"ldarts: waiting: {used}", file=sys.stderr, flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"ldarts: waiting: {used}", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             warnings.warn(f"ldarts: a file system here has no locks ({error.strerror}); nothing keeps a "

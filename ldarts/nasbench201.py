@@ -25,8 +25,10 @@ Truth = namedtuple("Truth", [*SETS, "rank"])
 
 @cache
 def accuracies() -> np.ndarray:
-    """Test accuracies in percent, float64 [15625, 3]: CIFAR-10, CIFAR-100, ImageNet16-120."""
-    return np.load(Path(__file__).with_suffix(".npz"))["accuracy"] / 100
+    """Test accuracies in percent, float64 [15625, 3], read-only: CIFAR-10, CIFAR-100, ImageNet16-120."""
+    table = np.load(Path(__file__).with_suffix(".npz"))["accuracy"] / 100
+    table.flags.writeable = False
+    return table
 
 
 def searched_set(dataset: str | None) -> str:
@@ -45,8 +47,9 @@ def look_up(arch: str, dataset: str | None = None) -> Truth:
     dataset: that of the search, which says on which set the cell is ranked.
     """
     operations = [operation for node in parse_arch(arch) for operation, _ in node]
-    if unknown := set(operations) - set(OPERATIONS):
-        raise InputError(f"{arch!r}: NAS-Bench-201 has no {unknown.pop()}; it has {', '.join(OPERATIONS)}")
+    for operation in operations:
+        if operation not in OPERATIONS:
+            raise InputError(f"{arch!r}: NAS-Bench-201 has no {operation}; it has {', '.join(OPERATIONS)}")
     row = int("".join(str(OPERATIONS.index(operation)) for operation in operations), base=5)
     accuracy, judge = dict(zip(SETS, accuracies()[row].tolist())), searched_set(dataset)
     return Truth(**accuracy, rank=rank_of(accuracy[judge], judge))

@@ -271,7 +271,8 @@ def test_a_checkpoint_knows_its_network_and_its_data(trained, tmp_path, monkeypa
 @pytest.mark.parametrize("change, said", [
     ({"classifier.weight": torch.zeros(7, 32)}, "size mismatch for classifier.weight"),
     ({"classifier.bias": None}, 'Missing key(s) in state_dict: "classifier.bias"'),
-    ({"head.bias": torch.zeros(3)}, 'Unexpected key(s) in state_dict: "head.bias"'), ({"classifier.bias": 3}, "no weights"),
+    ({"head.bias": torch.zeros(3)}, 'Unexpected key(s) in state_dict: "head.bias"'),
+    ({"classifier.bias": 3}, "no weights"),
     ({"classifier.bias": numpy.float64(3)}, "save a state_dict"),
     ({"alphas_normal": torch.zeros(14, 7)}, "weights of a search")], ids=lambda value: str(value)[:20])
 def test_other_weights_name_the_first_that_differs(change, said, trained, tmp_path, monkeypatch, capsys):

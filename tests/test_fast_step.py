@@ -47,7 +47,8 @@ def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
     weights = [w for op in ops for w in op.parameters()]
 
     zs, rstd_mean, dils = separable_convolutions([x], None, [tuple(op.op[1:4]) for op in ops], p[2:], [2])
-    twice = separable_convolutions(zs[:2], affine_of(rstd_mean[:2]), [tuple(op.op[5:8]) for op in seps], p[:2], [1, 1])
+    second = [tuple(op.op[5:8]) for op in seps]
+    twice = separable_convolutions(zs[:2], affine_of(rstd_mean[:2]), second, p[:2], [1, 1])
     found = node_sum([*twice.terms, *dils])
     statistics = [b.clone() for op in ops for b in op.buffers()]
     for op in ops:
@@ -247,8 +248,8 @@ def test_a_compared_step_is_plain_twice_and_ours_once(monkeypatch, capsys):
     sums, normalised = [], ldarts.fused.cell.node_sum
     monkeypatch.setattr("ldarts.fused.cell.node_sum", lambda terms: sums.append(1) or normalised(terms))
     monkeypatch.setattr("sys.argv", [
-        "bench", "step", "--compare", "--json", "--search_space", "s2", "--init_channels", "4", "--layers", "4",
-        "--batch_size", "2", "--steps", "1", "--lambda_grad", "none", "--device", "cpu"])
+        "bench", "step", "--compare", "--json", "--search_space", "s2", "--init_channels", "4",
+        "--layers", "4", "--batch_size", "2", "--steps", "1", "--lambda_grad", "none", "--device", "cpu"])
     bench.main()
     found = json.loads(capsys.readouterr().out)
     assert list(found["seconds"]) == ["default layout", "channels-last", "ours"]

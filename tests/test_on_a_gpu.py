@@ -289,6 +289,7 @@ def stopped_after(steps, script, *argv):
 
 
 CONTINUED = {
+    "darts, graph": (["--search_space", "darts"], True),
     "s3, second order, graph": (["--search_space", "s3", "--unrolled", "--lambda_reg", "0"], True),
     "nasbench201, graph": (["--search_space", "nasbench201", "--layers", "1"], False),
     "s4, second order": (["--search_space", "s4", "--unrolled"], True),
@@ -411,6 +412,7 @@ def test_two_processes_with_a_gpu_each(gpu, folder):
 
 @pytest.mark.parametrize("command", [
     "step --search_space nasbench201 --layers 1 --init_channels 2 --batch_size 2 --steps 1 --profile 0",
+    "step --compare --search_space nasbench201 --layers 1 --init_channels 2 --batch_size 2 --steps 1",
     "eval --layers 3 --init_channels 4 --batch_size 2 --steps 1 --amp bf16",
     "mixed_sum --stages 3 --terms 2 --no-compile"])
 def test_the_bench(command, gpu, folder):

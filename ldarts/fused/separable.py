@@ -177,7 +177,8 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
             found_x, sums, *of_weights, found_w, found_sums = torch.ops.ldarts.separable_backward(
                 x, tangent, affine, depthwise, pointwise, *geometry, zs, grad_z,
                 norms.terms_of(grads, zs)[0], scale, of_z, with_input, True, True)
-            w, w_sums, by_x = add_lists(w, found_w), add(w_sums, found_sums), add_lists(by_x, found_x or None)
+            w, w_sums = add_lists(w, found_w), add(w_sums, found_sums)
+            by_x = add_lists(by_x, found_x or None)
             return sums, *of_weights
 
         if v_affine is not None or any(t is not None for t in v_x):  # a: gradients by D and P, and s

@@ -124,7 +124,7 @@ EVAL = [
     ("--auxiliary", None, YES_OR_NO, "auxiliary tower (default: on, in nasbench201 off)"),
     ("--auxiliary_weight", 0.4, NUMBER, "of the auxiliary tower's loss"),
     ("--cutout", dict(usual=True, imagenet=False), YES_OR_NO, "cutout"),
-    ("--drop_path_prob", dict(usual=0.2, imagenet=0.0), BELOW_1, "of a path, in the last epoch"),
+    ("--drop_path_prob", dict(usual=0.2, imagenet=0.0), BELOW_1, "probability to drop a path at the end"),
     ("--label_smoothing", dict(usual=0.0, imagenet=0.1), BELOW_1, "of the training loss"),
     ("--workers", 4, COUNT_OR_0, "processes that read imagenet"),
     ("--compile", False, SWITCH, "torch.compile the network"),
@@ -168,7 +168,7 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
     for name, default, takes, meaning in table:
         by_space = isinstance(default, dict)
         shown = ", ".join(f"{of} {value}" for of, value in default.items()) if by_space else str(default)
-        if default not in (None, False) and "(default" not in meaning:
+        if default is not None and default is not False and "(default" not in meaning:
             meaning += f" (default {shown.removeprefix('usual ')})"
         parser.add_argument(name, default=None if by_space else default, help=meaning,
                             **{"action" if takes in (SWITCH, YES_OR_NO) else "type": takes})
