@@ -49,9 +49,10 @@ class Architect:
                                           weight_decay=weight_decay, eps=eps)
         # Lists, because a walk through the thousands of modules of a supernet takes milliseconds.
         self._weights, modules = list(net.weight_parameters()), list(net.modules())
-        obey = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm  # track_running_stats
-        self._norms = [m for m in modules if type(m) in obey]
-        self._buffers = [m._buffers for m in modules if type(m) not in obey and m._buffers]  # of all others
+        # These track nothing where track_running_stats is off; the buffers of all other modules are copied.
+        batch_norms = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+        self._norms = [m for m in modules if type(m) in batch_norms]
+        self._buffers = [m._buffers for m in modules if type(m) not in batch_norms and m._buffers]
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -220,8 +221,9 @@ class Architect:
              grad: bool = False) -> Iterator[None]:
         """Within, passes leave the net as it was: batch norms track nothing, other buffers are copies.
 
-        start: the passes draw the random numbers and read the buffers of then; values: those of w within;
-        grad: whether gradients by w can be taken, which costs time.
+        start: an earlier result of _start; the passes draw the same random numbers and read the same buffers
+        as a pass at that time. values: replace w within. grad: whether gradients by w can be taken, which
+        costs time.
         """
         w, tracking = self.weights, [norm for norm in self._norms if norm.track_running_stats]
         before = [p.data for p in w], [dict(of_module) for of_module in self._buffers]
@@ -245,7 +247,7 @@ class Architect:
             put(*before, True, True)
 
     def _start(self, device: torch.device) -> Start:
-        """What the next pass begins with: states of the generators of host and GPU, and copies of buffers."""
+        """What a pass depends on besides w, for `kept`: random generators of host and GPU, copies of buffers."""
         generators = [(torch.set_rng_state, torch.get_rng_state())]
         # A step that draws random numbers is not captured (capture.py).
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
