@@ -12,6 +12,7 @@ from torch import nn
 import train_eval
 import train_search
 from ldarts import NetworkImageNet, genotypes, nasbench201, runs, visualize
+from ldarts.operations import OPS
 from ldarts.runs import count_multiply_adds, count_parameters
 from ldarts.runs.arguments import DEMO
 
@@ -66,12 +67,35 @@ def test_the_eigenvalue_is_that_of_the_whole_hessian():
     assert found == pytest.approx(float(eigenvalues[eigenvalues.abs().argmax()]), rel=0.05)
 
 
+def drawn(monkeypatch, draw, *what) -> list:
+    """The panels of the picture that a function of visualize draws."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(visualize, "save", lambda figure, path: figures.append(figure))
+    draw(*what, Path("picture.png"))
+    visualize.pyplot().close(figures[0])
+    return figures[0].axes
+
+
 @pytest.mark.parametrize("name", [*genotypes.PUBLISHED, ARCH])
-def test_no_label_of_a_cell_covers_another(name):
-    for _, edges, _ in visualize.cell_graphs(genotypes.load(name)).values():
-        labels = list(map(visualize.top_of_arc, edges, visualize.sides(edges)))
+def test_no_label_of_a_cell_covers_another(name, monkeypatch):
+    for ax in drawn(monkeypatch, visualize.draw_cells, genotypes.load(name)):
+        labels = [text.get_position() for text in ax.texts if text.get_text() in OPS]
+        assert len(labels) in (6, 8, 10)  # NAS-Bench-201, DARTS, NASNet and AmoebaNet
         for (x, y), (other_x, other_y) in itertools.combinations(labels, 2):  # at most 1.1 by 0.2 inches each
             assert abs(x - other_x) > 1.1 or abs(y - other_y) > 0.2
+
+
+def test_a_group_of_runs_has_one_colour_in_all_panels_and_in_the_legend(monkeypatch):
+    groups = {"search": [[{"train_loss": 3.0, "valid_accuracy": 30.0}] * 3] * 2,
+              "evaluation": [[{"train_loss": 2.0, "test_accuracy": 60.0 + k}, {"train_loss": 1.0}]
+                             for k in range(2)]}
+    axes = drawn(monkeypatch, visualize.draw_curves, groups)
+    legend = {line.get_label(): line.get_color() for line in axes[0].figure.legends[0].get_lines()}
+    assert list(legend) == ["search (n = 2)", "evaluation (n = 2)"] and len(set(legend.values())) == 2
+    assert all(line.get_color() == legend[line.get_label()] for ax in axes for line in ax.lines)
+    ends = {ax.get_title(): [line.get_ydata()[-1] for line in ax.lines if len(line.get_ydata())] for ax in axes}
+    assert ends == {"validation accuracy, %": [30.0], "test accuracy, %": [60.5], "training loss": [3.0, 1.0]}
 
 
 def write_run(path, seed, accuracy, **config):
@@ -121,14 +145,12 @@ def test_pictures_of_cells_of_one_name_have_names_of_their_own(tmp_path, monkeyp
 
 def drawn_alphas(monkeypatch, alphas):
     """What draw_alphas makes of α of space s2 by epochs: colours [pixels, 3], and the labels of its axes."""
-    pytest.importorskip("matplotlib")
-    figures = []
-    monkeypatch.setattr(visualize, "save", lambda figure, path: figures.append(figure))
-    visualize.draw_alphas("s2", alphas, genotypes.PUBLISHED["c10_s2_lambdadarts_corr"], Path("alphas.png"))
-    images = [image for ax in figures[0].axes for image in ax.images]
+    genotype = genotypes.PUBLISHED["c10_s2_lambdadarts_corr"]
+    axes = drawn(monkeypatch, visualize.draw_alphas, "s2", alphas, genotype)
+    images = [image for ax in axes for image in ax.images]
     assert len(images) == 28
     colours = [torch.tensor(image.to_rgba(image.get_array())[..., :3]).flatten(0, 1) for image in images]
-    return torch.cat(colours), {ax.get_ylabel() for ax in figures[0].axes}
+    return torch.cat(colours), {ax.get_ylabel() for ax in axes}
 
 
 @pytest.mark.parametrize("spread, reach", [(1e-3, "0.0005"), (0.1, "0.05"), (20.0, "0.5")])
