@@ -17,10 +17,11 @@ at::MemoryFormat check_terms(const char* who, at::TensorList terms);
 void check_weights(const at::Tensor& weights, int64_t count, const at::Tensor& like);
 
 // The arguments of affine_sums. With one number a row, z of any dense format; with C numbers, one for each
-// channel, z [N, C, H, W], brought into channels-last.
+// channel, or N C, one for each image and channel, z [N, C, H, W], brought into channels-last.
 struct Entries {
   std::vector<at::Tensor> z;
-  int64_t numbers = 1;  // of a row of scales and shifts: 1 or C
+  int64_t numbers = 1;  // of a row of scales and shifts: 1, C or N C
+  int64_t images = 1;   // that have numbers of their own: N or 1
   at::MemoryFormat format;
 
   Entries(at::TensorList z, at::TensorList scales, at::TensorList shifts, at::IntArrayRef z_of_entry,

@@ -60,20 +60,20 @@ struct Lanes {
   }
 };
 
-// Σ scale term + shift over the entries of one sum, with C numbers each, which repeat along a term: C = 1, or
-// the channels of channels-last terms.
+// Σ scale term + shift over the entries of one sum, with C numbers each, which repeat along a term or, if there
+// are `images`, along each image of it: C = 1, or the channels of channels-last terms.
 struct Sum {
   std::vector<at::Tensor> terms;
-  std::vector<double> scale, shift;  // [terms, C] and, added up, [C]
+  std::vector<double> scale, shift;  // [terms, images, C] and, added up, [images, C]
 };
 
 template <typename T>
-void sum_kernel(const std::vector<Sum>& sums, int64_t C, const Tensors& outs) {
+void sum_kernel(const std::vector<Sum>& sums, int64_t images, int64_t C, const Tensors& outs) {
   using L = Lanes<T>;
   using Acc = typename L::Acc;
   struct Job {
     std::vector<const T*> term;
-    Buffer<Acc> scale, shift;  // along `repeat` elements, [terms, repeat] and [repeat]
+    Buffer<Acc> scale, shift;  // along `repeat` elements, [images, terms, repeat] and [images, repeat]
     T* out;
   };
   const int64_t repeat = std::lcm(C, L::kSize), block = std::max<int64_t>(1, kBlock / repeat) * repeat;
@@ -84,25 +84,31 @@ void sum_kernel(const std::vector<Sum>& sums, int64_t C, const Tensors& outs) {
     const int64_t M = sum.terms.size();
     Job& job = jobs.emplace_back();
     for (const auto& t : sum.terms) job.term.push_back(t.const_data_ptr<T>());
-    job.scale.resize(M * repeat);
-    job.shift.resize(repeat);
+    job.scale.resize(images * M * repeat);
+    job.shift.resize(images * repeat);
     job.out = outs[s].mutable_data_ptr<T>();
-    for (int64_t i = 0; i < M * repeat; ++i) job.scale[i] = sum.scale[i / repeat * C + i % repeat % C];
-    for (int64_t i = 0; i < repeat; ++i) job.shift[i] = sum.shift[i % C];
+    for (int64_t n = 0; n < images; ++n) {
+      fill_pattern(job.shift.data() + n * repeat, repeat, sum.shift.data() + n * C, 1, C);
+      for (int64_t m = 0; m < M; ++m)
+        fill_pattern(job.scale.data() + (n * M + m) * repeat, repeat, sum.scale.data() + (m * images + n) * C, 1, C);
+    }
     work += M;
   }
   // A block goes through all sums, which may read the same terms.
-  const int64_t numel = outs[0].numel(), grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / (block * work));
-  at::parallel_for(0, (numel + block - 1) / block, grain, [&](int64_t from, int64_t to) {
+  const int64_t size = outs[0].numel() / std::max<int64_t>(1, images), blocks = (size + block - 1) / block;
+  const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / (block * work));
+  at::parallel_for(0, images * blocks, grain, [&](int64_t from, int64_t to) {
     Buffer<Acc> acc(block);
-    for (int64_t begin = from * block; begin < std::min(to * block, numel); begin += block)
-      for (const Job& job : jobs)
-        unrolled<kGroup>(job.term.size(), [&](int64_t m, auto group) {
-          const bool last = m + group == static_cast<int64_t>(job.term.size());
+    for (int64_t b = from; b < to; ++b) {
+      const int64_t n = b / blocks, first = b % blocks * block, begin = n * size + first;
+      for (const Job& job : jobs) {
+        const int64_t M = job.term.size();
+        unrolled<kGroup>(M, [&](int64_t m, auto group) {
+          const bool last = m + group == M;
           int64_t place = 0;
-          L::each(std::min(block, numel - begin), [&](int64_t i, auto count) {
-            auto sum = L::Vec::loadu(m == 0 ? job.shift.data() + place : acc.data() + i);
-            const Acc* scale = job.scale.data() + m * repeat + place;
+          L::each(std::min(block, size - first), [&](int64_t i, auto count) {
+            auto sum = L::Vec::loadu(m == 0 ? job.shift.data() + n * repeat + place : acc.data() + i);
+            const Acc* scale = job.scale.data() + (n * M + m) * repeat + place;
             for (int64_t k = 0; k < group; ++k) {
               const auto term = L::load(job.term[m + k] + begin + i, count);
               sum = at::vec::fmadd(L::Vec::loadu(scale + k * repeat), term, sum);
@@ -112,6 +118,8 @@ void sum_kernel(const std::vector<Sum>& sums, int64_t C, const Tensors& outs) {
             place = place + L::kSize == repeat ? 0 : place + L::kSize;
           });
         });
+      }
+    }
   });
 }
 
@@ -128,24 +136,24 @@ std::vector<double> rows_of(at::TensorList tensors) {
 Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shifts, at::IntArrayRef z_of_entry,
                     at::IntArrayRef scale_of_entry, at::IntArrayRef shift_of_entry, at::IntArrayRef entries) {
   const Entries checked(z, scales, shifts, z_of_entry, scale_of_entry, shift_of_entry, entries);
-  const int64_t C = checked.numbers;
+  const int64_t numbers = checked.numbers;
   const auto scale = rows_of(scales), shift = rows_of(shifts);
   std::vector<Sum> sums;
   Tensors outs;
   int64_t e = 0;
   for (const int64_t count : entries) {
-    Sum& sum = sums.emplace_back(Sum{{}, {}, std::vector<double>(C)});
+    Sum& sum = sums.emplace_back(Sum{{}, {}, std::vector<double>(numbers)});
     for (int64_t end = e + count; e < end; ++e) {
       sum.terms.push_back(checked.z[z_of_entry[e]]);
-      for (int64_t c = 0; c < C; ++c) {
-        sum.scale.push_back(scale_of_entry[e] < 0 ? 1 : scale[scale_of_entry[e] * C + c]);
-        if (shift_of_entry[e] >= 0) sum.shift[c] += shift[shift_of_entry[e] * C + c];
+      for (int64_t c = 0; c < numbers; ++c) {
+        sum.scale.push_back(scale_of_entry[e] < 0 ? 1 : scale[scale_of_entry[e] * numbers + c]);
+        if (shift_of_entry[e] >= 0) sum.shift[c] += shift[shift_of_entry[e] * numbers + c];
       }
     }
     outs.push_back(at::empty_like(checked.z[0], checked.z[0].options().memory_format(checked.format)));
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, outs[0].scalar_type(), "affine_sums",
-                                  [&] { sum_kernel<scalar_t>(sums, C, outs); });
+                                  [&] { sum_kernel<scalar_t>(sums, checked.images, numbers / checked.images, outs); });
   return outs;
 }
 

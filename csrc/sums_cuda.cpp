@@ -86,6 +86,8 @@ int64_t channels_of(int64_t numel) { return std::min<int64_t>(64, numel & -numel
 Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shifts, at::IntArrayRef z_of_entry,
                     at::IntArrayRef scale_of_entry, at::IntArrayRef shift_of_entry, at::IntArrayRef entries) {
   const Entries checked(z, scales, shifts, z_of_entry, scale_of_entry, shift_of_entry, entries);
+  TORCH_CHECK_VALUE(checked.images == 1, "affine_sums: rows have numbers for each image, expected on a GPU [rows] or "
+                    "[rows, C]");
   const at::Tensor& first = checked.z[0];
   const c10::cuda::CUDAGuard guard(first.device());
   Tensors outs;

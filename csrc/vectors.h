@@ -57,8 +57,8 @@ template <typename T>
 int64_t pattern_period(int64_t C) { return std::lcm(C, kV<T>) / kV<T>; }
 
 // pattern[i] = from[channel of i * step]
-template <typename T>
-void fill_pattern(T* pattern, int64_t size, const T* from, int64_t step, int64_t C) {
+template <typename T, typename From>
+void fill_pattern(T* pattern, int64_t size, const From* from, int64_t step, int64_t C) {
   for (int64_t i = 0, c = 0; i < size; ++i, c = c + 1 < C ? c + 1 : 0) pattern[i] = from[c * step];
 }
 

@@ -1,7 +1,10 @@
 """The derived networks: `Network` for 32x32 images, `NetworkImageNet`, `NetworkNAS201` for an arch string."""
+from typing import Callable
+
 import torch
 from torch import Tensor, nn
 
+from . import fused
 from .errors import InputError
 from .genotypes import Genotype, parse_arch
 from .operations import OPS, FactorizedReduce, ReLUConvBN, ResNetBasicblock, drop_path
@@ -75,6 +78,7 @@ class Network(nn.Module):
         if C < 2 or C % 2 or layers < 1:
             raise InputError(f"{layers} cells of {C} channels: "
                              "cells must be positive, channels positive and even")
+        self.engine = fused.Engine()
         C_prev, reduction_prev, auxiliary_stride = self._make_stem(C)
         C_prev_prev = C_prev
         self.cells = nn.ModuleList()
@@ -96,17 +100,18 @@ class Network(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
         return 3 * C, False, 3
 
-    def _stem_states(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        s = self.stem(x)
+    def _stem_states(self, x: Tensor, run: Callable) -> tuple[Tensor, Tensor]:
+        s = run(self.stem, x)
         return s, s
 
     def forward(self, x: Tensor,
                 drop_path_prob: float | Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         drop_path_prob = self.drop_path_prob if drop_path_prob is None else drop_path_prob
-        s0, s1 = self._stem_states(x)
+        run = self.engine.runner(x)  # the door to the engine: run(module, *inputs) is module(*inputs)
+        s0, s1 = self._stem_states(x, run)
         logits_aux = None
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, drop_path_prob)
+            s0, s1 = s1, run(cell, s0, s1, drop_path_prob)
             if self.auxiliary and self.training and i == self.auxiliary_layer:
                 logits_aux = self.auxiliary_head(s1)
         return self.classifier(s1.mean((2, 3))), logits_aux
@@ -122,9 +127,9 @@ class NetworkImageNet(Network):
         self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(C, C, 3, 2, 1, bias=False), nn.BatchNorm2d(C))
         return C, True, 2
 
-    def _stem_states(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        s0 = self.stem0(x)
-        return s0, self.stem1(s0)
+    def _stem_states(self, x: Tensor, run: Callable) -> tuple[Tensor, Tensor]:
+        s0 = run(self.stem0, x)
+        return s0, run(self.stem1, s0)
 
 
 class NAS201Cell(nn.ModuleList):
@@ -143,6 +148,7 @@ class NetworkNAS201(nn.Module):
     def __init__(self, C: int, num_classes: int, layers: int, arch: str):
         super().__init__()
         names = [op for node in parse_arch(arch) for op, _ in node]
+        self.engine = fused.Engine()
         self.stem = nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
         self.cells = nn.ModuleList()
         for stage in range(3):
@@ -154,7 +160,8 @@ class NetworkNAS201(nn.Module):
         self.classifier = nn.Linear(C, num_classes)
 
     def forward(self, x: Tensor, drop_path_prob: float | Tensor = 0.0) -> tuple[Tensor, None]:
-        x = self.stem(x)
+        run = self.engine.runner(x)
+        x = run(self.stem, x)
         for cell in self.cells:
-            x = cell(x)
+            x = run(cell, x)
         return self.classifier(self.lastact(x).mean((2, 3))), None

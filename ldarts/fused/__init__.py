@@ -77,7 +77,7 @@ class Engine:
     def coverage(self, cells: Sequence[nn.Module]) -> str:
         """How many operations of these cells are computed by the engine; why not the first of the others.
 
-        cells: those of a supernet, in training mode.
+        cells: those of a network, in training mode.
         """
         recognised, operations, refusals = 0, sum(map(count_operations, cells)), []
         for plan in map(self.plan_of, cells):
@@ -107,9 +107,10 @@ class Pass:
 
 
 def count_operations(cell: nn.Module) -> int:
-    """All but `none`, on the edges of a cell of model_search."""
-    edges = cell._ops if hasattr(cell, "_ops") else cell.edges.values()
-    return sum(not isinstance(op, Zero) for edge in edges for op in getattr(edge, "_ops", edge))
+    """All but `none`, on the edges of a cell of model_search or model."""
+    edges = cell._ops if hasattr(cell, "_ops") else cell.edges.values() if hasattr(cell, "edges") else cell
+    of_edges = (edge if isinstance(edge, nn.ModuleList) else getattr(edge, "_ops", [edge]) for edge in edges)
+    return sum(not isinstance(op, Zero) for ops in of_edges for op in ops)
 
 
 def run_plainly(module: nn.Module, *inputs: Any) -> Any:

@@ -1,20 +1,21 @@
-"""A cell of the supernet in training, channels-last: each node is one sum of normalised terms.
+"""A cell in training, channels-last: each node is one sum of normalised terms.
 
 What the operations that leave one state have in common is computed once: its ReLU, its pools, on a CPU all
 its separable convolutions in one call. What is not recognised runs as its module says, in its place in the
 cell's order, and is added to its node.
 """
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import repeat
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalised_sum import Copies, Terms, node_sum, normalise, normalised_terms
+from .normalised_sum import Copies, Terms, gamma_beta_of, node_sum, normalise, normalised_terms
 from .norms import constant
-from .recognise import SETTINGS, Halves, Link, Reader, Unrecognised, is_1x1
+from .recognise import (SETTINGS, Halves, Link, Reader, Unrecognised, drop_path_of, is_1x1, known_forwards,
+                        meaning)
 from .separable import Pair, affine_of, pairs_of, separable_convolutions
 
 ON_A_GPU = torch.float32, torch.float64, torch.bfloat16
@@ -43,9 +44,16 @@ class ModuleTerm(NamedTuple):
     """What runs as its module says: an operation, or an edge, which weighs its operations itself."""
 
     module: nn.Module
-    state: int
     edge: int
     operation: int | None  # None: the whole edge
+
+
+class Edge(NamedTuple):
+    """How an edge is computed: its recognised operations by what leaves the source, beside these."""
+
+    source: int  # a state
+    module_terms: list[ModuleTerm]
+    identity: bool  # whose path is never dropped
 
 
 class Plan:
@@ -74,25 +82,31 @@ class CellPlan(Plan):
     Unrecognised where the whole cell runs as it is.
     """
 
-    def __init__(self, reader: Reader, blocks: Sequence[nn.Module], edges: Sequence[nn.Module], nodes: int,
-                 outputs: int):
-        """blocks: one for each input, before the nodes, or none; outputs: how many of the last nodes are put
-        out, side by side"""
+    derived = drops_images = False
+
+    def __init__(self, reader: Reader, blocks: Sequence[nn.Module], edges: Sequence[nn.Module],
+                 sources: Sequence[Sequence[int]], outputs: Sequence[int]):
+        """blocks: one for each input, before the nodes, or none; edges: node by node; sources: of each node
+        the states that its edges read; outputs: the states that are put out, side by side"""
         self.reader, self.recognised, self.refusals = reader, 0, []
-        self.outputs = outputs
         self.edges, self.width = len(edges), None  # the shape of p
         self.eps: float | None = None  # of all norms behind operations
         self.preprocess = [self._chain_of(block) for block in blocks]
-        inputs = max(1, len(blocks))
-        # Of each state, for each edge that leaves it, the recognised operations; of each node the others.
-        leaving: list[list[list[Operation]]] = [[] for _ in range(inputs + nodes - 1)]
-        self.module_terms: list[list[ModuleTerm]] = []
+        self.inputs, self.outputs = max(1, len(blocks)), outputs
+        # Of each state, for each edge that leaves it, the recognised operations.
+        leaving: list[list[list[Operation]]] = [[] for _ in range(self.inputs + len(sources))]
+        self.nodes: list[list[Edge]] = []
         remaining = iter(enumerate(edges))
-        for node in range(nodes):
-            self.module_terms.append([])
-            for state in range(inputs + node):
-                leaving[state].append(self._operations_of(*next(remaining), state))
-            if not self.module_terms[-1] and not any(of_state[-1] for of_state in leaving if of_state):
+        for of_node in sources:
+            self.nodes.append([])
+            empty = True
+            for source in of_node:
+                number, module = next(remaining)
+                operations, module_terms = self._operations_of(number, module)
+                leaving[source].append(operations)
+                self.nodes[-1].append(Edge(source, module_terms, isinstance(module, nn.Identity)))
+                empty = empty and not operations and not module_terms
+            if empty:
                 raise Unrecognised("a node of `none` alone")
         if shares_norms(leaving, self.preprocess):
             raise Unrecognised("a norm in several places, whose statistics depend on their order")
@@ -109,40 +123,42 @@ class CellPlan(Plan):
             self._leave(block, reason)
             return [Whole(block)]
 
-    def _operations_of(self, edge: int, module: nn.Module, state: int) -> list[Operation]:
-        """The recognised operations of an edge; the others become terms of their modules."""
+    def _operations_of(self, edge: int, module: nn.Module) -> tuple[list[Operation], list[ModuleTerm]]:
+        """The recognised operations of an edge, and the others as terms of their modules."""
         try:
-            kind = self.reader.kind(module)
-            if kind not in ("mixed_op", "nas201_edge"):
-                raise Unrecognised(type(module).__name__)
+            modules = self._candidates(module)
         except Unrecognised as reason:
-            self._add_module_term(ModuleTerm(module, state, edge, None), reason)
-            return []
-        modules = self.reader.members(module if kind == "nas201_edge" else module._ops).values()
+            self._leave(module, reason)
+            return [], [ModuleTerm(module, edge, None)]
         self.width = len(modules) if self.width is None else self.width
         if len(modules) != self.width:
             raise Unrecognised("edges of different numbers of operations")
-        found = []
+        found, module_terms = [], []
         for k, op in enumerate(modules):
             try:
                 chain = self.reader.operation(op)
                 if chain is None:  # `none`
+                    module_terms += [ModuleTerm(op, edge, k)] if self.derived else []
                     continue
                 norm = None
-                if chain and type(chain[-1]) is nn.BatchNorm2d and not chain[-1].affine:
+                if chain and type(chain[-1]) is nn.BatchNorm2d and (self.derived or not chain[-1].affine):
                     *chain, norm = chain
                     self.eps = norm.eps if self.eps is None else self.eps
                     if norm.eps != self.eps:
                         raise Unrecognised("another eps than its neighbours'")
                 found.append(Operation(edge * self.width + k, chain, norm))
             except Unrecognised as reason:
-                self._add_module_term(ModuleTerm(op, state, edge, k), reason)
+                self._leave(op, reason)
+                module_terms.append(ModuleTerm(op, edge, k))
         self.recognised += len(found)
-        return found
+        return found, module_terms
 
-    def _add_module_term(self, term: ModuleTerm, reason: Unrecognised) -> None:
-        self._leave(term.module, reason)
-        self.module_terms[-1].append(term)
+    def _candidates(self, edge: nn.Module) -> Sequence[nn.Module]:
+        """The operations of an edge."""
+        kind = self.reader.kind(edge)
+        if kind not in ("mixed_op", "nas201_edge"):
+            raise Unrecognised(type(edge).__name__)
+        return [*self.reader.members(edge if kind == "nas201_edge" else edge._ops).values()]
 
     def _leave(self, module: nn.Module, reason: Unrecognised) -> None:
         """Note that a module runs as it is."""
@@ -153,29 +169,87 @@ class CellPlan(Plan):
 
     def fits(self, *inputs: Tensor) -> bool:
         *states, weights = inputs
-        return (super().fits(*states) and len({x.dtype for x in states}) == 1 and isinstance(weights, Tensor)
+        return (self.fits_states(states) and isinstance(weights, Tensor)
                 and weights.shape == (self.edges, self.width or weights.shape[-1])
                 and weights.dtype == torch.promote_types(states[0].dtype, torch.float32))
+
+    def fits_states(self, states: Sequence[Tensor]) -> bool:
+        return super().fits(*states) and len({x.dtype for x in states}) == 1
 
     def run(self, state_of: Callable[[Tensor], "State"], *inputs: Tensor) -> Tensor:
         """The cell's output, of its input states and p [edges, ops]."""
         *states, weights = inputs
+        return self.output(state_of, states, weights, None)
+
+    def output(self, state_of: Callable[[Tensor], "State"], states: Sequence[Tensor], weights: Tensor,
+               drop: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """drop: called on the result of each edge that is no identity, in the order of the edges; or, if it
+        `drops_images`, on a 1 for each image of it"""
+        states = [*states]
         if self.preprocess:
             states = run_chains([state_of(x) for x in states], self.preprocess)
         plans = self.leaving[groups_separable(states[0])]
         columns = constant(tuple(k for plan in plans for k in plan.columns), torch.int64, weights)
         p = weights.flatten().index_select(0, columns).split([len(plan.columns) for plan in plans])
         leaving: list[Iterator[list[Terms]]] = []  # of each state the terms of its edges, node by node
-        for module_terms in self.module_terms:
+        for node in self.nodes:
             for j in range(len(leaving), len(states)):
                 leaving.append(iter(outgoing_terms(states[j], plans[j], p[j])))
-            terms = [terms for edges in leaving for terms in next(edges)]
-            node = [node_sum(terms)] if terms else []
-            for module, state, edge, k in module_terms:
-                x, p_edge = states[state], weights[edge]
-                node.append(module(x, p_edge) if k is None else p_edge[k] * module(x))
-            states.append(sum(node[1:], node[0]).contiguous(memory_format=torch.channels_last))
-        return states[-1] if self.outputs == 1 else concat(*states[-self.outputs :])
+            terms, factors, others = [], [], []
+            for edge in node:
+                of_edge, x = next(leaving[edge.source]), states[edge.source]
+                of_modules = [module_term(term, x, weights[term.edge]) for term in edge.module_terms]
+                dropped = drop is not None and not edge.identity
+                if dropped and (of_modules or not self.drops_images):
+                    others.append(drop(add_up(of_edge, of_modules)))
+                    continue
+                terms += of_edge
+                others += of_modules
+                if drop is not None and of_edge:
+                    ones = x.new_ones(len(x), 1, 1, 1)
+                    factors.append((drop(ones) if dropped else ones).flatten())
+            node_output = add_up(terms, others, torch.stack(factors) if factors else None)
+            states.append(node_output.contiguous(memory_format=torch.channels_last))
+        states = [states[j] for j in self.outputs]
+        return states[0] if len(states) == 1 else concat(*states)
+
+
+class DerivedPlan(CellPlan):
+    """A cell of a derived network: an operation an edge, whose p is 1, and paths that are dropped."""
+
+    derived = True
+
+    def __init__(self, reader: Reader, blocks: Sequence[nn.Module], edges: Sequence[nn.Module],
+                 sources: Sequence[Sequence[int]], outputs: Sequence[int], drop_path: Callable | None):
+        """drop_path: that of the cell's forward"""
+        super().__init__(reader, blocks, edges, sources, outputs)
+        self.drop_path, self.drops_images = drop_path, meaning(drop_path) == known_forwards()["drop_path"]
+
+    def _candidates(self, edge: nn.Module) -> Sequence[nn.Module]:
+        return [edge]
+
+    def fits(self, *inputs: Any) -> bool:
+        return self.fits_states(inputs[: self.inputs]) and inputs[0].device.type == "cpu"
+
+    def run(self, state_of: Callable[[Tensor], "State"], *inputs: Any) -> Tensor:
+        """The cell's output, of its input states and, if it drops paths, the probability to drop one."""
+        states, drop_prob = inputs[: self.inputs], (*inputs[self.inputs :], 0.0)[0]
+        drop = None
+        if isinstance(drop_prob, Tensor) or drop_prob > 0:
+            drop = partial(self.drop_path, drop_prob=drop_prob)
+        ones = constant((1.0,) * self.edges, torch.promote_types(states[0].dtype, torch.float32), states[0])
+        return self.output(state_of, states, ones[:, None], drop)
+
+
+def module_term(term: ModuleTerm, x: Tensor, p: Tensor) -> Tensor:
+    """p: of the edge"""
+    return term.module(x, p) if term.operation is None else p[term.operation] * term.module(x)
+
+
+def add_up(terms: Sequence[Terms], others: Sequence[Tensor], factors: Tensor | None = None) -> Tensor:
+    """factors: of the terms, see node_sum"""
+    parts = [*([node_sum(terms, factors)] if terms else []), *others]
+    return sum(parts[1:], parts[0])
 
 
 def shares_norms(leaving: Sequence[Sequence[Sequence[Operation]]], chains: Sequence[Sequence[Link]]) -> bool:
@@ -188,13 +262,23 @@ def shares_norms(leaving: Sequence[Sequence[Sequence[Operation]]], chains: Seque
 def make_plan(module: nn.Module, reader: Reader) -> Plan:
     """Raises Unrecognised where the module has to run as it is."""
     kind, children = reader.kind(module), module.__dict__["_modules"]
-    if kind == "cell":
+    if kind in ("cell", "derived_cell"):
         blocks, edges = [children["preprocess0"], children["preprocess1"]], reader.members(children["_ops"])
-        return CellPlan(reader, blocks, [*edges.values()], module._steps, module._multiplier)
+        if kind == "cell":
+            last = 2 + module._steps
+            return CellPlan(reader, blocks, [*edges.values()], [range(2 + i) for i in range(module._steps)],
+                            range(last - module._multiplier, last))
+        sources = [module.sources[k : k + 2] for k in range(0, len(edges), 2)]
+        return DerivedPlan(reader, blocks, [*edges.values()], sources, module.concat,
+                           drop_path_of(type(module)))
     if kind == "nas201_cell":
         edges = reader.members(children["edges"])
         names = [f"{i}<-{j}" for i in range(1, module.max_nodes) for j in range(i)]
-        return CellPlan(reader, [], [edges[name] for name in names], module.max_nodes - 1, 1)
+        return CellPlan(reader, [], [edges[name] for name in names],
+                        [range(i) for i in range(1, module.max_nodes)], [module.max_nodes - 1])
+    if kind == "derived_nas201_cell":
+        return DerivedPlan(reader, [], [*reader.members(module).values()], [range(i) for i in (1, 2, 3)], [3],
+                           None)
     return ChainPlan(reader.chain_of(module, kind))
 
 
@@ -247,13 +331,17 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
             of_edge.append(its_terms)
 
     if separable or dilated:
-        first = separable_convolutions([state], None, [pairs[0] for pairs in separable + dilated], p_dilated,
+        pairs = [of_op[0] for of_op in separable + dilated]
+        first = separable_convolutions([state], None, pairs, p_dilated,
+                                       gamma_beta_of([pair.norm for pair in pairs[len(separable) :]]),
                                        widths_of(plan.dilated))
         share_out(first.terms, plan.dilated)
     if separable:
         count = len(separable)
-        second = separable_convolutions(first.z[:count], affine_of(first.rstd_mean[:count]),
-                                        [pairs[1] for pairs in separable], p_separable,
+        affine = affine_of(first.rstd_mean[:count], gamma_beta_of([pair.norm for pair in pairs[:count]]))
+        second_pairs = [of_op[1] for of_op in separable]
+        second = separable_convolutions(first.z[:count], affine, second_pairs, p_separable,
+                                        gamma_beta_of([pair.norm for pair in second_pairs]),
                                         widths_of(plan.separable))
         share_out(second.terms, plan.separable)
     operations = sum(plan.others, [])
@@ -269,7 +357,8 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
             norms[place] += [] if op.norm is None else [op.norm]
         remaining = iter(of_operation)
         edges = [[next(remaining) for _ in edge] for edge in plan.others if edge]
-        share_out(normalised_terms([zs[k] for k in range(len(zs))], norms, edges, p_others), plan.others)
+        share_out(normalised_terms([zs[k] for k in range(len(zs))], norms, edges, p_others,
+                                   gamma_beta_of([op.norm for op in operations])), plan.others)
     return terms
 
 

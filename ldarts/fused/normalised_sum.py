@@ -20,7 +20,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .norms import Norms, constant, norm_gradients_backward
+from .norms import Norms, constant
 from .sums import affine_sums, channel_sums
 
 
@@ -34,15 +34,16 @@ class Terms(NamedTuple):
 
 
 def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2d]],
-                     edges: Sequence[Sequence[int]], p: Tensor) -> list[Terms]:
-    """-> for each edge the terms p ẑ_k, k from `edges`; p [sum of their lengths].
+                     edges: Sequence[Sequence[int]], p: Tensor, gamma_beta: Tensor | None = None) -> list[Terms]:
+    """-> for each edge the terms p ẑ_k, k from `edges`; p [sum of their lengths]; or, with gamma_beta [2, their
+    number, C], γ ẑ_k + β, where p is 1.
 
     norms: the batch norms that z_k stands before, all with the same result; none: the term is p z_k. Moves
     their running statistics, as BatchNorm2d does in training.
     """
     behind = Norms(edges, [bool(of_z) for of_z in norms], pixels(z[0]))
     eps = next((of_z[0].eps for of_z in norms if of_z), 0.0)
-    _, mean_var, scale_shift, *placeholders = NormalisedTerms.apply(behind, eps, p, *z)
+    _, mean_var, scale_shift, *placeholders = NormalisedTerms.apply(behind, eps, p, gamma_beta, *z)
     moments = [of_z for of_z, its_norms in zip(mean_var.unbind(), norms) for _ in its_norms]
     move_statistics([norm for its_norms in norms for norm in its_norms], moments, behind.count)
     return terms_of_edges(placeholders, [[z[k] for k in edge] for edge in edges], scale_shift)
@@ -59,19 +60,27 @@ def terms_of_edges(placeholders: Sequence[Tensor], z: Sequence[Sequence[Tensor]]
     return [Terms(*edge) for edge in zip(placeholders, z, scales, shifts)]
 
 
-def node_sum(terms: Sequence[Terms]) -> Tensor:
-    """The sum of the terms of all edges, in one pass over them."""
-    return NodeSum.apply([t.scale for t in terms], [t.shift for t in terms], [z for t in terms for z in t.z],
-                         *[t.placeholder for t in terms])
+def node_sum(terms: Sequence[Terms], factors: Tensor | None = None) -> Tensor:
+    """The sum of the terms of all edges, in one pass over them. factors: by which each image of an edge is
+    multiplied, [edges, N], or None"""
+    return NodeSum.apply(terms, factors, *[t.placeholder for t in terms])
 
 
 def normalise(z: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> list[Tensor]:
     """norm(z) of each z [N, C, H, W] in training, as a node of one term."""
     p = constant((1.0,) * len(z), torch.promote_types(z[0].dtype, torch.float32), z[0])
-    terms = normalised_terms(z, [[norm] for norm in norms], [[k] for k in range(len(z))], p)
-    found = [node_sum([term]) for term in terms]
-    return [(y * norm.weight[:, None, None] + norm.bias[:, None, None]).to(y.dtype) if norm.affine else y
-            for y, norm in zip(found, norms)]
+    terms = normalised_terms(z, [[norm] for norm in norms], [[k] for k in range(len(z))], p, gamma_beta_of(norms))
+    return [node_sum([term]) for term in terms]
+
+
+def gamma_beta_of(norms: Sequence[nn.BatchNorm2d | None]) -> Tensor | None:
+    """γ and β of norms, [2, norms, C]: 1 and 0 where there are none. None if there are none at all."""
+    affine = next((norm for norm in norms if norm is not None and norm.affine), None)
+    if affine is None:
+        return None
+    one, zero = torch.ones_like(affine.weight), torch.zeros_like(affine.bias)
+    pairs = [(norm.weight, norm.bias) if norm is not None and norm.affine else (one, zero) for norm in norms]
+    return torch.stack([torch.stack(of_all) for of_all in zip(*pairs)])
 
 
 @torch.no_grad()
@@ -97,17 +106,24 @@ def pixels(z: Tensor) -> int:
 
 
 class NodeSum(torch.autograd.Function):
-    """forward: y = Σ_m scale_m z_m + shift_m. backward: G = ∂L/∂y to every placeholder."""
+    """forward: y = Σ_m scale_m z_m + shift_m. backward: G = ∂L/∂y to every placeholder, times its factors."""
 
     @staticmethod
-    def forward(ctx, scales, shifts, zs, *placeholders):
-        ctx.count = len(placeholders)
+    def forward(ctx, terms, factors, *placeholders):
+        zs, scales, shifts = [z for t in terms for z in t.z], [t.scale for t in terms], [t.shift for t in terms]
+        ctx.count, ctx.factors = len(placeholders), None
+        if factors is not None:  # for each image numbers of its own, [rows, N * C]
+            ctx.factors = factors.repeat_interleave(zs[0].shape[1], 1)
+            scales, shifts = ([rows.repeat(1, factors.shape[1]) * of_edge for rows, of_edge in zip(all_rows, ctx.factors)]
+                              for all_rows in (scales, shifts))
         return affine_sums(zs, scales, shifts, [[(m, m, m) for m in range(len(zs))]])[0]
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous(memory_format=torch.channels_last)
-        return None, None, None, *Copies.apply(grad, ctx.count)
+        if ctx.factors is None:
+            return None, None, *Copies.apply(grad, ctx.count)
+        return None, None, *affine_sums([grad], [ctx.factors], [], [[(0, edge, -1)] for edge in range(ctx.count)])
 
 
 class Copies(torch.autograd.Function):
@@ -131,55 +147,55 @@ class NormalisedTerms(torch.autograd.Function):
     for each edge. backward: the gradient by 1/σ and μ (None: 0) and G of each edge -> by p and each z."""
 
     @staticmethod
-    def forward(ctx, norms, eps, p, *zs):
+    def forward(ctx, norms, eps, p, gamma_beta, *zs):
         normed = [z for z, has in zip(zs, norms.has_norm) if has]
         sums = channel_sums(normed, normed) if normed else no_sums(zs[0])
-        rstd_mean, mean_var, scale_shift = norms.statistics(sums, p, eps)
+        rstd_mean, mean_var, scale_shift = norms.statistics(sums, p, gamma_beta, eps)
         ctx.norms = norms
-        ctx.save_for_backward(p, rstd_mean, *zs)
+        ctx.save_for_backward(p, gamma_beta, rstd_mean, *zs)
         ctx.mark_non_differentiable(mean_var, scale_shift)
         ctx.set_materialize_grads(False)
         return rstd_mean, mean_var, scale_shift, *(zs[0].view_as(zs[0]) for _ in norms.edges)
 
     @staticmethod
     def backward(ctx, grad_rstd_mean, _mean_var, _scale_shift, *grads):
-        p, rstd_mean, *zs = ctx.saved_tensors
-        found = TermGradients.apply(ctx.norms, p, rstd_mean, grad_rstd_mean, *zs, *channels_last(grads, zs[0]))
+        p, gamma_beta, rstd_mean, *zs = ctx.saved_tensors
+        found = TermGradients.apply(ctx.norms, rstd_mean, p, grad_rstd_mean, gamma_beta, *zs,
+                                    *channels_last(grads, zs[0]))
         return None, None, *found
 
 
 class TermGradients(torch.autograd.Function):
-    """forward: the gradients by p and each z, of that by 1/σ and μ (None: 0) and G of each edge: channel sums of
+    """forward: the gradients by p, γ and β, and each z, of that by 1/σ and μ (None: 0) and G of each edge: channel sums of
     G and z, arithmetic, an affine sum. backward: autograd's, but in one pass over the tensors instead of three."""
 
     @staticmethod
-    def forward(ctx, norms, p, rstd_mean, grad_rstd_mean, *tensors):
+    def forward(ctx, norms, rstd_mean, p, grad_rstd_mean, gamma_beta, *tensors):
         zs, grads = tensors[: len(norms.has_norm)], tensors[len(norms.has_norm) :]
-        sums = channel_sums(*norms.terms_of(grads, zs))
-        scale, of_z, by_p = norms.gradients(rstd_mean, p, grad_rstd_mean, sums)
+        inputs = rstd_mean, p, grad_rstd_mean, gamma_beta, channel_sums(*norms.terms_of(grads, zs))
+        scale, of_z, by_p, by_gamma_beta = norms.gradients(*inputs)
         ctx.norms = norms
-        ctx.save_for_backward(p, rstd_mean, grad_rstd_mean, sums, scale, of_z, *tensors)
+        ctx.save_for_backward(*inputs, scale, of_z, *tensors)
         # By a z: Σ scale G over its terms + of_z[0] + of_z[1] z
         K, M = len(zs), len(norms.z_of_term)
         entries = [[(k, M + 2 * k + 1, 2 * k)] if has else [] for k, has in enumerate(norms.has_norm)]
         for m, (k, edge) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
             entries[k].append((K + edge, m, -1))
         rows = of_z.flatten(0, 1)
-        return by_p, *affine_sums(tensors, [scale, rows], [rows], entries)
+        return by_p, by_gamma_beta, *affine_sums(tensors, [scale, rows], [rows], entries)
 
     @staticmethod
-    def backward(ctx, grad_p, *w):
-        p, rstd_mean, grad_rstd_mean, sums, scale, of_z, *tensors = ctx.saved_tensors
-        norms, K = ctx.norms, len(w)
+    def backward(ctx, grad_p, grad_gamma_beta, *w):
+        *inputs, sums, scale, of_z = ctx.saved_tensors[:7]
+        norms, K, tensors = ctx.norms, len(w), ctx.saved_tensors[7:]
         zs, grads, w = tensors[:K], tensors[K:], channels_last(w, tensors[0])
         if torch.is_grad_enabled():  # for a third derivative
             sums = channel_sums(*norms.terms_of(grads, zs))
-            scale, of_z, _ = norms.gradients(rstd_mean, p, grad_rstd_mean, sums)
+            scale, of_z, *_ = norms.gradients(*inputs, sums)
         of_w = channel_sums([*w, *norms.terms_of(grads, w)[0]], [*zs, *norms.terms_of(grads, w)[1]])
-        by_rstd_mean, by_p, by_grad_rstd_mean, by_sums = norm_gradients_backward(
-            (rstd_mean, p, grad_rstd_mean, sums), norms.numbers, (of_w[K:, 1], of_w[:K], grad_p))
+        *by_inputs, by_sums = norms.derivatives((*inputs, sums), (of_w[K:, 1], of_w[:K], grad_p, grad_gamma_beta))
         by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_sums)
-        return None, by_p, by_rstd_mean, by_grad_rstd_mean, *by_z, *by_grads
+        return None, *by_inputs, *by_z, *by_grads
 
 
 def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):

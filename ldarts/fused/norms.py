@@ -3,7 +3,8 @@
 The two operators of csrc/norms.cpp. What a gradient of a gradient needs is left to autograd.
 """
 import functools
-from typing import Sequence
+from functools import partial
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,19 +53,38 @@ class Norms:
         self.edge_of_term = [e for e, edge in enumerate(edges) for _ in edge]
         self.numbers = self.z_of_term, self.has_norm, count
 
-    def statistics(self, sums: Tensor, p: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """sums: Σz, Σz² of each z with a norm, [norms, 2, C] -> of each z 1/σ and μ, mean and variance
-        [z, 2, C]; scale and shift of each term [2, terms, C]. Not differentiable."""
-        return torch.ops.ldarts.norm_statistics(sums, self.has_norm, p, self.z_of_term, self.count, eps)
+    def statistics(self, sums: Tensor, p: Tensor, gamma_beta: Tensor | None,
+                   eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """sums: Σz, Σz² of each z with a norm, [norms, 2, C]; gamma_beta: [2, terms, C], γ and β of the norms,
+        where p is 1, or None -> of each z 1/σ and μ, mean and variance [z, 2, C]; scale and shift of each term
+        [2, terms, C]. Not differentiable."""
+        rstd_mean, mean_var, scale_shift = torch.ops.ldarts.norm_statistics(
+            sums, self.has_norm, p, self.z_of_term, self.count, eps)
+        if gamma_beta is not None:
+            (scale, shift), (gamma, beta) = scale_shift, gamma_beta
+            scale_shift = torch.stack([gamma * scale, gamma * shift + beta])
+        return rstd_mean, mean_var, scale_shift
 
-    def gradients(self, rstd_mean: Tensor, p: Tensor, grad_rstd_mean: Tensor | None,
-                  sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """sums: ΣG, ΣG z of each term -> scale [terms, C], of_z [z, 2, C], by p [terms].
+    def gradients(self, rstd_mean: Tensor, p: Tensor, grad_rstd_mean: Tensor | None, gamma_beta: Tensor | None,
+                  sums: Tensor, compute: Callable | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """sums: ΣG, ΣG z of each term -> scale [terms, C], of_z [z, 2, C], by p [terms], by γ and β.
 
         The gradient by a z is Σ scale G over its terms + of_z[0] + of_z[1] z. grad_rstd_mean: that by 1/σ and
-        μ of what else reads them, or None.
+        μ of what else reads them, or None. With γ and β, ẑ = (z − μ) / σ has the gradient γ G.
         """
-        return NormGradients.apply(rstd_mean, p, grad_rstd_mean, sums, *self.numbers)
+        compute = compute or NormGradients.apply
+        if gamma_beta is None:
+            return *compute(rstd_mean, p, grad_rstd_mean, sums, *self.numbers), None
+        gamma = gamma_beta[0].double()
+        scale, of_z, by_p = compute(rstd_mean, p, grad_rstd_mean, gamma[:, None] * sums, *self.numbers)
+        rstd, mean = rstd_mean.double()[self.z_of_term].unbind(1)
+        of_grad, of_product = sums.unbind(1)
+        by_gamma_beta = torch.stack([rstd * (of_product - mean * of_grad), of_grad])  # Σ G ẑ, Σ G
+        return gamma * scale, of_z, by_p, by_gamma_beta.to(gamma_beta.dtype)
+
+    def derivatives(self, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients by the inputs of `gradients`, of those by its results."""
+        return differentiate(partial(self.gradients, compute=norm_gradients_ref), inputs, grads)
 
     def terms_of(self, grads: Sequence[Tensor], zs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """G and z of each term."""
@@ -72,7 +92,7 @@ class Norms:
 
 
 def norm_gradients_ref(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, count):
-    """Norms.gradients in PyTorch, in few operations; the formulas are those of csrc/norms.h."""
+    """csrc's norm_gradients in PyTorch, in few operations; the formulas are those of csrc/norms.h."""
     of_term = membership(tuple(z_of_term), len(has_norm), sums)  # [z, terms]
     per_pixel = constant(tuple(float(has) / count for has in has_norm), torch.float64, sums)[:, None]
     rstd_mean, p, (of_grad, of_product) = rstd_mean.double(), p.double()[:, None], sums.unbind(1)
@@ -89,7 +109,7 @@ def norm_gradients_ref(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, 
 
 
 class NormGradients(torch.autograd.Function):
-    """Norms.gradients; backward differentiates its form in PyTorch."""
+    """norm_gradients_ref, fused; backward differentiates that form."""
 
     @staticmethod
     def forward(ctx, rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, count):
@@ -100,19 +120,20 @@ class NormGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return *norm_gradients_backward(ctx.saved_tensors, ctx.numbers, grads), None, None, None
+        compute = lambda *inputs: norm_gradients_ref(*inputs, *ctx.numbers)
+        return *differentiate(compute, ctx.saved_tensors, grads), None, None, None
 
 
-def norm_gradients_backward(inputs: Sequence[Tensor | None], numbers: Sequence,
-                            grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients by rstd_mean, p, grad_rstd_mean and sums, of those by the results of Norms.gradients."""
+def differentiate(compute: Callable, inputs: Sequence[Tensor | None],
+                  grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients by the inputs of a function, of those by its results. None: no input, no gradient."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, because what one input owes to another is no part of these derivatives.
         leaves = [None if t is None else t.view_as(t) if again and t.requires_grad
                   else t.detach().requires_grad_() for t in inputs]
-        results = norm_gradients_ref(*leaves, *numbers)
-        given = [(result, grad.to(result.dtype)) for result, grad in zip(results, grads) if grad is not None]
+        given = [(result, grad.to(result.dtype)) for result, grad in zip(compute(*leaves), grads)
+                 if grad is not None]
         tensors = [t for t in leaves if t is not None]
         found = [None] * len(tensors)
         if given:

@@ -14,7 +14,7 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 # Settings on which a result depends, beside parameters. `training` is read of every module.
 SETTINGS = {
@@ -25,6 +25,7 @@ SETTINGS = {
     nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
 }
+WIRING = "_steps", "_multiplier", "max_nodes", "sources", "concat"  # numbers in cells, on which their forwards depend
 SETTINGS_OF = {of_type: itemgetter(*names) for of_type, names in SETTINGS.items() if names}
 
 
@@ -78,25 +79,61 @@ def nas201_cell(self, x, weights):
     return nodes[-1]
 
 
+def derived_cell(self, s0, s1, drop_prob):
+    states = [self.preprocess0(s0), self.preprocess1(s1)]
+    for first in range(0, len(self._ops), 2):
+        states.append(self._edge(first, states, drop_prob) + self._edge(first + 1, states, drop_prob))
+    return torch.cat([states[i] for i in self.concat], dim=1)
+
+
+def derived_edge(self, k, states, drop_prob):
+    op = self._ops[k]
+    h = op(states[self.sources[k]])
+    drops = isinstance(drop_prob, Tensor) or drop_prob > 0
+    if self.training and drops and not isinstance(op, nn.Identity):
+        h = drop_path(h, drop_prob)
+    return h
+
+
+def drop_path(x, drop_prob):
+    keep = torch.rand(len(x), 1, 1, 1, device=x.device, dtype=torch.float32).ge(drop_prob).to(x.dtype)
+    return x * keep / (1.0 - drop_prob)
+
+
+def derived_nas201_cell(self, x):
+    ops, states = iter(self), [x]
+    for _ in range(3):
+        states.append(sum(next(ops)(state) for state in states))
+    return states[-1]
+
+
 def meaning(function: Callable) -> tuple | None:
-    """A function's instructions, and what global names stand for in it; None for a closure, or what is no plain
-    function."""
+    """A function's instructions, and what global names stand for in it, but for drop_path (see drop_path_of); None
+    for a closure, or what is no plain function."""
     if not isinstance(function, types.FunctionType) or function.__closure__ or function.__defaults__:
         return None
+    scope, names = vars(builtins) | function.__globals__, {}
 
     def instructions(code: types.CodeType) -> list:
+        found = [*dis.get_instructions(code)]
+        names.update((i.argval, scope.get(i.argval)) for i in found
+                     if i.opname == "LOAD_GLOBAL" and i.argval != "drop_path")
         return [(i.opname, instructions(i.argval) if isinstance(i.argval, types.CodeType) else i.argval)
-                for i in dis.get_instructions(code)]
+                for i in found]
 
-    scope = vars(builtins) | function.__globals__
-    names = "sum", "zip", "range", "enumerate", "len", "iter", "next", "torch"
-    return function.__code__.co_varnames, instructions(function.__code__), [scope.get(name) for name in names]
+    return function.__code__.co_varnames, instructions(function.__code__), names
+
+
+def drop_path_of(of_type: type) -> Callable | None:
+    """What a class's forward calls by this name."""
+    return getattr(of_type.forward, "__globals__", {}).get("drop_path")
 
 
 @functools.cache
 def known_forwards() -> dict[str, tuple]:
     return {known.__name__: meaning(known)
-            for known in (block, factorized_reduce, zero, mixed_op, nas201_edge, cell, nas201_cell)}
+            for known in (block, factorized_reduce, zero, mixed_op, nas201_edge, cell, nas201_cell, derived_cell,
+                          derived_edge, derived_nas201_cell, drop_path)}
 
 
 class Unrecognised(Exception):
@@ -138,7 +175,8 @@ class Reader:
             return "sequential"
         text = meaning(of_type.forward)
         kind = next((name for name, known in known_forwards().items() if text == known), None)
-        if kind is None or not calls_as_modules_do(of_type, own["_modules"]):
+        if (kind is None or not calls_as_modules_do(of_type, own["_modules"])
+                or kind == "derived_cell" and meaning(of_type._edge) != known_forwards()["derived_edge"]):
             raise Unrecognised(of_type.__name__)
         return kind
 
@@ -195,9 +233,11 @@ def contents(module: nn.Module) -> tuple[Any, ...]:
     if of_type in SETTINGS_OF:
         return (of_type, len(own), "forward" in own, own["training"], is_hooked(own), shapes,
                 SETTINGS_OF[of_type](own))
-    return (of_type, of_type.forward, getattr(of_type.forward, "__code__", None), len(own), "forward" in own,
-            own["training"], is_hooked(own), tuple(own["_modules"].items()), shapes, own.get("_steps"),
-            own.get("_multiplier"), own.get("max_nodes"))
+    functions = of_type.forward, getattr(of_type, "_edge", None), drop_path_of(of_type)
+    code = [getattr(function, "__code__", None) for function in functions]
+    wiring = [tuple(value) if isinstance(value, list) else value for value in map(own.get, WIRING)]
+    return (of_type, of_type.forward, code, len(own), "forward" in own, own["training"], is_hooked(own),
+            tuple(own["_modules"].items()), shapes, wiring)
 
 
 def is_hooked(attributes: dict[str, Any]) -> bool:

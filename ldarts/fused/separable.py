@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .normalised_sum import Terms, derivatives, move_statistics, no_sums, pixels, terms_of_edges
-from .norms import Norms, norm_gradients_backward
+from .norms import Norms
 from .sums import channel_sums, split
 
 
@@ -60,20 +60,20 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
             and pointwise.kernel_size == pointwise.stride == (1, 1) and pointwise.groups == 1
             and depthwise.weight.shape == (C, 1, *depthwise.kernel_size)
             and pointwise.weight.shape == (C, C, 1, 1)
-            and not inner.affine and inner.eps == norm.eps)
+            and inner.eps == norm.eps)
 
 
 def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Sequence[Pair], p: Tensor,
-                           widths: Sequence[int]) -> Separable:
+                           gamma_beta: Tensor | None, widths: Sequence[int]) -> Separable:
     """x: one input [N, C, H, W] for all pairs, or one each; affine: [2, pairs, C], s and b; None: 1 and 0.
 
-    p: the weights of the pairs that are terms, the last of them; widths: how many of these each edge has, at
-    least 1. Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
+    p, gamma_beta: of the pairs that are terms, the last of them (see normalised_terms); widths: how many of
+    these each edge has, at least 1. Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
     """
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
     weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
     rstd_mean, mean_var, scale_shift, *tensors = SeparableConvolutions.apply(
-        (stride, dilations), pairs[0][2].eps, widths, affine, p, *x, *weights)
+        (stride, dilations), pairs[0][2].eps, widths, affine, p, gamma_beta, *x, *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
     move_statistics([norm for _, _, norm in pairs], mean_var, pixels(z[0]))
     of_edges = split(z[len(z) - len(p) :], widths)
@@ -82,34 +82,34 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
 
 class SeparableConvolutions(torch.autograd.Function):
     """forward: x, depthwise and pointwise weights -> 1/σ and μ, mean and variance, scale and shift of the
-    terms, z of each pair, a placeholder for each edge. backward: the gradients by those -> by affine, p, x
-    and the weights that are asked for. Differentiable again through SeparableConvolutionsGrad."""
+    terms, z of each pair, a placeholder for each edge. backward: the gradients by those -> by affine, p, γ
+    and β, x and the weights that are asked for. Differentiable again through SeparableConvolutionsGrad."""
 
     @staticmethod
-    def forward(ctx, geometry, eps, widths, affine, p, *tensors):
+    def forward(ctx, geometry, eps, widths, affine, p, gamma_beta, *tensors):
         count = len(geometry[1])
         x, depthwise, pointwise = split(tensors, [len(tensors) - 2 * count, count, count])
         zs, moments = torch.ops.ldarts.separable_forward(x, affine, depthwise, pointwise, *geometry)
         norms = Norms(split(range(count - len(p), count), widths), [True] * count, pixels(zs[0]))
-        rstd_mean, mean_var, scale_shift = norms.statistics(moments, p, eps)
+        rstd_mean, mean_var, scale_shift = norms.statistics(moments, p, gamma_beta, eps)
         ctx.geometry, ctx.norms = geometry, norms
-        ctx.save_for_backward(affine, p, rstd_mean, *tensors, *zs)
+        ctx.save_for_backward(affine, p, gamma_beta, rstd_mean, *tensors, *zs)
         ctx.mark_non_differentiable(mean_var, scale_shift)
         ctx.set_materialize_grads(False)
         return rstd_mean, mean_var, scale_shift, *zs, *(zs[-1].view_as(zs[-1]) for _ in widths)
 
     @staticmethod
     def backward(ctx, grad_rstd_mean, _mean_var, _scale_shift, *grads):
-        affine, p, rstd_mean, *saved = ctx.saved_tensors
+        affine, p, gamma_beta, rstd_mean, *saved = ctx.saved_tensors
         count = len(ctx.geometry[1])
         nodes = [node for node, _ in ctx.next_functions]  # of the tensors among the arguments
         by_weights = any(asked_for(node) for node in nodes[-2 * count :])
-        in_front = nodes[: -2 * count]
-        del in_front[0 if affine is None else 1]  # p, whose gradient costs nothing
+        x_count = len(saved) - 3 * count
+        in_front = nodes[: affine is not None] + nodes[-2 * count - x_count : -2 * count]  # affine and x
         by_inputs = any(asked_for(node) for node in in_front)
         grad_z, grad_edges = grads[:count], zeros_for_none(grads[count:], [saved[-1]] * len(grads[count:]))
-        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, p, rstd_mean, grad_rstd_mean,
-                     *saved, *grad_z, *grad_edges)
+        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, rstd_mean, p, grad_rstd_mean,
+                     gamma_beta, *saved, *grad_z, *grad_edges)
         again = torch.is_grad_enabled()  # without a derivative to come, the plain call, which saves nothing
         found = (SeparableConvolutionsGrad.apply(*arguments) if again
                  else SeparableConvolutionsGrad.compute(*arguments)[0])
@@ -127,21 +127,21 @@ def asked_for(node: torch.autograd.graph.Node | None) -> bool:
 
 
 class SeparableConvolutionsGrad(torch.autograd.Function):
-    """forward: backward of SeparableConvolutions: gradients by affine, p, each x and each weight of both
-    kinds, from those by 1/σ and μ, each z (or None) and each edge's G. backward: its derivatives, once."""
+    """forward: backward of SeparableConvolutions: gradients by affine, p, γ and β, each x and each weight
+    of both kinds, from those by 1/σ and μ, each z (or None) and each edge's G. backward: its derivatives, once."""
 
     @staticmethod
-    def compute(geometry, norms, asked, affine, p, rstd_mean, grad_rstd_mean, *tensors):
+    def compute(geometry, norms, asked, affine, rstd_mean, p, grad_rstd_mean, gamma_beta, *tensors):
         """-> the results; sums that their derivatives need again. asked: by x and affine, by the weights"""
         x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
         grad_sums = channel_sums(*norms.terms_of(grads, zs)) if grads else no_sums(zs[0])
-        scale, of_z, by_p = norms.gradients(rstd_mean, p, grad_rstd_mean, grad_sums)
+        scale, of_z, by_p, by_gamma_beta = norms.gradients(rstd_mean, p, grad_rstd_mean, gamma_beta, grad_sums)
         by_x, sums, by_depthwise, by_pointwise, _, _ = torch.ops.ldarts.separable_backward(
             x, [], affine, depthwise, pointwise, *geometry, zs, grad_z, norms.terms_of(grads, zs)[0], scale,
             of_z, *asked, False)
         by_affine = torch.stack([sums[:, 1], sums[:, 0]]) if affine is not None and asked[0] else None
         nothing = [None] * len(zs)
-        return (by_affine, by_p.to(p.dtype), *(by_x or [None] * len(x)), *(by_depthwise or nothing),
+        return (by_affine, by_p.to(p.dtype), by_gamma_beta, *(by_x or [None] * len(x)), *(by_depthwise or nothing),
                 *(by_pointwise or nothing)), grad_sums
 
     @staticmethod
@@ -151,23 +151,23 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         return split(tensors, [len(tensors) - 4 * count - edges, *[count] * 4, edges])
 
     @staticmethod
-    def forward(ctx, geometry, norms, asked, affine, p, rstd_mean, grad_rstd_mean, *tensors):
-        results, grad_sums = SeparableConvolutionsGrad.compute(
-            geometry, norms, asked, affine, p, rstd_mean, grad_rstd_mean, *tensors)
+    def forward(ctx, geometry, norms, asked, affine, *arguments):
+        results, grad_sums = SeparableConvolutionsGrad.compute(geometry, norms, asked, affine, *arguments)
         ctx.geometry, ctx.norms = geometry, norms
-        ctx.save_for_backward(affine, p, rstd_mean, grad_rstd_mean, grad_sums, *tensors)
+        ctx.save_for_backward(affine, grad_sums, *arguments)
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
-    def backward(ctx, v_affine, v_p, *v):
+    def backward(ctx, v_affine, v_p, v_gamma_beta, *v):
         if torch.is_grad_enabled():
             raise RuntimeError("ldarts: the engine has no third derivative of separable convolutions; "
                                "LDARTS_FUSED=off in the environment computes without it")
-        affine, p, rstd_mean, grad_rstd_mean, grad_sums, *tensors = ctx.saved_tensors
+        affine, grad_sums, rstd_mean, p, grad_rstd_mean, gamma_beta, *tensors = ctx.saved_tensors
+        inputs = rstd_mean, p, grad_rstd_mean, gamma_beta, grad_sums
         geometry, norms = ctx.geometry, ctx.norms
         x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
-        scale, of_z, _ = norms.gradients(rstd_mean, p, grad_rstd_mean, grad_sums)
+        scale, of_z, *_ = norms.gradients(*inputs)
         v_x, v_depthwise, v_pointwise = split(v, [len(x), len(zs), len(zs)])
         w = w_sums = by_affine = by_x = by_depthwise = by_pointwise = None
 
@@ -201,21 +201,22 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
                 by_affine = add(by_affine, torch.stack([sums[:, 1], sums[:, 0]]))
         # By what csrc/norms.h computes: scale by Σ w G, of_z by Σ w and Σ w z, by_p by v_p.
         by_scale, by_of_z = (None, None) if w is None else (w_sums[len(zs) - len(p) :, 2], w_sums[:, :2])
-        by_statistics, by_p, by_grad_rstd_mean, by_grad_sums = norm_gradients_backward(
-            (rstd_mean, p, grad_rstd_mean, grad_sums), norms.numbers, (by_scale, by_of_z, v_p))
+        *by_inputs, by_grad_sums = norms.derivatives(inputs, (by_scale, by_of_z, v_p, v_gamma_beta))
         by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums)
         nothing = [None] * len(zs)
         by_grad_z = [None if g is None or w is None else w[k] for k, g in enumerate(grad_z)]
-        by_numbers = (None if t is None else t.to(p.dtype) for t in (by_p, by_statistics, by_grad_rstd_mean))
-        return (None, None, None, by_affine, *by_numbers,
+        return (None, None, None, by_affine, *by_inputs,
                 *(by_x or [None] * len(x)), *(by_depthwise or nothing), *(by_pointwise or nothing),
                 *by_z, *by_grad_z, *by_grads)
 
 
-def affine_of(rstd_mean: Tensor) -> Tensor:
-    """s = 1/σ and b = −μ/σ, [2, pairs, C], in float64: their gradients nearly cancel in the one by μ."""
+def affine_of(rstd_mean: Tensor, gamma_beta: Tensor | None) -> Tensor:
+    """s = γ/σ and b = β − γ μ/σ, [2, pairs, C], in float64: their gradients nearly cancel in the one by μ."""
     rstd, mean = rstd_mean.double().unbind(1)
-    return torch.stack([rstd, -rstd * mean])
+    if gamma_beta is None:
+        return torch.stack([rstd, -rstd * mean])
+    gamma, beta = gamma_beta.double()
+    return torch.stack([gamma * rstd, beta - gamma * rstd * mean])
 
 
 def zeros_for_none(tensors, like):

@@ -80,7 +80,7 @@ def affine_sums(z: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[
     """Σ scale z + shift over the entries of each sum -> a tensor like the z for each, channels-last.
 
     z: [N, C, H, W] of one shape and dtype; scales, shifts: [rows, C], whose rows are numbered through all
-    tensors of a list (or [rows], one number a row); sums: for each its entries (z, row of scales, row of
+    tensors of a list (or [rows], one number a row; on a CPU also [rows, N * C]); sums: for each its entries (z, row of scales, row of
     shifts), where the row -1 is a scale of 1, a shift of 0.
     """
     entries = [entry for of_sum in sums for entry in of_sum]
