@@ -18,6 +18,7 @@ from torch import nn
 from ldarts import Network, NetworkImageNet, NetworkNAS201
 from ldarts.data import Batches, eval_batches, folder_batches, load
 from ldarts.distributed import Processes
+from ldarts.fused import compiled_for
 from ldarts.genotypes import to_json
 from ldarts.runs import (Run, amp_dtype, check_images, count_multiply_adds, count_parameters, evaluate,
                          load_weights, machine_facts, parse_eval_args, pick_device, safe_layout, script,
@@ -99,8 +100,9 @@ def train(at_end):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: imagenet_rate(epoch, args))
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    uses_engine = device.type == "cpu" and layout is torch.channels_last and not args.compile
     facts = {"parameters": count_parameters(net), "multiply_adds": count_multiply_adds(net, image),
-             "machine": machine_facts(device, engine=False, graph=False)}
+             "machine": machine_facts(device, engine=uses_engine, graph=False)}
     run = Run("eval", args, processes, {"model": net, "optimizer": optimizer, "scheduler": scheduler},
               len(train_batches), [train_set, test_set], at_end, facts, {"genotype": to_json(genotype)})
     run.write("genotype.json", to_json(genotype))
@@ -109,6 +111,8 @@ def train(at_end):
     run.log(f"{run.path}: {args.arch} on {args.dataset}, {len(train_set.labels)} images, "
             f"{facts['parameters']:,} parameters, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds, "
             f"on {device}")
+    if uses_engine and compiled_for("cpu"):
+        run.log(net.engine.coverage(net.cells))
     for epoch in range(run.epoch, args.epochs):
         net.train()
         drop_path_prob = args.drop_path_prob * epoch / args.epochs

@@ -77,13 +77,20 @@ void project(const Group<T>& group, const Pair<T>& pair, const T* y, int64_t pix
   }
 }
 
+// How many rows of the output a pass goes through at a time: about `pixels`, to stay in the L1 cache.
+template <typename T>
+int64_t rows_at_once(const Group<T>& group, int64_t pixels) {
+  return std::min(group.out_h, std::max<int64_t>(1, pixels / group.out_w));
+}
+
 // z = P D relu(s x + b) and z_sums of a group, with the buffers of one thread.
 template <typename T>
 struct Forward {
   const Group<T>& group;
   const std::vector<T*>& z;  // of each pair, [N, out_h, out_w, C]
 
-  Buffer<T> padded = group.padded_input(), y = Buffer<T>(round_up(group.row, kV<T>) + kV<T>);
+  int64_t rows = rows_at_once(group, 128);
+  Buffer<T> padded = group.padded_input(), y = Buffer<T>(rows * group.row + 2 * kV<T>);
   Buffer<T> part = Buffer<T>(4 * group.width);
 
   // The sums of image n are added to z_sums, [U, 2, C].
@@ -93,9 +100,10 @@ struct Forward {
       const Pair<T>& pair = group.pairs[u];
       if (!group.shares_input(u)) group.fill(pair.input, n, padded.data());
       T* to = z[u] + n * group.out_size();
-      for (int64_t o = 0; o < group.out_h; ++o, to += group.row) {
-        group.convolve(pair, o, padded.data(), y.data());
-        project<T>(group, pair, y.data(), group.out_w, to, nullptr, nullptr, part, z_sums);
+      for (int64_t first = 0; first < group.out_h; first += rows) {
+        const int64_t count = std::min(rows, group.out_h - first);
+        for (int64_t o = 0; o < count; ++o) group.convolve(pair, first + o, padded.data(), y.data() + o * group.row);
+        project<T>(group, pair, y.data(), count * group.out_w, to + first * group.row, nullptr, nullptr, part, z_sums);
       }
     }
   }
@@ -130,7 +138,7 @@ struct Backward {
   const std::vector<PairGrads<T>>& all_grads;
 
   int64_t C = group.C, pattern = group.pattern;
-  int64_t rows = std::max<int64_t>(1, 32 / group.out_w);  // at a time: few, to stay in the L1 cache
+  int64_t rows = rows_at_once(group, 32);
   int64_t da_pitch = round_up((group.in_w + group.stride - 1) / group.stride * C, kV<T>);
   Buffer<T> padded = group.padded_input();
   Buffer<T> y = Buffer<T>(rows * group.row + 2 * kV<T>), dz = Buffer<T>(rows * group.row);
@@ -175,7 +183,7 @@ struct Backward {
     const int64_t place_of_rows = n * group.out_size() + first * group.row;
     auto rows_of = [&](auto* image) { return image ? image + place_of_rows : nullptr; };
     const T *z = rows_of(grads.z), *grad_z = rows_of(grads.grad_z), *grad_term = rows_of(grads.grad_term);
-    each_vector<T>(count * group.row, group.period, [&](int64_t i, int64_t place, int64_t size) {
+    each_vector<T>(count * group.row, group.period, [&](int64_t i, int64_t place, auto size) {
       auto sum = at::vec::fmadd(Vec<T>::loadu(by_square.data() + place), load(z + i, size),
                                 Vec<T>::loadu(by_sum.data() + place));
       if (grad_term)

@@ -77,13 +77,17 @@ void add_shifted_sums(T sum, T product, T shift, int64_t count, double& to_sum, 
   to_product += product + s * (count ? sum + all : all);
 }
 
-// visit(element, place in the pattern, count) for the vectors of `size` elements, those of one place after
-// the other.
+// visit(element, place in the pattern, count) for the vectors of `size` elements; the count is a constant but for
+// the last one.
 template <typename T, typename Visit>
 void each_vector(int64_t size, int64_t period, const Visit& visit) {
   constexpr int64_t V = kV<T>;
-  for (int64_t place = 0; place < period * V; place += V)
-    for (int64_t i = place; i < size; i += period * V) visit(i, place, std::min(V, size - i));
+  int64_t i = 0, place = 0;
+  for (; i + V <= size; i += V) {
+    visit(i, place, Constant<V>{});
+    place = place + V == period * V ? 0 : place + V;
+  }
+  if (i < size) visit(i, place, size - i);
 }
 
 }  // namespace ldarts

@@ -78,7 +78,7 @@ class Network(nn.Module):
         if C < 2 or C % 2 or layers < 1:
             raise InputError(f"{layers} cells of {C} channels: "
                              "cells must be positive, channels positive and even")
-        self.engine = fused.Engine()
+        self.engine = fused.Engine(["cpu"])
         C_prev, reduction_prev, auxiliary_stride = self._make_stem(C)
         C_prev_prev = C_prev
         self.cells = nn.ModuleList()
@@ -148,7 +148,7 @@ class NetworkNAS201(nn.Module):
     def __init__(self, C: int, num_classes: int, layers: int, arch: str):
         super().__init__()
         names = [op for node in parse_arch(arch) for op, _ in node]
-        self.engine = fused.Engine()
+        self.engine = fused.Engine(["cpu"])
         self.stem = nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
         self.cells = nn.ModuleList()
         for stage in range(3):

@@ -246,7 +246,7 @@ def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
 
 def test_a_compared_step_is_plain_twice_and_ours_once(monkeypatch, capsys):
     sums, normalised = [], ldarts.fused.cell.node_sum
-    monkeypatch.setattr("ldarts.fused.cell.node_sum", lambda terms: sums.append(1) or normalised(terms))
+    monkeypatch.setattr("ldarts.fused.cell.node_sum", lambda *terms: sums.append(1) or normalised(*terms))
     monkeypatch.setattr("sys.argv", [
         "bench", "step", "--compare", "--json", "--search_space", "s2", "--init_channels", "4",
         "--layers", "4", "--batch_size", "2", "--steps", "1", "--lambda_grad", "none", "--device", "cpu"])

@@ -1,4 +1,4 @@
-"""What a fork changes in a supernet's blocks: the engine computes what the modules say, or steps aside.
+"""What a fork changes in a network's blocks: the engine computes what the modules say, or steps aside.
 
 A row is a change of a network that the engine has computed before, so that the change has to be noticed. The
 network is then computed by the engine and as it is written, in both layouts, in training and evaluation.
@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import ldarts
-from ldarts import fused, model_search
+from ldarts import fused, genotypes, model, model_search
 from ldarts.architect import search_step
 from ldarts.fused import compiled_for
 from ldarts.fused.normalised_sum import normalise
 from ldarts.operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
+from ldarts.spaces import SPACES
 
 needs_build = pytest.mark.skipif(not compiled_for("cpu"),
                                  reason="the extension is not compiled: no compiler here")
@@ -180,6 +181,28 @@ def replace_an_operation(net):
     net.cells[0]._ops[1]._ops[1] = OwnBlock(4, 1).double()
 
 
+class ScaledCell(model.Cell):
+    def _edge(self, k, states, drop_prob):
+        return 2 * super()._edge(k, states, drop_prob)
+
+
+class ActivatedDerivedCell(model.Cell):
+    def forward(self, s0, s1, drop_prob):
+        return torch.tanh(super().forward(s0, s1, drop_prob))
+
+
+def drop_channels(x, drop_prob):
+    keep = torch.rand(len(x), x.shape[1], 1, 1, dtype=x.dtype).ge(drop_prob)
+    return x * keep / (1.0 - drop_prob)
+
+
+def random_norms(net):
+    """γ and β as after some training."""
+    for norm in every(net, nn.BatchNorm2d):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+
+
 CHANGES = {  # what a fork does -> the space, the change
     "nothing": ("darts", lambda net: None),
     "nothing, nasbench201": ("nasbench201", lambda net: None),
@@ -245,6 +268,29 @@ CHANGES = {  # what a fork does -> the space, the change
     "no norm at the end": ("s3", lambda net: [op.op.__delitem__(7) for op in every(net, SepConv)]),
     "another stem": ("s3", lambda net: net.stem.append(nn.Hardtanh())),
 }
+DERIVED_CHANGES = {  # of a derived network -> the cell, the change
+    **{f"nothing, {name}": (name, random_norms) for name in ("LAMBDA_DARTS", "NASNet", "AmoebaNet", "201")},
+    "SiLU": ("DARTS", lambda net: replace(net, nn.ReLU, lambda old: nn.SiLU())),
+    "group norms": ("DARTS", lambda net: replace_norms(net, partial(nn.GroupNorm, 2))),
+    "norms without γ and β": ("DARTS", lambda net: replace_norms(net, partial(nn.BatchNorm2d, affine=False))),
+    "norms without γ and β in some": ("DARTS", lambda net: [op.op.__setitem__(
+        3, nn.BatchNorm2d(op.op[3].num_features, affine=False).double()) for op in some(every(net, SepConv))]),
+    "frozen γ": ("DARTS", lambda net: freeze(some(every(net, nn.BatchNorm2d)))),
+    "another eps in some": ("DARTS", lambda net: set_all(some(every(net, nn.BatchNorm2d)), eps=0.1)),
+    "a subclass of SepConv": ("DARTS", lambda net: as_class(net, SepConv, GatedSepConv)),
+    "an own block": ("201", lambda net: replace(net, ReLUConvBN, lambda op: OwnBlock(
+        op.op[1].in_channels, op.op[1].stride[0]) if op.op[1].stride == (1, 1) else op)),
+    "a module behind pools": ("AmoebaNet", lambda net: append(net, nn.MaxPool2d, SqueezeExcitation)),
+    "a hook on outputs": ("DARTS", hook_outputs),
+    "a hook on inputs": ("LAMBDA_DARTS", hook_inputs),
+    "a hook on gradients": ("DARTS", hook_gradients),
+    "another drop path": ("LAMBDA_DARTS", lambda net: None),
+    "another sum of an edge": ("DARTS", lambda net: as_class(net, model.Cell, ScaledCell)),
+    "a subclass of Cell": ("DARTS", lambda net: as_class(net, model.Cell, ActivatedDerivedCell)),
+    "other sources": ("DARTS", lambda net: [cell.sources.__setitem__(3, 0) for cell in net.cells[:1]]),
+    "other outputs": ("DARTS", lambda net: set_all(net.cells, concat=(5, 4, 3, 2))),
+    "another stem": ("DARTS", lambda net: net.stem.append(nn.Hardtanh())),
+}
 
 
 def images(seed):
@@ -254,8 +300,14 @@ def images(seed):
 
 def changed_network(space, change, layers=3):
     torch.manual_seed(0)
-    net = ldarts.SearchNetwork(4, 10, 1 if space == "nasbench201" else layers, space).double()
-    net.to(memory_format=torch.channels_last)
+    if space in SPACES:
+        net = ldarts.SearchNetwork(4, 10, 1 if space == "nasbench201" else layers, space)
+    elif space == "201":
+        net = ldarts.NetworkNAS201(4, 10, 1, "|nor_conv_3x3~0|+|none~0|skip_connect~1|+"
+                                             "|avg_pool_3x3~0|nor_conv_1x1~1|nor_conv_3x3~2|")
+    else:
+        net = ldarts.Network(4, 10, layers, False, genotypes.load(space))
+    net.double().to(memory_format=torch.channels_last)
     net(images(1))  # the engine has planned it before
     torch.manual_seed(2)
     change(net)
@@ -266,10 +318,15 @@ def computed(net, layout):
     """Outputs, gradients, their gradients and statistics of a training pass; the output in evaluation."""
     net = net.to(memory_format=layout)
     x, y = images(3).contiguous(memory_format=layout), torch.tensor([1, 2, 3])
-    w = [p for p in net.weight_parameters() if p.requires_grad]
-    p = [q.detach().clone().requires_grad_() for q in net.cell_weights()]
+    if isinstance(net, ldarts.SearchNetwork):
+        w = [p for p in net.weight_parameters() if p.requires_grad]
+        p = [q.detach().clone().requires_grad_() for q in net.cell_weights()]
+        pass_through = partial(net, x, p)
+    else:
+        first, *w = [p for p in net.parameters() if p.requires_grad]  # of the stem: behind all the others
+        p, pass_through = [first], lambda: net(x, 0.4)[0]
     torch.manual_seed(4)
-    logits = net(x, p)
+    logits = pass_through()
     loss = F.cross_entropy(logits, y)
     first = torch.autograd.grad(loss, [*w, *p], create_graph=True, materialize_grads=True)
     result = {"logits": [logits], "gradients": first}
@@ -279,16 +336,19 @@ def computed(net, layout):
     result["statistics"] = [b.double().clone() for b in net.buffers()]
     net.eval()
     with torch.no_grad():
-        result["evaluation"] = [net(x)]
+        result["evaluation"] = [pass_through()]
     net.train()
     return result
 
 
 @needs_build
-@pytest.mark.parametrize("space, change", CHANGES.values(), ids=CHANGES)
-def test_a_fork_computes_what_its_modules_say(space, change, monkeypatch):
+@pytest.mark.parametrize("space, change", [*CHANGES.values(), *DERIVED_CHANGES.values()],
+                         ids=[*CHANGES, *(f"derived: {name}" for name in DERIVED_CHANGES)])
+def test_a_fork_computes_what_its_modules_say(space, change, request, monkeypatch):
     for layout in (torch.channels_last, torch.contiguous_format):
         monkeypatch.undo()
+        if "another drop path" in request.node.name:
+            monkeypatch.setattr(model, "drop_path", drop_channels)
         found = computed(changed_network(space, change), layout)
         net = changed_network(space, change)
         monkeypatch.setattr(fused, "engine_supports", lambda x: False)

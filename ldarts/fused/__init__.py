@@ -45,20 +45,23 @@ def engine_supports(x: Tensor) -> bool:
 
 
 class Engine:
-    """The engine's part in a network: how it computes the modules that it has met."""
+    """The engine's part in a network: how it computes the modules that it has met. devices: types of those on
+    which it does"""
 
-    def __init__(self):
+    def __init__(self, devices: Sequence[str] = ("cpu", "cuda", "meta")):
+        self.devices = devices
         # What was read for a module's plan, and the plan, or why there is none. Checked at every use.
         self._plans: weakref.WeakKeyDictionary[nn.Module, tuple[Reader, Plan | str]]
         self._plans = weakref.WeakKeyDictionary()
 
     def __reduce__(self):  # a copy of a network has other modules
-        return Engine, ()
+        return Engine, (self.devices,)
 
     def runner(self, x: Tensor) -> Callable[..., Tensor]:
         """run, for one pass of a network that reads x: run(module, *inputs) is module(*inputs), computed by
         the engine where it recognises the module."""
-        return Pass(self) if engine_supports(x) else run_plainly
+        supported = isinstance(x, Tensor) and x.device.type in self.devices and engine_supports(x)
+        return Pass(self) if supported else run_plainly
 
     def plan_of(self, module: nn.Module) -> Plan | str:
         """How a module is computed, or why it runs as it is. Made again when the module has changed."""
@@ -77,8 +80,9 @@ class Engine:
     def coverage(self, cells: Sequence[nn.Module]) -> str:
         """How many operations of these cells are computed by the engine; why not the first of the others.
 
-        cells: those of a network, in training mode.
+        cells: those of a network, in training mode; blocks of other kinds do not count.
         """
+        cells = [cell for cell in cells if count_operations(cell)]
         recognised, operations, refusals = 0, sum(map(count_operations, cells)), []
         for plan in map(self.plan_of, cells):
             recognised += plan.recognised if isinstance(plan, CellPlan) else 0
@@ -107,8 +111,8 @@ class Pass:
 
 
 def count_operations(cell: nn.Module) -> int:
-    """All but `none`, on the edges of a cell of model_search or model."""
-    edges = cell._ops if hasattr(cell, "_ops") else cell.edges.values() if hasattr(cell, "edges") else cell
+    """All but `none`, on the edges of a cell of model_search or model; 0 for other modules."""
+    edges = cell if isinstance(cell, nn.ModuleList) else getattr(cell, "_ops", getattr(cell, "edges", {}).values())
     of_edges = (edge if isinstance(edge, nn.ModuleList) else getattr(edge, "_ops", [edge]) for edge in edges)
     return sum(not isinstance(op, Zero) for ops in of_edges for op in ops)
 

@@ -229,7 +229,7 @@ class DerivedPlan(CellPlan):
         return [edge]
 
     def fits(self, *inputs: Any) -> bool:
-        return self.fits_states(inputs[: self.inputs]) and inputs[0].device.type == "cpu"
+        return self.fits_states(inputs[: self.inputs])
 
     def run(self, state_of: Callable[[Tensor], "State"], *inputs: Any) -> Tensor:
         """The cell's output, of its input states and, if it drops paths, the probability to drop one."""
@@ -332,17 +332,16 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
 
     if separable or dilated:
         pairs = [of_op[0] for of_op in separable + dilated]
-        first = separable_convolutions([state], None, pairs, p_dilated,
-                                       gamma_beta_of([pair.norm for pair in pairs[len(separable) :]]),
-                                       widths_of(plan.dilated))
+        gamma_beta = gamma_beta_of([pair.norm for pair in pairs[len(separable) :]])
+        first = separable_convolutions([state], None, pairs, p_dilated, widths_of(plan.dilated), gamma_beta)
         share_out(first.terms, plan.dilated)
     if separable:
         count = len(separable)
         affine = affine_of(first.rstd_mean[:count], gamma_beta_of([pair.norm for pair in pairs[:count]]))
         second_pairs = [of_op[1] for of_op in separable]
+        gamma_beta = gamma_beta_of([pair.norm for pair in second_pairs])
         second = separable_convolutions(first.z[:count], affine, second_pairs, p_separable,
-                                        gamma_beta_of([pair.norm for pair in second_pairs]),
-                                        widths_of(plan.separable))
+                                        widths_of(plan.separable), gamma_beta)
         share_out(second.terms, plan.separable)
     operations = sum(plan.others, [])
     if operations:

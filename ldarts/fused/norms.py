@@ -77,7 +77,8 @@ class Norms:
             return *compute(rstd_mean, p, grad_rstd_mean, sums, *self.numbers), None
         gamma = gamma_beta[0].double()
         scale, of_z, by_p = compute(rstd_mean, p, grad_rstd_mean, gamma[:, None] * sums, *self.numbers)
-        rstd, mean = rstd_mean.double()[self.z_of_term].unbind(1)
+        z_of_term = constant(tuple(self.z_of_term), torch.int64, rstd_mean)
+        rstd, mean = rstd_mean.double().index_select(0, z_of_term).unbind(1)
         of_grad, of_product = sums.unbind(1)
         by_gamma_beta = torch.stack([rstd * (of_product - mean * of_grad), of_grad])  # Σ G ẑ, Σ G
         return gamma * scale, of_z, by_p, by_gamma_beta.to(gamma_beta.dtype)

@@ -64,7 +64,7 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
 
 
 def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Sequence[Pair], p: Tensor,
-                           gamma_beta: Tensor | None, widths: Sequence[int]) -> Separable:
+                           widths: Sequence[int], gamma_beta: Tensor | None = None) -> Separable:
     """x: one input [N, C, H, W] for all pairs, or one each; affine: [2, pairs, C], s and b; None: 1 and 0.
 
     p, gamma_beta: of the pairs that are terms, the last of them (see normalised_terms); widths: how many of
@@ -210,7 +210,7 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
                 *by_z, *by_grad_z, *by_grads)
 
 
-def affine_of(rstd_mean: Tensor, gamma_beta: Tensor | None) -> Tensor:
+def affine_of(rstd_mean: Tensor, gamma_beta: Tensor | None = None) -> Tensor:
     """s = γ/σ and b = β − γ μ/σ, [2, pairs, C], in float64: their gradients nearly cancel in the one by μ."""
     rstd, mean = rstd_mean.double().unbind(1)
     if gamma_beta is None:
