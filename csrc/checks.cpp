@@ -97,10 +97,12 @@ Entries::Entries(at::TensorList terms, at::TensorList scales, at::TensorList shi
                       " and shift ", shift_of_entry[e], "; there are ", terms.size(), ", ", rows, " and ",
                       shift_rows);
   numbers = std::max<int64_t>(1, width);
-  if (numbers > 1 && terms[0].dim() == 4 && numbers == terms[0].size(0) * terms[0].size(1)) images = terms[0].size(0);
+  const at::Tensor& first = terms[0];
+  if (numbers > 1 && first.dim() == 4 && numbers == first.size(0) * first.size(1)) images = first.size(0);
   for (const auto& t : terms) {
     TORCH_CHECK_VALUE(numbers == 1 || (t.dim() == 4 && t.size(1) * images == numbers),
-                      "affine_sums: a term has shape ", t.sizes(), ", expected [N, ", numbers / images, ", H, W]");
+                      "affine_sums: a term has shape ", t.sizes(), ", expected [N, ", numbers / images,
+                      ", H, W]");
     z.push_back(numbers > 1 ? t.contiguous(at::MemoryFormat::ChannelsLast) : t);
   }
   format = check_terms("affine_sums", z);

@@ -102,8 +102,10 @@ struct Forward {
       T* to = z[u] + n * group.out_size();
       for (int64_t first = 0; first < group.out_h; first += rows) {
         const int64_t count = std::min(rows, group.out_h - first);
-        for (int64_t o = 0; o < count; ++o) group.convolve(pair, first + o, padded.data(), y.data() + o * group.row);
-        project<T>(group, pair, y.data(), count * group.out_w, to + first * group.row, nullptr, nullptr, part, z_sums);
+        for (int64_t o = 0; o < count; ++o)
+          group.convolve(pair, first + o, padded.data(), y.data() + o * group.row);
+        project<T>(group, pair, y.data(), count * group.out_w, to + first * group.row, nullptr, nullptr, part,
+                   z_sums);
       }
     }
   }

@@ -90,7 +90,8 @@ void sum_kernel(const std::vector<Sum>& sums, int64_t images, int64_t C, const T
     for (int64_t n = 0; n < images; ++n) {
       fill_pattern(job.shift.data() + n * repeat, repeat, sum.shift.data() + n * C, 1, C);
       for (int64_t m = 0; m < M; ++m)
-        fill_pattern(job.scale.data() + (n * M + m) * repeat, repeat, sum.scale.data() + (m * images + n) * C, 1, C);
+        fill_pattern(job.scale.data() + (n * M + m) * repeat, repeat, sum.scale.data() + (m * images + n) * C, 1,
+                     C);
     }
     work += M;
   }
@@ -152,8 +153,9 @@ Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shif
     }
     outs.push_back(at::empty_like(checked.z[0], checked.z[0].options().memory_format(checked.format)));
   }
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, outs[0].scalar_type(), "affine_sums",
-                                  [&] { sum_kernel<scalar_t>(sums, checked.images, numbers / checked.images, outs); });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, outs[0].scalar_type(), "affine_sums", [&] {
+    sum_kernel<scalar_t>(sums, checked.images, numbers / checked.images, outs);
+  });
   return outs;
 }
 

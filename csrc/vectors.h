@@ -77,8 +77,8 @@ void add_shifted_sums(T sum, T product, T shift, int64_t count, double& to_sum, 
   to_product += product + s * (count ? sum + all : all);
 }
 
-// visit(element, place in the pattern, count) for the vectors of `size` elements; the count is a constant but for
-// the last one.
+// visit(element, place in the pattern, count) for the vectors of `size` elements; the count is a constant but
+// for the last one.
 template <typename T, typename Visit>
 void each_vector(int64_t size, int64_t period, const Visit& visit) {
   constexpr int64_t V = kV<T>;

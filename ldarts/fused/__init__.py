@@ -112,7 +112,8 @@ class Pass:
 
 def count_operations(cell: nn.Module) -> int:
     """All but `none`, on the edges of a cell of model_search or model; 0 for other modules."""
-    edges = cell if isinstance(cell, nn.ModuleList) else getattr(cell, "_ops", getattr(cell, "edges", {}).values())
+    of_attributes = getattr(cell, "_ops", getattr(cell, "edges", {}).values())
+    edges = cell if isinstance(cell, nn.ModuleList) else of_attributes
     of_edges = (edge if isinstance(edge, nn.ModuleList) else getattr(edge, "_ops", [edge]) for edge in edges)
     return sum(not isinstance(op, Zero) for ops in of_edges for op in ops)
 

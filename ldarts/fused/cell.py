@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .normalised_sum import Copies, Terms, gamma_beta_of, node_sum, normalise, normalised_terms
-from .norms import constant
+from .norms import constant, ones
 from .recognise import (SETTINGS, Halves, Link, Reader, Unrecognised, drop_path_of, is_1x1, known_forwards,
                         meaning)
 from .separable import Pair, affine_of, pairs_of, separable_convolutions
@@ -206,8 +206,8 @@ class CellPlan(Plan):
                 terms += of_edge
                 others += of_modules
                 if drop is not None and of_edge:
-                    ones = x.new_ones(len(x), 1, 1, 1)
-                    factors.append((drop(ones) if dropped else ones).flatten())
+                    factor = x.new_ones(len(x), 1, 1, 1)
+                    factors.append((drop(factor) if dropped else factor).flatten())
             node_output = add_up(terms, others, torch.stack(factors) if factors else None)
             states.append(node_output.contiguous(memory_format=torch.channels_last))
         states = [states[j] for j in self.outputs]
@@ -237,8 +237,7 @@ class DerivedPlan(CellPlan):
         drop = None
         if isinstance(drop_prob, Tensor) or drop_prob > 0:
             drop = partial(self.drop_path, drop_prob=drop_prob)
-        ones = constant((1.0,) * self.edges, torch.promote_types(states[0].dtype, torch.float32), states[0])
-        return self.output(state_of, states, ones[:, None], drop)
+        return self.output(state_of, states, ones(self.edges, states[0])[:, None], drop)
 
 
 def module_term(term: ModuleTerm, x: Tensor, p: Tensor) -> Tensor:

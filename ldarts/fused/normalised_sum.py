@@ -20,7 +20,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .norms import Norms, constant
+from .norms import Norms, ones
 from .sums import affine_sums, channel_sums
 
 
@@ -34,9 +34,10 @@ class Terms(NamedTuple):
 
 
 def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2d]],
-                     edges: Sequence[Sequence[int]], p: Tensor, gamma_beta: Tensor | None = None) -> list[Terms]:
-    """-> for each edge the terms p ẑ_k, k from `edges`; p [sum of their lengths]; or, with gamma_beta [2, their
-    number, C], γ ẑ_k + β, where p is 1.
+                     edges: Sequence[Sequence[int]], p: Tensor,
+                     gamma_beta: Tensor | None = None) -> list[Terms]:
+    """-> for each edge the terms p ẑ_k, k from `edges`; p [sum of their lengths]. With gamma_beta, [2, as many,
+    C], whose p are 1, the terms γ ẑ_k + β.
 
     norms: the batch norms that z_k stands before, all with the same result; none: the term is p z_k. Moves
     their running statistics, as BatchNorm2d does in training.
@@ -68,8 +69,8 @@ def node_sum(terms: Sequence[Terms], factors: Tensor | None = None) -> Tensor:
 
 def normalise(z: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> list[Tensor]:
     """norm(z) of each z [N, C, H, W] in training, as a node of one term."""
-    p = constant((1.0,) * len(z), torch.promote_types(z[0].dtype, torch.float32), z[0])
-    terms = normalised_terms(z, [[norm] for norm in norms], [[k] for k in range(len(z))], p, gamma_beta_of(norms))
+    p, edges = ones(len(z), z[0]), [[k] for k in range(len(z))]
+    terms = normalised_terms(z, [[norm] for norm in norms], edges, p, gamma_beta_of(norms))
     return [node_sum([term]) for term in terms]
 
 
@@ -110,12 +111,14 @@ class NodeSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, terms, factors, *placeholders):
-        zs, scales, shifts = [z for t in terms for z in t.z], [t.scale for t in terms], [t.shift for t in terms]
+        zs = [z for t in terms for z in t.z]
+        scales, shifts = ([getattr(t, name) for t in terms] for name in ("scale", "shift"))
         ctx.count, ctx.factors = len(placeholders), None
-        if factors is not None:  # for each image numbers of its own, [rows, N * C]
-            ctx.factors = factors.repeat_interleave(zs[0].shape[1], 1)
-            scales, shifts = ([rows.repeat(1, factors.shape[1]) * of_edge for rows, of_edge in zip(all_rows, ctx.factors)]
-                              for all_rows in (scales, shifts))
+        if factors is not None:  # each image has numbers of its own, [rows, N * C]
+            images, C = factors.shape[1], zs[0].shape[1]
+            ctx.factors = factors.repeat_interleave(C, 1)
+            scales, shifts = ([rows.repeat(1, images) * factor for rows, factor in zip(of_edges, ctx.factors)]
+                              for of_edges in (scales, shifts))
         return affine_sums(zs, scales, shifts, [[(m, m, m) for m in range(len(zs))]])[0]
 
     @staticmethod
@@ -123,7 +126,8 @@ class NodeSum(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         if ctx.factors is None:
             return None, None, *Copies.apply(grad, ctx.count)
-        return None, None, *affine_sums([grad], [ctx.factors], [], [[(0, edge, -1)] for edge in range(ctx.count)])
+        entries = [[(0, edge, -1)] for edge in range(ctx.count)]
+        return None, None, *affine_sums([grad], [ctx.factors], [], entries)
 
 
 class Copies(torch.autograd.Function):
@@ -193,7 +197,8 @@ class TermGradients(torch.autograd.Function):
             sums = channel_sums(*norms.terms_of(grads, zs))
             scale, of_z, *_ = norms.gradients(*inputs, sums)
         of_w = channel_sums([*w, *norms.terms_of(grads, w)[0]], [*zs, *norms.terms_of(grads, w)[1]])
-        *by_inputs, by_sums = norms.derivatives((*inputs, sums), (of_w[K:, 1], of_w[:K], grad_p, grad_gamma_beta))
+        by_results = of_w[K:, 1], of_w[:K], grad_p, grad_gamma_beta
+        *by_inputs, by_sums = norms.derivatives((*inputs, sums), by_results)
         by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_sums)
         return None, *by_inputs, *by_z, *by_grads
 

@@ -16,6 +16,11 @@ def constant(numbers: tuple[float, ...], dtype: torch.dtype, like: Tensor) -> Te
     return make(numbers, dtype, like.device)
 
 
+def ones(count: int, like: Tensor) -> Tensor:
+    """p of terms without one, in float32 or wider."""
+    return constant((1.0,) * count, torch.promote_types(like.dtype, torch.float32), like)
+
+
 def membership(rows: tuple[int, ...], count: int, like: Tensor) -> Tensor:
     """[count, len(rows)] in float64: 1 in row r and column i where rows[i] is r. A product with it adds up
     what belongs to each r, always in one order. Made once."""
@@ -55,9 +60,9 @@ class Norms:
 
     def statistics(self, sums: Tensor, p: Tensor, gamma_beta: Tensor | None,
                    eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """sums: Σz, Σz² of each z with a norm, [norms, 2, C]; gamma_beta: [2, terms, C], γ and β of the norms,
-        where p is 1, or None -> of each z 1/σ and μ, mean and variance [z, 2, C]; scale and shift of each term
-        [2, terms, C]. Not differentiable."""
+        """sums: Σz, Σz² of each z with a norm, [norms, 2, C]; gamma_beta: γ and β of each term's norm, [2,
+        terms, C], where p is 1, or None -> of each z 1/σ and μ, mean and variance [z, 2, C]; scale and shift
+        of each term [2, terms, C]. Not differentiable."""
         rstd_mean, mean_var, scale_shift = torch.ops.ldarts.norm_statistics(
             sums, self.has_norm, p, self.z_of_term, self.count, eps)
         if gamma_beta is not None:
@@ -65,8 +70,9 @@ class Norms:
             scale_shift = torch.stack([gamma * scale, gamma * shift + beta])
         return rstd_mean, mean_var, scale_shift
 
-    def gradients(self, rstd_mean: Tensor, p: Tensor, grad_rstd_mean: Tensor | None, gamma_beta: Tensor | None,
-                  sums: Tensor, compute: Callable | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def gradients(self, rstd_mean: Tensor, p: Tensor, grad_rstd_mean: Tensor | None,
+                  gamma_beta: Tensor | None, sums: Tensor,
+                  compute: Callable | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """sums: ΣG, ΣG z of each term -> scale [terms, C], of_z [z, 2, C], by p [terms], by γ and β.
 
         The gradient by a z is Σ scale G over its terms + of_z[0] + of_z[1] z. grad_rstd_mean: that by 1/σ and
@@ -83,7 +89,8 @@ class Norms:
         by_gamma_beta = torch.stack([rstd * (of_product - mean * of_grad), of_grad])  # Σ G ẑ, Σ G
         return gamma * scale, of_z, by_p, by_gamma_beta.to(gamma_beta.dtype)
 
-    def derivatives(self, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def derivatives(self, inputs: Sequence[Tensor | None],
+                    grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients by the inputs of `gradients`, of those by its results."""
         return differentiate(partial(self.gradients, compute=norm_gradients_ref), inputs, grads)
 

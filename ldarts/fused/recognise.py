@@ -25,7 +25,7 @@ SETTINGS = {
     nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
 }
-WIRING = "_steps", "_multiplier", "max_nodes", "sources", "concat"  # numbers in cells, on which their forwards depend
+WIRING = "_steps", "_multiplier", "max_nodes", "sources", "concat"  # what cells' forwards read beside modules
 SETTINGS_OF = {of_type: itemgetter(*names) for of_type, names in SETTINGS.items() if names}
 
 
@@ -108,8 +108,8 @@ def derived_nas201_cell(self, x):
 
 
 def meaning(function: Callable) -> tuple | None:
-    """A function's instructions, and what global names stand for in it, but for drop_path (see drop_path_of); None
-    for a closure, or what is no plain function."""
+    """A function's instructions, and what global names stand for in it, but for drop_path (see drop_path_of);
+    None for a closure, or what is no plain function."""
     if not isinstance(function, types.FunctionType) or function.__closure__ or function.__defaults__:
         return None
     scope, names = vars(builtins) | function.__globals__, {}

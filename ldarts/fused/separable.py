@@ -135,7 +135,8 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         """-> the results; sums that their derivatives need again. asked: by x and affine, by the weights"""
         x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
         grad_sums = channel_sums(*norms.terms_of(grads, zs)) if grads else no_sums(zs[0])
-        scale, of_z, by_p, by_gamma_beta = norms.gradients(rstd_mean, p, grad_rstd_mean, gamma_beta, grad_sums)
+        scale, of_z, by_p, by_gamma_beta = norms.gradients(rstd_mean, p, grad_rstd_mean, gamma_beta,
+                                                           grad_sums)
         by_x, sums, by_depthwise, by_pointwise, _, _ = torch.ops.ldarts.separable_backward(
             x, [], affine, depthwise, pointwise, *geometry, zs, grad_z, norms.terms_of(grads, zs)[0], scale,
             of_z, *asked, False)
