@@ -229,32 +229,88 @@ def test_channels_last_computes_what_the_default_layout_does():
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["none", "central", "exact"])
-def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", [
-        "bench", "step", "--json", "--search_space", "s2", "--init_channels", "4", "--layers", "4",
-        "--batch_size", "4", "--steps", "1", "--lambda_grad", method, "--device", "cpu"])
+def timed(monkeypatch, capsys, *flags):
+    """(what bench prints with --json of a small network, its progress on standard error)"""
+    monkeypatch.setattr("sys.argv", ["bench", *flags, "--json", "--init_channels", "4", "--layers", "4",
+                                     "--batch_size", "2", "--steps", "1", "--device", "cpu"])
     monkeypatch.setattr("ldarts.errors.progress.__defaults__", (0.001,))
     bench.main()
     printed = capsys.readouterr()
-    for where in ("search step: round 1 of 2", "step of w: round 1 of 2", "profile: step 1 of 1"):
-        assert where in printed.err
-    found = json.loads(printed.out)
-    assert 0 < found["seconds_per_weight_step"] < 2 * found["seconds_per_step"] and found["peak_mib"] > 50
+    return json.loads(printed.out), printed.err
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """(form, whether in channels-last) of each pass of a network in the test, by its call of the stem."""
+    found = []
+
+    def watch(owner, name, form):
+        original = getattr(owner, name)
+
+        def run(*args):
+            if isinstance(args[-2], torch.nn.Sequential):
+                found.append((form, args[-1].is_contiguous(memory_format=torch.channels_last)))
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, run)
+
+    watch(fused.Pass, "__call__", "engine")
+    watch(bench, "run_plainly", "plain")
+    return found
+
+
+@pytest.mark.parametrize("method", ["none", "central", "exact"])
+def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
+    calls = []
+    for name in ("search_step", "weight_step"):
+        def call(*args, function=getattr(bench, name), name=name, **options):
+            calls.append((name, options["method"] or "none"))
+            return function(*args, **options)
+
+        monkeypatch.setattr(bench, name, call)
+    found, progress = timed(monkeypatch, capsys, "step", "--search_space", "s2", "--lambda_grad", method)
+    assert "step: round 1 of 2\n" in progress and "weight_step: round 1 of 2\n" in progress
+    assert calls == [("search_step", method)] * 2 + [("weight_step", method)] * 2 + [("search_step", method)]
+    assert min(found["seconds_per_step"], found["seconds_per_weight_step"]) > 0 and found["peak_mib"] > 50
     assert len(found["operations"]) == 10 and found["operations"][0]["ms"] >= found["operations"][9]["ms"] > 0
 
 
-def test_a_compared_step_is_plain_twice_and_ours_once(monkeypatch, capsys):
-    sums, normalised = [], ldarts.fused.cell.node_sum
-    monkeypatch.setattr("ldarts.fused.cell.node_sum", lambda *terms: sums.append(1) or normalised(*terms))
-    monkeypatch.setattr("sys.argv", [
-        "bench", "step", "--compare", "--json", "--search_space", "s2", "--init_channels", "4",
-        "--layers", "4", "--batch_size", "2", "--steps", "1", "--lambda_grad", "none", "--device", "cpu"])
+FORMS = {"default layout": ("plain", False), "channels-last": ("plain", True), "ours": ("engine", True)}
+
+
+@needs_build
+@pytest.mark.parametrize("flags, passes_a_step", [
+    ("step --compare --search_space s2 --lambda_grad none", 2), ("eval", 1)])
+def test_compared_steps_take_turns(flags, passes_a_step, passes, monkeypatch, capsys):
+    found, _ = timed(monkeypatch, capsys, *flags.split())
+    assert passes == [form for form in FORMS.values() for _ in range(passes_a_step)] * 2
+    seconds = {row["variant"]: row["seconds"] for row in found["variants"]}
+    assert list(seconds) == list(FORMS) and min(seconds.values()) > 0
+    for row in found["variants"]:
+        assert row["times_ours"] == pytest.approx(row["seconds"] / seconds["ours"])
+
+
+@needs_build
+@pytest.mark.parametrize("variant", FORMS)
+def test_one_variant_of_training_has_its_memory_and_a_profile(variant, passes, monkeypatch, capsys):
+    found, _ = timed(monkeypatch, capsys, "eval", "--variant", variant, "--profile", "3")
+    assert passes == [FORMS[variant]] * 3 and len(found["operations"]) == 3
+    assert found["seconds_per_step"] > 0 and found["peak_mib"] > 50
+
+
+@needs_build
+def test_rows_of_the_sum_are_printed_with_their_ratios(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", *"mixed_sum --stages 3 --terms 2 --layouts contiguous --dtypes "
+                                     "float32 --no-compile --device cpu".split()])
     bench.main()
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["seconds"]) == ["default layout", "channels-last", "ours"]
-    assert min(found["seconds"].values()) > 0
-    assert len(sums) == 2 * 2 * 4 * 4  # calls, passes by α and w, cells, nodes: of ours alone
+    facts, *table = capsys.readouterr().out.splitlines()
+    header, *rows = (line.split(" | ") for line in table)
+    assert "command mixed_sum" in facts and [row[4] for row in rows] == ["forward", "forward+backward"]
+    for row, moved in zip(rows, (3, 8)):  # tensors of the size of a term; a copy of both terms moves 4
+        row = {name: float(cell) for name, cell in zip(header[5:], row[5:])}
+        assert row["speedup"] == pytest.approx(row["reference_ms"] / row["fused_ms"], rel=0.01)
+        assert row["of_copy"] == pytest.approx(moved / 4 * row["copy_ms"] / row["fused_ms"], rel=0.01)
+        assert row["GBps"] == pytest.approx(moved * 64 * 64 * 8 * 8 * 4 / row["fused_ms"] / 1e6, rel=0.01)
 
 
 @pytest.mark.parametrize("space, layers", [("s2", 4), ("nasbench201", 1)])
