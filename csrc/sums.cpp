@@ -127,10 +127,12 @@ void sum_kernel(const std::vector<Sum>& sums, int64_t images, int64_t C, const T
 // Rows of C numbers, one tensor after the other, in float64.
 std::vector<double> rows_of(at::TensorList tensors) {
   std::vector<double> rows;
-  for (const auto& t : tensors) {
-    const auto wide = t.to(at::kDouble).contiguous();
-    rows.insert(rows.end(), wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel());
-  }
+  for (const auto& t : tensors)
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, t.scalar_type(), "rows_of", [&] {
+      const auto dense = t.contiguous();
+      const auto* numbers = dense.const_data_ptr<scalar_t>();
+      rows.insert(rows.end(), numbers, numbers + dense.numel());
+    });
   return rows;
 }
 

@@ -20,7 +20,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .norms import Norms, ones
+from .norms import Norms, constant, ones
 from .sums import affine_sums, channel_sums
 
 
@@ -45,8 +45,7 @@ def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2
     behind = Norms(edges, [bool(of_z) for of_z in norms], pixels(z[0]))
     eps = next((of_z[0].eps for of_z in norms if of_z), 0.0)
     _, mean_var, scale_shift, *placeholders = NormalisedTerms.apply(behind, eps, p, gamma_beta, *z)
-    moments = [of_z for of_z, its_norms in zip(mean_var.unbind(), norms) for _ in its_norms]
-    move_statistics([norm for its_norms in norms for norm in its_norms], moments, behind.count)
+    move_statistics(norms, mean_var, behind.count)
     return terms_of_edges(placeholders, [[z[k] for k in edge] for edge in edges], scale_shift)
 
 
@@ -85,18 +84,21 @@ def gamma_beta_of(norms: Sequence[nn.BatchNorm2d | None]) -> Tensor | None:
 
 
 @torch.no_grad()
-def move_statistics(norms: Sequence[nn.BatchNorm2d], mean_var: Sequence[Tensor], count: int) -> None:
-    """Running statistics after a batch: `count` pixels, mean and (biased) variance for each norm, [2, C]."""
-    by_momentum: dict[float, list[tuple[nn.BatchNorm2d, Tensor]]] = {}
-    for norm, of_norm in zip(norms, mean_var):
-        if norm.track_running_stats and norm.running_mean is not None:
-            by_momentum.setdefault(norm.momentum, []).append((norm, of_norm.to(norm.running_mean.dtype)))
+def move_statistics(norms: Sequence[Sequence[nn.BatchNorm2d]], mean_var: Tensor, count: int) -> None:
+    """Running statistics after a batch. norms: those behind each z; mean_var: mean and (biased) variance of each
+    z, [z, 2, C], over `count` pixels"""
+    unbiased = constant((1.0, count / max(1, count - 1)), mean_var.dtype, mean_var)[:, None]
+    moments = (mean_var * unbiased).flatten(0, 1).unbind()
+    by_momentum: dict[float, list[tuple[nn.BatchNorm2d, Tensor, Tensor]]] = {}
+    for its_norms, mean, variance in zip(norms, moments[::2], moments[1::2]):
+        for norm in its_norms:
+            if norm.track_running_stats and norm.running_mean is not None:
+                dtype = norm.running_mean.dtype
+                by_momentum.setdefault(norm.momentum, []).append((norm, mean.to(dtype), variance.to(dtype)))
     for momentum, tracked in by_momentum.items():
-        tracking, mean_var = zip(*tracked)
-        mean, variance = zip(*mean_var)
-        unbiased = torch._foreach_mul(variance, count / max(1, count - 1))
+        tracking, mean, variance = zip(*tracked)
         torch._foreach_lerp_([norm.running_mean for norm in tracking], mean, momentum)
-        torch._foreach_lerp_([norm.running_var for norm in tracking], unbiased, momentum)
+        torch._foreach_lerp_([norm.running_var for norm in tracking], variance, momentum)
         if counts := [norm.num_batches_tracked for norm in tracking if norm.num_batches_tracked is not None]:
             torch._foreach_add_(counts, 1)
 

@@ -75,7 +75,7 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
     rstd_mean, mean_var, scale_shift, *tensors = SeparableConvolutions.apply(
         (stride, dilations), pairs[0][2].eps, widths, affine, p, gamma_beta, *x, *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
-    move_statistics([norm for _, _, norm in pairs], mean_var, pixels(z[0]))
+    move_statistics([[norm] for _, _, norm in pairs], mean_var, pixels(z[0]))
     of_edges = split(z[len(z) - len(p) :], widths)
     return Separable(z, rstd_mean, terms_of_edges(placeholders, of_edges, scale_shift))
 
