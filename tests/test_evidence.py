@@ -11,6 +11,7 @@ from torch import nn
 
 import train_eval
 import train_search
+from evidence import growth
 from ldarts import NetworkImageNet, genotypes, nasbench201, runs, visualize
 from ldarts.operations import OPS
 from ldarts.runs import count_multiply_adds, count_parameters
@@ -94,8 +95,37 @@ def test_a_group_of_runs_has_one_colour_in_all_panels_and_in_the_legend(monkeypa
     legend = {line.get_label(): line.get_color() for line in axes[0].figure.legends[0].get_lines()}
     assert list(legend) == ["search (n = 2)", "evaluation (n = 2)"] and len(set(legend.values())) == 2
     assert all(line.get_color() == legend[line.get_label()] for ax in axes for line in ax.lines)
-    ends = {ax.get_title(): [line.get_ydata()[-1] for line in ax.lines if len(line.get_ydata())] for ax in axes}
-    assert ends == {"validation accuracy, %": [30.0], "test accuracy, %": [60.5], "training loss": [3.0, 1.0]}
+    curves = {ax.get_title(): [list(line.get_ydata()) for line in ax.lines] for ax in axes}
+    assert curves == {"validation accuracy, %": [[30.0] * 3, []], "test accuracy, %": [[], [60.5]],
+                      "training loss": [[3.0] * 3, [2.0, 1.0]]}
+
+
+def test_growth_is_measured_by_settings_and_drawn_with_its_ratios(tmp_path, monkeypatch):
+    sizes = []
+
+    def compare(args, variants):
+        assert list(variants) == ["channels-last", "ours"] and (args.command, args.steps) == ("step", 2)
+        sizes.append((torch.get_num_threads(), args.batch_size, args.init_channels, args.layers))
+        return {"channels-last": 3.0 * len(sizes), "ours": 1.0 + len(sizes)}
+
+    monkeypatch.setattr(growth.bench, "compare", compare)
+    threads = torch.get_num_threads()
+    try:
+        growth.measure(["--steps", "2"], tmp_path / "growth.json")
+    finally:
+        torch.set_num_threads(threads)
+    settings = [(8, 16, 8), (16, 8, 8), (16, 16, 4), (16, 16, 8), (16, 16, 14), (16, 32, 8), (32, 16, 8),
+                (64, 16, 8)]
+    assert sizes == [(n, *setting) for n in (1, 2) for setting in settings]
+    found = json.loads((tmp_path / "growth.json").read_text())
+    assert {"command", "device", "date", "torch"} < set(found) and len(found["rows"]) == 16
+    panels = drawn(monkeypatch, growth.draw, found)
+    for ax, rows in zip(panels, ((0, 3, 6, 7), (1, 3, 5), (2, 3, 4)), strict=True):
+        channels_last, ours, _, ours_by_2_threads = (list(line.get_ydata()) for line in ax.lines)
+        assert channels_last == [3.0 * (1 + row) for row in rows] and ours == [2.0 + row for row in rows]
+        assert ours_by_2_threads == [10.0 + row for row in rows]
+        ratios = [3 * (1 + row) / (2 + row) for row in (*rows, *(8 + row for row in rows))]
+        assert [text.get_text() for text in ax.texts] == [f"{ratio:.1f}×" for ratio in ratios]
 
 
 def write_run(path, seed, accuracy, **config):
