@@ -10,8 +10,6 @@
 The network has 20 cells and 36 channels and is trained for 600 epochs; on ImageNet 14 cells, 48 channels, 250
 epochs. A cell of S1 to S4 on CIFAR-100 and SVHN: 8 cells, 16 channels.
 """
-from contextlib import ExitStack
-
 import torch
 from torch import nn
 
@@ -34,11 +32,6 @@ def imagenet_rate(epoch, args):
 
 
 def main():
-    with ExitStack() as at_end:
-        train(at_end)
-
-
-def train(at_end):
     args, genotype, remarks = parse_eval_args()
     if args.deterministic:
         set_deterministic()
@@ -103,45 +96,46 @@ def train(at_end):
     uses_engine = device.type == "cpu" and layout is torch.channels_last and not args.compile
     facts = {"parameters": count_parameters(net), "multiply_adds": count_multiply_adds(net, image),
              "machine": machine_facts(device, engine=uses_engine, graph=False)}
-    run = Run("eval", args, processes, {"model": net, "optimizer": optimizer, "scheduler": scheduler},
-              len(train_batches), [train_set, test_set], at_end, facts, {"genotype": to_json(genotype)})
-    run.write("genotype.json", to_json(genotype))
-    for remark in remarks + layout_remarks:
-        run.log(remark)
-    run.log(f"{run.path}: {args.arch} on {args.dataset}, {len(train_set.labels)} images, "
-            f"{facts['parameters']:,} parameters, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds, "
-            f"on {device}")
-    if uses_engine and compiled_for("cpu"):
-        run.log(net.engine.coverage(net.cells))
-    for epoch in range(run.epoch, args.epochs):
-        net.train()
-        drop_path_prob = args.drop_path_prob * epoch / args.epochs
-        if args.compile and args.drop_path_prob:  # as a tensor, or every epoch would compile again
-            drop_path_prob = torch.tensor(drop_path_prob, device=device)
-        for step, (x, y) in enumerate(train_batches.epoch(epoch, start=run.step), run.step):
+    parts = {"model": net, "optimizer": optimizer, "scheduler": scheduler}
+    with Run("eval", args, processes, parts, len(train_batches), [train_set, test_set], facts,
+             {"genotype": to_json(genotype)}) as run:
+        run.write("genotype.json", to_json(genotype))
+        for remark in remarks + layout_remarks:
+            run.log(remark)
+        run.log(f"{run.path}: {args.arch} on {args.dataset}, {len(train_set.labels)} images, "
+                f"{facts['parameters']:,} parameters, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds, "
+                f"on {device}")
+        if uses_engine and compiled_for("cpu"):
+            run.log(net.engine.coverage(net.cells))
+        for epoch in range(run.epoch, args.epochs):
+            net.train()
+            drop_path_prob = args.drop_path_prob * epoch / args.epochs
+            if args.compile and args.drop_path_prob:  # as a tensor, or every epoch would compile again
+                drop_path_prob = torch.tensor(drop_path_prob, device=device)
+            for step, (x, y) in enumerate(train_batches.epoch(epoch, start=run.step), run.step):
+                run.seed()
+                logits, logits_aux = forward(x, drop_path_prob)
+                loss = smoothed(logits.float(), y)
+                total = loss
+                if logits_aux is not None:
+                    total = loss + args.auxiliary_weight * smoothed(logits_aux.float(), y)
+                # Behind noise or `none`, weights may not reach the logits: their gradient is 0.
+                grads = torch.autograd.grad(total, list(net.parameters()), materialize_grads=True)
+                loss, *grads = processes.average([loss.detach(), *grads])
+                for p, grad in zip(net.parameters(), grads):
+                    p.grad = grad
+                nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+                optimizer.step()
+                run.after_step(loss, logits, y)
+            scheduler.step()
             run.seed()
-            logits, logits_aux = forward(x, drop_path_prob)
-            loss = smoothed(logits.float(), y)
-            total = loss
-            if logits_aux is not None:
-                total = loss + args.auxiliary_weight * smoothed(logits_aux.float(), y)
-            # Behind noise or `none`, weights may not reach the logits: their gradient is 0.
-            grads = torch.autograd.grad(total, list(net.parameters()), materialize_grads=True)
-            loss, *grads = processes.average([loss.detach(), *grads])
-            for p, grad in zip(net.parameters(), grads):
-                p.grad = grad
-            nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-            optimizer.step()
-            run.after_step(loss, logits, y)
-        scheduler.step()
-        run.seed()
-        train_loss, train_accuracy, _ = run.meter.read()
-        test_loss, test_accuracy = test()
-        best = max([test_accuracy, *(values["test_accuracy"] for values in run.history)])
-        run.log(f"epoch {epoch}: test loss {test_loss:.4f}, accuracy {test_accuracy:.2f} % "
-                f"(best {best:.2f} %)")
-        run.end_epoch({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
-                       "test_loss": test_loss, "test_accuracy": test_accuracy})
+            train_loss, train_accuracy, _ = run.meter.read()
+            test_loss, test_accuracy = test()
+            best = max([test_accuracy, *(values["test_accuracy"] for values in run.history)])
+            run.log(f"epoch {epoch}: test loss {test_loss:.4f}, accuracy {test_accuracy:.2f} % "
+                    f"(best {best:.2f} %)")
+            run.end_epoch({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
+                           "test_loss": test_loss, "test_accuracy": test_accuracy})
     processes.close()
 
 

@@ -10,7 +10,6 @@
 Writes runs/<name>/ and prints the genotype and the command that trains it. Movahedi et al., ICLR 2023.
 """
 import shlex
-from contextlib import ExitStack
 from itertools import chain, islice
 from statistics import fmean
 
@@ -56,12 +55,19 @@ def measure_cells(arch, probes, kind):
     return values
 
 
+def measure_alphas(net, dataset):
+    """What α says: values for a line of metrics.jsonl; of a cell of nasbench201 its true accuracies, too."""
+    genotype, alphas = net.genotype(), net.arch_parameters()
+    p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in alphas])
+    truth = nasbench201.look_up(genotype, dataset)._asdict() if isinstance(genotype, str) else {}
+    return {"entropy": float(torch.special.entr(p).sum(-1).mean()),
+            "gini": float((1 - p.square().sum(-1)).mean()),  # 1 − Σ p²: 0 where p is saturated
+            "skip_connections": skip_connections(genotype),
+            "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in alphas],
+            **{f"true_{name}": accuracy for name, accuracy in truth.items()}}
+
+
 def main():
-    with ExitStack() as at_end:
-        search(at_end)
-
-
-def search(at_end):
     args = parse_search_args()
     if args.deterministic:
         set_deterministic()
@@ -69,14 +75,17 @@ def search(at_end):
     amp, graph = amp_dtype(args.amp, device), uses_graph(args)
     processes = Processes(device)
     train_set, _ = load(args.dataset, args.data, device, args.seed, size=args.image_size)
+    check_images(*train_set.images.shape[2:], args.batch_size // processes.world)
     for_w, for_alpha = halves(len(train_set.labels), args.train_portion, args.seed)
     train_batches, valid_batches = (
-        Batches(train_set, part, args.batch_size, args.seed, tag=tag, augment=True,
+        Batches(train_set, half, args.batch_size, args.seed, tag=tag, augment=True,
                 cutout_length=args.cutout_length if args.cutout else 0, memory_format=layout,
                 rank=processes.rank, world=processes.world)
-        for part, tag in ((for_w, "train"), (for_alpha, "valid")))
+        for half, tag in ((for_w, "train"), (for_alpha, "valid")))
+    most = min(len(train_batches), len(valid_batches))
+    if args.probe_batches and args.probe_batches > most:
+        raise InputError(f"--probe_batches {args.probe_batches}: an epoch has {most}; use at most as many")
 
-    check_images(*train_set.images.shape[2:], args.batch_size // processes.world)
     seed_everything(args.seed)
     net = SearchNetwork(args.init_channels, train_set.num_classes, args.layers, args.search_space)
     net.to(device, memory_format=layout)
@@ -84,9 +93,6 @@ def search(at_end):
     if args.lambda_reg and normal_cells < 2:
         raise InputError(f"--lambda_reg {args.lambda_reg} with {args.layers} cells: Λ compares normal cells "
                          f"and here is {normal_cells}; use --layers 4 or more, or --lambda_reg 0")
-    most = min(len(train_batches), len(valid_batches))
-    if args.probe_batches and args.probe_batches > most:
-        raise InputError(f"--probe_batches {args.probe_batches}: an epoch has {most}; use at most as many")
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(net.weight_parameters(), args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay, fused=True)
@@ -102,70 +108,64 @@ def search(at_end):
 
     parts = {"model": net, "optimizer": optimizer, "arch": arch.optimizer, "scheduler": scheduler}
     facts = {"machine": machine_facts(device, engine=True, graph=graph)}  # compiles the engine if need be
-    run = Run("search", args, processes, parts, len(train_batches), [train_set], at_end, facts)
-    weights = sum(p.numel() for p in net.weight_parameters())
-    run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
-            f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
-    if compiled_for(device.type) and layout is torch.channels_last:
-        run.log(net.engine.coverage(net.searched_cells()))
-    probe = next(eval_batches(train_set, valid_batches.indices, args.batch_size, memory_format=layout))
-    if graph:
-        take = Captured(take, net, [optimizer, arch.optimizer], run.log)
-    for epoch in range(run.epoch, args.epochs):
-        lambda_t = args.lambda_reg * epoch / max(1, args.epochs - 1)
-        grown = args.cutout_prob * epoch / max(1, args.epochs - 1)
-        net.train()
-        method = args.lambda_grad if lambda_t else None  # the first epoch has λ = 0
-        weight = torch.tensor(lambda_t, device=device)
-        first = run.step
-        for step, train in enumerate(train_batches.epoch(epoch, grown, start=first), first):
-            if step == first or step % len(valid_batches) == 0:  # α's images, in another order each time
-                valid_stream = valid_batches.epoch(epoch, grown, *divmod(step, len(valid_batches)))
-            run.seed()
-            grads = take(*train, *next(valid_stream), weight, method=method)
-            run.after_step(grads.loss, grads.logits, train[1], grads.clipped, Λ=grads.alignment)
-        scheduler.step()
+    with Run("search", args, processes, parts, len(train_batches), [train_set], facts) as run:
+        weights = sum(p.numel() for p in net.weight_parameters())
+        run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
+                f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
+        if compiled_for(device.type) and layout is torch.channels_last:
+            run.log(net.engine.coverage(net.searched_cells()))
+        if graph:
+            take = Captured(take, net, [optimizer, arch.optimizer], run.log)
+        for epoch in range(run.epoch, args.epochs):
+            lambda_t = args.lambda_reg * epoch / max(1, args.epochs - 1)
+            cutout_prob = args.cutout_prob * epoch / max(1, args.epochs - 1)
+            method = args.lambda_grad if lambda_t else None  # the first epoch has λ = 0
+            weight = torch.tensor(lambda_t, device=device)
+            net.train()
+            first = run.step
+            for step, train in enumerate(train_batches.epoch(epoch, cutout_prob, start=first), first):
+                if step == first or step % len(valid_batches) == 0:  # α's images, each time in a new order
+                    valid = valid_batches.epoch(epoch, cutout_prob, *divmod(step, len(valid_batches)))
+                run.seed()
+                grads = take(*train, *next(valid), weight, method=method)
+                run.after_step(grads.loss, grads.logits, train[1], grads.clipped, Λ=grads.alignment)
+            scheduler.step()
 
-        run.seed()
-        train_loss, train_accuracy, clipped = run.meter.read()
-        # The batches of the last step, which a resumed run may not have taken itself.
-        last = len(train_batches) - 1
-        last_train, last_valid = (next(batches.epoch(epoch, grown, *divmod(last, len(batches))))
-                                  for batches in (train_batches, valid_batches))
-        loss_norm, lambda_norm = arch.gradient_norms(last_train, args.lambda_kind, args.epsilon, method)
-        probes = {"train": [last_train], "valid": [last_valid]}
-        if args.probe_batches:  # of an epoch that no step is taken on: new crops of the same images
-            probes = {half: islice(batches.epoch(args.epochs + epoch, grown), args.probe_batches)
-                      for half, batches in (("train", train_batches), ("valid", valid_batches))}
-        of_cells = measure_cells(arch, probes, args.lambda_kind) if normal_cells > 1 else {}
-        curvature = {"alpha_eigenvalue": arch.alpha_eigenvalue(probe)} if args.eigenvalue else {}
-        net.eval()
-        processes.take_from_first(net.buffers())
-        share = valid_batches.indices[processes.rank :: processes.world]
-        batches = eval_batches(train_set, share, args.batch_size, memory_format=layout)
-        valid_loss, valid_accuracy = evaluate(net, criterion, batches, processes)
-        genotype, alphas = net.genotype(), net.arch_parameters()
-        p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in alphas])
-        values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
-                  "valid_loss": valid_loss, "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t,
-                  **of_cells, **curvature, "lambda_grad_norm": lambda_t * float(lambda_norm),
-                  "loss_grad_norm": float(loss_norm), "clipped": clipped,
-                  "entropy": float(torch.special.entr(p).sum(-1).mean()),
-                  "gini": float((1 - p.square().sum(-1)).mean()),  # 1 − Σ p²: 0 where p is saturated
-                  "skip_connections": skip_connections(genotype),
-                  "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in alphas]}
-        if args.search_space == "nasbench201":
-            truth = nasbench201.look_up(genotype, args.dataset)._asdict()
-            values |= {f"true_{name}": value for name, value in truth.items()}
-        shown = ", ".join(f"Λ {half} {of_cells[f'lambda_{half}']:+.3f}" for half in probes if of_cells)
-        run.log(f"epoch {epoch}: valid loss {valid_loss:.4f}, accuracy {valid_accuracy:.2f} %, "
-                f"{shown or 'no Λ'}, entropy {values['entropy']:.3f}, "
-                f"{values['skip_connections']} skip connections")
-        run.write("genotype.json", to_json(genotype))
-        run.end_epoch(values)
-        if args.plot and run.writes:
-            visualize.draw_run(run.path)
-    report(run, net.genotype(), args)
+            run.seed()
+            train_loss, train_accuracy, clipped = run.meter.read()
+            # The batches of the last step, which a resumed run may not have taken itself.
+            last = len(train_batches) - 1
+            last_train, last_valid = (next(batches.epoch(epoch, cutout_prob, *divmod(last, len(batches))))
+                                      for batches in (train_batches, valid_batches))
+            loss_norm, lambda_norm = arch.gradient_norms(last_train, args.lambda_kind, args.epsilon, method)
+            probes = {"train": [last_train], "valid": [last_valid]}
+            if args.probe_batches:  # of an epoch that no step is taken on: new crops of the same images
+                probes = {half: islice(batches.epoch(args.epochs + epoch, cutout_prob), args.probe_batches)
+                          for half, batches in (("train", train_batches), ("valid", valid_batches))}
+            of_cells = measure_cells(arch, probes, args.lambda_kind) if normal_cells > 1 else {}
+            if args.eigenvalue:
+                probe = next(eval_batches(train_set, for_alpha, args.batch_size, memory_format=layout))
+                of_cells["alpha_eigenvalue"] = arch.alpha_eigenvalue(probe)
+            net.eval()
+            processes.take_from_first(net.buffers())
+            share = for_alpha[processes.rank :: processes.world]
+            batches = eval_batches(train_set, share, args.batch_size, memory_format=layout)
+            valid_loss, valid_accuracy = evaluate(net, criterion, batches, processes)
+            values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
+                      "valid_loss": valid_loss, "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t,
+                      **of_cells, "lambda_grad_norm": lambda_t * float(lambda_norm),
+                      "loss_grad_norm": float(loss_norm), "clipped": clipped,
+                      **measure_alphas(net, args.dataset)}
+            shown = ", ".join(f"Λ {half} {of_cells[f'lambda_{half}']:+.3f}" for half in probes
+                              if f"lambda_{half}" in of_cells)
+            run.log(f"epoch {epoch}: valid loss {valid_loss:.4f}, accuracy {valid_accuracy:.2f} %, "
+                    f"{shown or 'no Λ'}, entropy {values['entropy']:.3f}, "
+                    f"{values['skip_connections']} skip connections")
+            run.write("genotype.json", to_json(net.genotype()))
+            run.end_epoch(values)
+            if args.plot and run.writes:
+                visualize.draw_run(run.path)
+        report(run, net.genotype(), args)
     processes.close()
 
 

@@ -4,7 +4,6 @@ The last line of `python -m pytest tests/test_faults.py` counts what was done. W
 cifar-10-batches-py, the runs see real images.
 """
 import argparse
-import contextlib
 import errno
 import hashlib
 import io
@@ -28,7 +27,7 @@ import train_search
 from ldarts import InputError, genotypes, runs
 from ldarts.data.archives import SOURCES, locate, read_cifar
 from ldarts.distributed import Processes
-from ldarts.runs.checkpoints import CHECKPOINT, PREVIOUS, SEAL, load_checkpoint
+from ldarts.runs.files import CHECKPOINT, PREVIOUS, SEAL, load_checkpoint
 from test_archives import Exploit, python2_pickle, write_cifar10
 
 ROOT = Path(__file__).parent.parent
@@ -446,8 +445,8 @@ def resumable(tmp_path):
 
     def attempt(content):
         (folder / CHECKPOINT).write_bytes(content)
-        with contextlib.ExitStack() as at_end:
-            return runs.Run("search", args, Processes(torch.device("cpu")), {"model": net}, 5, [], at_end)
+        with runs.Run("search", args, Processes(torch.device("cpu")), {"model": net}, 5, []) as run:
+            return run
 
     state = {"model": net.state_dict(), "processes": 1, "epoch": 0, "step": 1,
              "seconds": 0.5, "meters": torch.ones(1, 4, dtype=torch.float64), "history": [{"epoch": 0}],

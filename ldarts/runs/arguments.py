@@ -3,7 +3,6 @@ import argparse
 import contextlib
 import math
 import os
-import sys
 from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -14,9 +13,9 @@ from ..architect import METHODS
 from ..data import DATASETS
 from ..errors import InputError, require
 from ..spaces import SPACES
-from .derived import checkpoint_file, read_trained, unfinished_search, usual_size
+from .derived import checkpoint_file, read_trained, usual_size
+from .files import read_config, resume_flag, script_path, search_of, unfinished
 from .machine import AMP, MEMORY_FORMATS, pick_device
-from .records import read_config
 
 
 def checked(convert: Callable, expected: str, holds: Callable[[Any], bool] = lambda value: True) -> Callable:
@@ -53,18 +52,12 @@ NUMBER = checked(float, "a number from 0", lambda value: 0 <= value < math.inf)
 SHARE = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_1 = checked(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 INSIDE_1 = checked(float, "a number above 0 and below 1", lambda value: 0 < value < 1)
-SWITCH, YES_OR_NO = "store_true", BooleanOptionalAction
+SWITCHES = SWITCH, YES_OR_NO = "store_true", BooleanOptionalAction
 
-
-def resolve(default: dict[str, Any], args: Namespace) -> Any:
-    """A default that depends on the search space or else the data set: {"usual": 8, "nasbench201": 5}."""
-    names = getattr(args, "search_space", None), args.dataset, "usual"
-    return next(default[name] for name in names if name in default)
-
-
-# Each row: a flag, its default, what it takes, its meaning.
+# Each row: a flag, its default, what it takes, its meaning. A dictionary has the defaults by the search space
+# or else the data set.
 BOTH = [
-    ("--data", "data", absolute, "folder of the data set, or its archive"),
+    ("--data", "data", str, "folder of the data set, or its archive"),
     ("--save", None, str, "name of the run (default: search- or eval-, the time, a mark)"),
     ("--resume", None, str, "continue the run in this folder; the arguments are those of the run"),
     ("--seed", 0, SEED, "of all random numbers"),
@@ -144,19 +137,22 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-def use_recorded(folder: str | Path, kind: str, parser: Parser, names: Sequence[str] = ()) -> None:
-    """Make the arguments of a run of a kind, or those in `names`, the defaults of a parser."""
-    config = read_config(folder)
+def recorded(folder: str | Path, kind: str, table: list[tuple]) -> dict[str, Any]:
+    """The arguments of a run of a kind, by name, from its config.json."""
+    config, values = read_config(folder), {}
     if config["kind"] != kind:
         raise InputError(f"{folder}: not a run of this script; --resume takes one of kind {kind!r}")
-    for action in parser._actions:
-        value = config.get(action.dest) if not names or action.dest in names else None
+    for flag, _, takes, _ in table:
+        value = config.get(flag[2:])
         if value is None:
             continue
-        is_switch = action.nargs == 0
-        if not isinstance(value, bool if is_switch else (int, float, str)):
-            raise InputError(f"{folder}/config.json: {action.dest} has a value of the wrong type")
-        action.default = value if is_switch else str(value)  # which argparse reads as if it were typed
+        try:
+            if not isinstance(value, bool if takes in SWITCHES else (int, float, str)):
+                raise argparse.ArgumentTypeError("has a value of the wrong type")
+            values[flag[2:]] = value if takes in SWITCHES else takes(str(value))
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise InputError(f"{folder}/config.json: {flag}: {error}") from error
+    return values
 
 
 def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
@@ -164,36 +160,41 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
 
     kind: `search` or `eval`, as in the run's config.json.
     """
-    parser, argv = Parser(description=description), sys.argv[1:]
-    for name, default, takes, meaning in table:
-        by_space = isinstance(default, dict)
-        shown = ", ".join(f"{of} {value}" for of, value in default.items()) if by_space else str(default)
+    parser = Parser(description=description)
+    for flag, default, takes, meaning in table:
+        shown = default
+        if isinstance(default, dict):
+            shown = ", ".join(f"{name} {value}" for name, value in default.items()).removeprefix("usual ")
         if default is not None and default is not False and "(default" not in meaning:
-            meaning += f" (default {shown.removeprefix('usual ')})"
-        parser.add_argument(name, default=None if by_space else default, help=meaning,
-                            **{"action" if takes in (SWITCH, YES_OR_NO) else "type": takes})
-    args = parser.parse_args(argv)
-    if getattr(args, "demo", False):
+            meaning += f" (default {shown})"
+        parser.add_argument(flag, default=None, help=meaning,
+                            **{"action" if takes in SWITCHES else "type": takes})
+
+    def parse(argv: Sequence[str] | None) -> dict[str, Any]:
+        return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+    typed, of_run, defaults = parse(None), {}, {flag[2:]: default for flag, default, *_ in table}
+    if "demo" in typed:
         if os.environ.get("RANK", "0") == "0":
             print(f"--demo stands for: {DEMO}", flush=True)
-        argv = [*DEMO.split(), *argv]
-    if getattr(args, "evaluate", None):
+        typed = parse(DEMO.split()) | typed
+    if "evaluate" in typed:
         with contextlib.suppress(InputError):  # weights that lie in no run's folder
-            use_recorded(Path(args.evaluate).parent, kind, parser, FROM_RUN)
-    if args.resume:
-        use_recorded(args.resume, kind, parser)
-        try:
-            before = parser.parse_args([])
-        except InputError as error:
-            raise InputError(f"{args.resume}/config.json: {error}") from error
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items() if args.resume else ():
-        if name not in (*MAY_CHANGE, "resume", "demo") and value != (was := getattr(before, name)):
-            raise InputError(f"--{name} {value}: {args.resume} was started with {was}; leave it out, "
-                             f"only {', '.join(MAY_CHANGE)} may change (the schedules run over --epochs)")
-    for flag, default, *_ in table:
-        if isinstance(default, dict) and getattr(args, flag[2:]) is None:
-            setattr(args, flag[2:], resolve(default, args))
+            rows = [row for row in table if row[0][2:] in FROM_RUN]
+            of_run = recorded(Path(typed["evaluate"]).parent, kind, rows)
+    if "resume" in typed:
+        of_run = recorded(typed["resume"], kind, table)
+        for name, value in typed.items():
+            was = (defaults | of_run)[name]
+            if name not in (*MAY_CHANGE, "resume", "demo") and value != was:
+                raise InputError(f"--{name} {value}: {typed['resume']} was started with {was}; leave it out, "
+                                 f"only {', '.join(MAY_CHANGE)} may change (the schedules run over --epochs)")
+    args = Namespace(**defaults | of_run | typed)
+    args.data = absolute(args.data)
+    keys = getattr(args, "search_space", None), args.dataset, "usual"
+    for name, value in vars(args).items():
+        if isinstance(value, dict):
+            setattr(args, name, next(value[key] for key in keys if key in value))
     return args
 
 
@@ -208,7 +209,6 @@ def parse_search_args() -> Namespace:
                          "leave it out")
     if args.hessian == "exact" and not args.unrolled:
         raise InputError("--hessian exact: only the second order has one; add --unrolled")
-    uses_graph(args)
     return args
 
 
@@ -240,8 +240,11 @@ def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str, list[str]]:
     else:
         args.arch = args.arch or "LAMBDA_DARTS"
         genotype = genotypes.load(args.resume or args.arch)  # a run's folder holds its genotype
-        remarks += [] if args.resume else unfinished_search(args.arch)
-    C, layers, why = usual_size(args.arch, genotype, args.dataset)
+    folder, search = search_of(args.arch)
+    if search and not (args.resume or args.evaluate) and (so_far := unfinished(folder)):
+        remarks.append(f"warning: {folder} is an unfinished search, {so_far}: this is its cell so far; to "
+                       f"continue it: python {script_path('train_search.py')} {resume_flag(folder)}")
+    C, layers, why = usual_size(search.get("search_space"), genotype, args.dataset)
     missing = {name: size for name, size in (("init_channels", C), ("layers", layers))
                if getattr(args, name) is None}
     vars(args).update(missing)

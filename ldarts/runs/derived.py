@@ -12,19 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import genotypes
 from ..errors import InputError
-from .checkpoints import CHECKPOINT, load_checkpoint, resume_flag, script_path
+from .files import CHECKPOINT, load_checkpoint
 from .machine import MEMORY_FORMATS
-from .records import read_config, run_folder, unfinished
 
-SMALL = {"s1", "s2", "s3", "s4"}  # the spaces whose cells are trained small on CIFAR-100 and SVHN
+SMALL = ("s1", "s2", "s3", "s4")  # the spaces whose cells are trained small on CIFAR-100 and SVHN
 Cell = genotypes.Genotype | str
 
 
-def usual_size(arch: str | None, cell: Cell, dataset: str) -> tuple[int, int, str]:
+def usual_size(space: str | None, cell: Cell, dataset: str) -> tuple[int, int, str]:
     """(channels, cells, reason) of the network in which a cell is trained.
 
-    On CIFAR-100 and SVHN the size depends on the space that the cell comes from: that of the run which --arch
-    names, or of the published cell that it equals.
+    On CIFAR-100 and SVHN the size depends on the space in which the cell was searched; None: on that of the
+    published cell that it equals.
     """
     if isinstance(cell, str):
         return 16, 5, "as in NAS-Bench-201"
@@ -32,32 +31,12 @@ def usual_size(arch: str | None, cell: Cell, dataset: str) -> tuple[int, int, st
         return 48, 14, "as published on ImageNet"
     if dataset not in ("cifar100", "svhn"):
         return 36, 20, f"as published on {dataset}"
-    if config := search_config(arch):
-        spaces = {str(config.get("search_space"))}
-    else:
-        names = [name for name, published in genotypes.PUBLISHED.items() if published == cell]
-        spaces = set(re.findall(r"_(s\d)_", " ".join(names)))
-    if small := sorted(spaces & SMALL):
-        return 16, 8, f"as published on {dataset} for a cell of {small[0]}"
-    return 36, 20, f"as published on {dataset} for a cell not known to be of {', '.join(sorted(SMALL))}"
-
-
-def search_config(arch: str | None) -> dict:
-    """The configuration of the search that --arch names; empty if it names none."""
-    try:
-        config = read_config(run_folder(arch or ""))
-    except InputError:
-        return {}
-    return config if config["kind"] == "search" else {}
-
-
-def unfinished_search(arch: str) -> list[str]:
-    """A warning if --arch names a search that is not finished."""
-    folder = run_folder(arch)
-    if search_config(arch) and (so_far := unfinished(folder)):
-        return [f"warning: {folder} is an unfinished search, {so_far}: this is its cell so far; "
-                f"to continue it: python {script_path('train_search.py')} {resume_flag(folder)}"]
-    return []
+    published = [name for name, other in genotypes.PUBLISHED.items() if other == cell]
+    names = [space] if space else published
+    for small in SMALL:
+        if any(small in str(name).split("_") for name in names):
+            return 16, 8, f"as published on {dataset} for a cell of {small}"
+    return 36, 20, f"as published on {dataset} for a cell not known to be of {', '.join(SMALL)}"
 
 
 def checkpoint_file(path: str) -> str:

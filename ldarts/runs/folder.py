@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from datetime import datetime
@@ -18,68 +19,70 @@ from torch import Tensor
 from ..distributed import Processes
 from ..errors import InputError, NotFinite, brief
 from ..locks import locked
-from .checkpoints import (CHECKPOINT, PREVIOUS, load_checkpoint, not_written, resume_flag, save_checkpoint,
-                          script_path, write_atomically)
-from .machine import commit, device_name, seed_everything, versions
+from .files import (CHECKPOINT, PREVIOUS, load_newest, not_written, read_config, resume_flag,
+                    save_checkpoint, script_path, write_atomically)
+from .machine import origin, seed_everything
 from .meters import Meter
-from .records import read_config
-from .signals import Signals
 
 NEVER = 2**62  # larger than any step
+EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
 
 class Run:
-    """The folder runs/<name>/ of one run.
+    """The folder runs/<name>/ of one run, locked within `with Run(…) as run:`.
 
-    The constructor makes the folder, or, with args.resume, continues the run from its last whole checkpoint.
+    `with` makes the folder or, with args.resume, continues the run from its last whole checkpoint. Within it
+    SIGTERM, SIGINT and SIGUSR1 stop the run after the step; a second SIGINT stops it at once. A checkpoint,
+    the arguments and the images determine the rest of the run, because batches and random numbers depend on
+    (seed, rank, epoch, step) alone. All processes call each method; only rank 0 writes.
+
     args: those of the script; parts: objects with a state_dict, by their names in the checkpoint; steps: per
-    epoch; sets: the images, each an ImageSet or ImageFolder; at_end: the caller closes it, which unlocks the
-    folder and puts signal handlers back; facts: more for config.json; carried: more for readers of the
-    checkpoint. A checkpoint, the arguments and the images determine the rest of the run, because batches and
-    random numbers depend on (seed, rank, epoch, step) alone. All processes call each method; only rank 0
-    writes.
+    epoch; sets: the images, each an ImageSet or ImageFolder; facts: more for config.json; carried: more for
+    readers of the checkpoint.
 
     epoch, step: the next ones; meter: of this epoch; history: the lines of metrics.jsonl. With and without
     interruptions only its `seconds` differ.
     """
 
     def __init__(self, kind: str, args: argparse.Namespace, processes: Processes, parts: dict[str, Any],
-                 steps: int, sets: Sequence[Any], at_end: ExitStack, facts: dict[str, Any] | None = None,
+                 steps: int, sets: Sequence[Any], facts: dict[str, Any] | None = None,
                  carried: dict[str, Any] | None = None):
-        self.args, self.processes, self.parts, self.steps = args, processes, parts, steps
-        self.kind, self.carried = kind, carried or {}
+        self.kind, self.args, self.processes, self.parts, self.steps = kind, args, processes, parts, steps
+        self.facts, self.carried = facts or {}, carried or {}
+        self.data = [images.identity() for images in sets]
         self.writes = processes.rank == 0
         self.epoch, self.step, self.history = 0, 0, []
-        self.data = [images.identity() for images in sets]
         self.meter = Meter(processes)
-        self.epoch_started = time.perf_counter()
-        self.steps_taken = 0  # by this process
         self.first_not_finite: dict[str, Tensor] = {}  # the step in which a quantity was not finite
+        self.steps_taken = 0  # by this process
+        self.signal_number = 0  # of the last signal to stop, 0 for none
+        self.board = None
         started, mark = processes.largest(int(time.time()), secrets.randbelow(16**6))  # the same on all ranks
         name = args.save or f"{kind}-{datetime.fromtimestamp(started):%Y%m%d-%H%M%S}-{mark:06x}"
         self.path = Path(args.resume or Path("runs", name))
-        if self.writes and not args.resume:
-            self._make_folder()
-        if self.writes:
-            try:
-                at_end.enter_context(locked(self.path / "lock", wait=False))
-            except OSError as error:
-                raise not_written(self.path / "lock", error) from error
-        if args.resume:
-            self._resume()
-        elif self.writes:
-            config = vars(args) | {"kind": kind, "processes": processes.world, "versions": versions(),
-                                   "device_name": device_name(processes.device), "commit": commit()}
-            self.write("config.json", json.dumps(config | (facts or {}), indent=1) + "\n")
-        if facts and self.writes:
-            self._log_machine(facts["machine"])
-        self.board = None
-        if self.writes and getattr(args, "tensorboard", False):
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = at_end.enter_context(SummaryWriter(self.path))
-        self.signals = Signals()
-        at_end.callback(self.signals.put_back)
-        self.started = self.saved = time.perf_counter()
+
+    def __enter__(self) -> "Run":
+        self.started = self.saved = self.epoch_started = time.perf_counter()
+        with ExitStack() as at_end:
+            if self.writes:
+                self._lock_folder(at_end)
+            if self.args.resume:
+                self._resume()
+            else:
+                config = vars(self.args) | {"kind": self.kind, "processes": self.processes.world}
+                config |= origin(self.processes.device) | self.facts
+                self.write("config.json", json.dumps(config, indent=1) + "\n")
+            if self.facts and self.writes:
+                self._log_machine(self.facts["machine"])
+            if self.writes and getattr(self.args, "tensorboard", False):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = at_end.enter_context(SummaryWriter(self.path))
+            self._handle_signals(at_end)
+            self.at_end = at_end.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.at_end.close()
 
     def write(self, name: str, text: str) -> None:
         if self.writes:
@@ -121,7 +124,7 @@ class Run:
             self.log(f"epoch {self.epoch} step {self.step - 1}/{self.steps}: loss {mean:.4f}, "
                      f"accuracy {accuracy:.2f} %, {self._pace()}")
         overdue = self.writes and time.perf_counter() - self.saved >= 60 * self.args.checkpoint_minutes
-        signal_number, overdue = self.processes.largest(self.signals.received, int(overdue))
+        signal_number, overdue = self.processes.largest(self.signal_number, int(overdue))
         if overdue or signal_number:
             self.save()
         self._stop(signal_number)
@@ -142,7 +145,7 @@ class Run:
         self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.processes)
         self.epoch_started = time.perf_counter()
         self.save()
-        self._stop(*self.processes.largest(self.signals.received))
+        self._stop(*self.processes.largest(self.signal_number))
 
     def save(self) -> None:
         """Write a checkpoint. Raises NotFinite if a weight is not finite."""
@@ -161,15 +164,33 @@ class Run:
                 "data": self.data})
         self.saved = time.perf_counter()
 
-    def _make_folder(self) -> None:
+    def _lock_folder(self, at_end: ExitStack) -> None:
+        """Lock the folder until the end; make it first unless the run is continued."""
         try:
-            self.path.mkdir(parents=True)
+            if not self.args.resume:
+                self.path.mkdir(parents=True)
         except FileExistsError as error:
             raise InputError(f"{self.path} exists already: give another name with --save, or continue it "
                              f"with {resume_flag(self.path)}") from error
         except OSError as error:
             raise InputError(f"{self.path}: cannot be made ({error.strerror}): "
                              "give another name with --save") from error
+        try:
+            at_end.enter_context(locked(self.path / "lock", wait=False))
+        except OSError as error:
+            raise not_written(self.path / "lock", error) from error
+
+    def _handle_signals(self, at_end: ExitStack) -> None:
+        """Set handlers, and the former ones again at the end. Python allows this in the main thread alone."""
+        def handle(number: int, frame) -> None:
+            if number == self.signal_number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal_number = number
+
+        if threading.current_thread() is threading.main_thread():
+            for number in EXIT_STATUS:
+                former = signal.signal(number, handle)
+                at_end.callback(signal.signal, number, former or signal.SIG_DFL)  # None: it was not Python's
 
     def _write_metrics(self) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in self.history))
@@ -198,7 +219,7 @@ class Run:
             self.log(f"stopped by {signal.Signals(signal_number).name} before step {self.step} of epoch "
                      f"{self.epoch}; continue by: {command}")
             self.processes.largest(0)  # wait: torchrun ends the others when the first one leaves
-            sys.exit(Signals.STATUS[signal_number])
+            sys.exit(EXIT_STATUS[signal_number])
 
     def _log_machine(self, now: dict[str, str | int | bool]) -> None:
         self.log("machine: " + ", ".join(f"{name} {value}" for name, value in now.items()))
@@ -208,9 +229,10 @@ class Run:
             self.log(f"warning: the bits will differ from an uninterrupted run's: {'; '.join(changes)}")
 
     def _resume(self) -> None:
-        state = self._newest() if self.writes else None
-        self.processes.largest(0)  # wait until rank 0 has moved a damaged file away
-        state = state if self.writes else self._newest()
+        state, damage = load_newest(self.path)
+        if damage and self.writes:  # move the file away, or the next save would make it the previous one
+            os.replace(self.path / CHECKPOINT, self.path / "checkpoint.damaged.pt")
+            self.log(f"warning: {damage}; using {self.path / PREVIOUS}")
         if state is None:
             self.log(f"{self.path}: no checkpoint yet; from the beginning")
             return
@@ -235,24 +257,6 @@ class Run:
             raise InputError(f"{where}: not a checkpoint of this run ({brief(error)}); "
                              "start again with another --save") from error
         self.log(f"{self.path}: continued at step {self.step} of epoch {self.epoch}")
-
-    def _newest(self) -> dict[str, Any] | None:
-        """The last whole checkpoint, None if there is none yet. A damaged one is moved away, because the next
-        save would make it the previous one."""
-        damage = []
-        for path in (self.path / CHECKPOINT, self.path / PREVIOUS):
-            try:
-                state = load_checkpoint(str(path), sealed=True)
-            except InputError as error:
-                damage += [str(error)] if path.exists() else []
-                continue
-            if damage and self.writes:
-                os.replace(self.path / CHECKPOINT, self.path / "checkpoint.damaged.pt")
-                self.log(f"warning: {damage[0]}; using {path}")
-            return state
-        if damage:
-            raise InputError("; ".join(damage) + "; no whole checkpoint is left, start again")
-        return None
 
 
 def described(data: list[dict[str, int | str]]) -> str:

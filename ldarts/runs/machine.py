@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,10 +65,6 @@ def set_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def versions() -> dict[str, str]:
-    return {"ldarts": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
 def device_name(device: torch.device) -> str:
     on_gpu = device.type == "cuda"
     return torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
@@ -83,11 +80,12 @@ def machine_facts(device: torch.device, engine: bool, graph: bool) -> dict[str, 
     return found | {"graph": graph} if device.type == "cuda" else found
 
 
-def commit() -> str | None:
-    """The checkout's commit, with a + where it has uncommitted changes; None outside a checkout."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists() or not shutil.which("git"):
-        return None
-    result = subprocess.run(["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=root, text=True,
-                            capture_output=True)
-    return result.stdout.strip() or None
+def origin(device: torch.device) -> dict[str, Any]:
+    """Where a run comes from, for its config.json. commit: the checkout's, with a + where it has uncommitted
+    changes; None outside a checkout."""
+    commit, root = None, Path(__file__).parents[2]
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+        commit = subprocess.run(command, cwd=root, text=True, capture_output=True).stdout.strip() or None
+    versions = {"ldarts": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"versions": versions, "device_name": device_name(device), "commit": commit}

@@ -7,7 +7,7 @@ from typing import Any, Iterator
 from ..errors import InputError
 from ..nasbench201 import SETS, better_than_random, rank_of, searched_set
 from .arguments import MAY_CHANGE, Parser
-from .records import read_config, read_metrics, read_run, run_folder, unfinished
+from .files import read_config, read_metrics, read_run, search_of, unfinished
 
 # Arguments and facts that may differ between runs of one row of a table, or of one band of a plot.
 INCIDENTAL = (*MAY_CHANGE, "resume", "seed", "save", "device_name", "machine", "versions", "commit",
@@ -48,48 +48,42 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
     (see better_than_random).
     Unfinished runs are named below the table and left out, unless `with_unfinished`.
     """
-    rows, unfinished_runs = [], {}
+    rows, progress = [], {}  # how far unfinished runs have come
 
     def counts(path: str) -> bool:
         if so_far := unfinished(path):
-            unfinished_runs[path] = so_far
+            progress[path] = so_far
         return not so_far or with_unfinished and len(read_metrics(path)) > 0
 
-    def values_of(path: str) -> dict[str, float]:
+    def values_of(path: str) -> dict[str, Any]:
         config, metrics = read_run(path)
         values = {"accuracy, %": metrics[-1].get("test_accuracy", metrics[-1].get("valid_accuracy"))}
         values |= {f"{name.replace('_', '-')}, M": config[name] / 1e6
                    for name in ("parameters", "multiply_adds") if name in config}
         if config["kind"] == "eval":
-            search = str(run_folder(config["arch"]))
-            try:
-                config, metrics = read_run(search) if counts(search) else (config, [])
-            except InputError:  # a published cell
-                metrics = []
+            search, config = search_of(config["arch"])
+            metrics = read_metrics(search) if config and counts(str(search)) else []
         if metrics:
             last, judge = metrics[-1], searched_set(config.get("dataset"))
-            names = {"Λ": "lambda_train", "true accuracy, %": f"true_{judge}"}
-            values["search, min"] = sum(line["seconds"] for line in metrics) / 60
-            values |= {column: last[name] for column, name in names.items() if name in last}
-            if f"true_{judge}" in last:
-                values |= {"rank": rank_of(last[f"true_{judge}"], judge), "set": SETS[judge]}
+            values |= {"search, min": sum(line["seconds"] for line in metrics) / 60, "judge": judge,
+                       "Λ": last.get("lambda_train"), "true accuracy, %": last.get(f"true_{judge}")}
         return values
 
     for name, group in grouped(paths).items():
-        values = [values_of(path) for path in group if counts(path)]
-        left = sum(path in unfinished_runs for path in group)
-        seeds = f"{len(values)} ({left} unfinished {'in' if with_unfinished else 'left out'})"
-        ranks = [run["rank"] for run in values if "rank" in run]
-        rows.append([name, seeds if left else len(values),
-                     *(spread([run[column] for run in values if column in run]) for column in COLUMNS),
-                     f"{better_than_random(ranks):.2g}" if ranks else "–"])
-        if ranks:  # on one set: runs of different sets are in different rows
-            rows[-1][-2] += f" on {next(run['set'] for run in values if 'set' in run)}"
+        runs = [values_of(path) for path in group if counts(path)]
+        columns = [[run[column] for run in runs if run.get(column) is not None] for column in COLUMNS]
+        left = sum(path in progress for path in group)
+        seeds = f"{len(runs)} ({left} unfinished {'in' if with_unfinished else 'left out'})"
+        rows.append([name, seeds if left else len(runs), *map(spread, columns), "–"])
+        if truths := columns[-1]:
+            judge = runs[0]["judge"]  # runs of different sets are in different rows
+            rows[-1][-2] += f" on {SETS[judge]}"
+            rows[-1][-1] = f"{better_than_random([rank_of(truth, judge) for truth in truths]):.2g}"
     header = ["runs", "seeds", *COLUMNS, "p-value against random cells"]
     if all(row[-1] == "–" for row in rows):  # no run in nasbench201
         header, *rows = (line[:-2] for line in (header, *rows))
     return table(header, rows) + "".join(f"unfinished: {path}, {so_far}\n"
-                                         for path, so_far in unfinished_runs.items())
+                                         for path, so_far in progress.items())
 
 
 def best_search(paths: list[str]) -> str:

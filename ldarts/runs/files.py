@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all; checkpoints, with their SHA-256 at the end."""
+"""The files of a run folder. They appear whole or not at all; a checkpoint ends in its SHA-256."""
 import contextlib
 import hashlib
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -65,7 +66,21 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
                      folder / PREVIOUS)
 
 
-def load_checkpoint(path: str, sealed: bool = False) -> dict[str, Any]:
+def load_newest(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """(the last whole checkpoint in a folder, None before the first one; what is wrong with a later one)"""
+    damage = []
+    for path in (folder / CHECKPOINT, folder / PREVIOUS):
+        if path.exists():
+            try:
+                return load_checkpoint(path, sealed=True), "; ".join(damage)
+            except InputError as error:
+                damage.append(str(error))
+    if damage:
+        raise InputError("; ".join(damage) + "; no whole checkpoint is left, start again")
+    return None, ""
+
+
+def load_checkpoint(path: str | Path, sealed: bool = False) -> dict[str, Any]:
     """A checkpoint of save_checkpoint or, unless `sealed`, from elsewhere; its weights are under "model".
 
     Raises InputError for other files, and for a checkpoint of save_checkpoint in which a bit has changed.
@@ -91,3 +106,50 @@ def load_checkpoint(path: str, sealed: bool = False) -> dict[str, Any]:
         raise InputError(f"{path}: not a checkpoint: expected a dictionary")
     name = next((name for name in NAMES if isinstance(state.get(name), dict)), None)
     return state | {"model": state[name]} if name else state if "model" in state else {"model": state}
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration of a run. Raises InputError if there is none."""
+    path = Path(folder, "config.json")
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: no configuration of a run ({brief(error)}); "
+                         "a run is a folder runs/<name>") from error
+    if not isinstance(config, dict) or "kind" not in config:
+        raise InputError(f"{path}: no configuration of a run: expected an object with a kind")
+    return config
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The metrics of each finished epoch of a run."""
+    file = Path(path, "metrics.jsonl")
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read ({brief(error)})") from error
+
+
+def read_run(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(configuration, metrics of each epoch) of a run folder. Raises InputError if no epoch is finished."""
+    config, metrics = read_config(path), read_metrics(path)
+    if not metrics:
+        raise InputError(f"{path}: no epoch of this run is finished yet")
+    return config, metrics
+
+
+def search_of(arch: str | None) -> tuple[Path, dict[str, Any]]:
+    """(folder, configuration) of the search that --arch names, by itself or by its genotype.json; an empty
+    configuration if it names none."""
+    path = Path(arch or "")
+    folder = path.parent if path.name == "genotype.json" else path
+    with contextlib.suppress(InputError):
+        if arch and (config := read_config(folder))["kind"] == "search":
+            return folder, config
+    return folder, {}
+
+
+def unfinished(path: str | Path) -> str:
+    """How far a run has come, as "1 of 50 epochs"; empty for a finished run."""
+    done, epochs = len(read_metrics(path)), read_config(path).get("epochs")
+    return f"{done} of {epochs} epochs" if isinstance(epochs, int) and done < epochs else ""
