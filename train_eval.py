@@ -55,12 +55,11 @@ def main():
         train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True,
                                 cutout_length=args.cutout_length if args.cutout else 0, **options)
     seed_everything(args.seed)
-    num_classes = train_set.num_classes
+    size = args.init_channels, train_set.num_classes, args.layers
     if isinstance(genotype, str):
-        net = NetworkNAS201(args.init_channels, num_classes, args.layers, genotype)
+        net = NetworkNAS201(*size, genotype)
     else:
-        build = NetworkImageNet if imagenet else Network
-        net = build(args.init_channels, num_classes, args.layers, args.auxiliary, genotype)
+        net = (NetworkImageNet if imagenet else Network)(*size, args.auxiliary, genotype)
     net.to(device, memory_format=layout)
     run_net = torch.compile(net) if args.compile else net
 

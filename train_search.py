@@ -29,11 +29,6 @@ from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, check_images, evaluate,
                          set_deterministic, uses_graph)
 
 
-def skip_connections(genotype) -> int:
-    """Number of skip connections in the normal cell (in nasbench201: in the cell)."""
-    return str(genotype if isinstance(genotype, str) else genotype.normal).count("skip_connect")
-
-
 def measure_cells(arch, probes, kind):
     """What the normal cells' gradients g_l = ∂L/∂p_l say: values for a line of metrics.jsonl.
 
@@ -56,13 +51,14 @@ def measure_cells(arch, probes, kind):
 
 
 def measure_alphas(net, dataset):
-    """What α says: values for a line of metrics.jsonl; of a cell of nasbench201 its true accuracies, too."""
+    """What α says: values for a line of metrics.jsonl; skip connections are those of the normal cell."""
     genotype, alphas = net.genotype(), net.arch_parameters()
+    in_201 = isinstance(genotype, str)
     p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in alphas])
-    truth = nasbench201.look_up(genotype, dataset)._asdict() if isinstance(genotype, str) else {}
+    truth = nasbench201.look_up(genotype, dataset)._asdict() if in_201 else {}
     return {"entropy": float(torch.special.entr(p).sum(-1).mean()),
             "gini": float((1 - p.square().sum(-1)).mean()),  # 1 − Σ p²: 0 where p is saturated
-            "skip_connections": skip_connections(genotype),
+            "skip_connections": str(genotype if in_201 else genotype.normal).count("skip_connect"),
             "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in alphas],
             **{f"true_{name}": accuracy for name, accuracy in truth.items()}}
 
@@ -176,7 +172,7 @@ def report(run, genotype, args):
     else:
         for name in ("normal", "reduce"):
             run.log(f"{name}: " + ", ".join(f"{op} {state}" for op, state in getattr(genotype, name)))
-    run.log(f"skip connections: {skip_connections(genotype)}")
+    run.log(f"skip connections: {run.history[-1]['skip_connections']}")
     if "lambda_train" in run.history[-1]:
         shown = run.history[:: max(1, len(run.history) // 10)]
         run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))
