@@ -3,8 +3,8 @@
     python -m ldarts.bench mixed_sum    # the weighted sum: fused, reference, compiled reference
     python -m ldarts.bench step [--search_space darts --batch_size 16 --unrolled --lambda_grad exact]
     python -m ldarts.bench step --compare    # in turn with plain PyTorch in both memory layouts
-    python -m ldarts.bench eval [--arch LAMBDA_DARTS --amp bf16 --compile]    # the same of a derived network
-    python -m ldarts.bench eval --variant channels-last    # one alone, with its peak memory
+    python -m ldarts.bench eval [--arch LAMBDA_DARTS --compile]    # likewise a step of a derived network
+    python -m ldarts.bench eval --variant channels-last    # one of the three alone, with its peak memory
 """
 import argparse
 import json
@@ -30,7 +30,7 @@ from .fused.sums import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, one_of, pick_device, script
 
 STAGES = {"1": (64, 16, 32, 32), "2": (64, 32, 16, 16), "3": (64, 64, 8, 8)}  # shapes of terms
-# Of a step; the first two are plain PyTorch, in the memory format that is named here.
+# Ways to compute a step, and their memory format: two of plain PyTorch, and ours, in that of --memory_format.
 VARIANTS = {"default layout": "contiguous", "channels-last": "channels_last", "ours": ""}
 
 
@@ -54,16 +54,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     train = commands.add_parser("eval", help="a training step of a derived network")
     train.add_argument("--arch", default="LAMBDA_DARTS")
     train.add_argument("--layers", type=int, default=20)
-    train.add_argument("--compile", action="store_true")
+    train.add_argument("--compile", action="store_true", help="in comparisons for ours only")
     train.set_defaults(graph=False)
+    names = ", ".join(VARIANTS)
     for command, batch_size, channels, variant in ((step, 16, 16, "ours"), (train, 96, 36, None)):
         command.add_argument("--batch_size", type=int, default=batch_size)
         command.add_argument("--init_channels", type=int, default=channels)
         command.add_argument("--memory_format", type=one_of(MEMORY_FORMATS), default="channels_last")
-        command.add_argument("--amp", type=one_of(AMP), default="none")
-        command.add_argument("--variant", type=one_of(VARIANTS), default=variant, help="only this one")
+        command.add_argument("--amp", type=one_of(AMP), default="none", help="in comparisons for ours only")
+        command.add_argument("--variant", type=one_of(VARIANTS), default=variant, help=f"one of {names}")
         command.add_argument("--steps", type=int, default=3, help="timed steps, after a first one")
-        command.add_argument("--profile", type=int, default=10, help="how many operations are listed")
+        command.add_argument("--profile", type=int, default=10, help="operations to list, 0: none")
     for command in (sums, step, train):
         command.add_argument("--device", default="auto")
         command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -73,8 +74,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def report(args: argparse.Namespace, name: str, rows: Iterable[dict[str, Any]], **facts: Any) -> None:
-    """Print the arguments, the machine and `facts` in a line, then a table, each row once it is measured; with
-    --json all of it as one object, which has the rows under `name`."""
+    """Print the arguments, the machine and `facts` in a line, then the table, row by row. With --json
+    all is printed at the end, as one object, which has the rows under `name`."""
     facts = {**vars(args), "device": device_name(args.device), "torch": torch.__version__,
              "threads": torch.get_num_threads(), "fused": compiled_for(args.device.type), **facts}
     if facts.pop("json"):

@@ -1,4 +1,4 @@
-"""How the cost of a search step grows with batch, channels and cells: ours and plain PyTorch in channels-last.
+"""How the cost of a search step grows with batch, channels and cells: ours and plain channels-last.
 
     python tests/evidence/growth.py measure [FLAGS of ldarts.bench step]    # growth.json beside this file
     python tests/evidence/growth.py draw                                    # growth.png from it
