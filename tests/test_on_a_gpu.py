@@ -346,7 +346,7 @@ READ_BACK = {
     "start": {"identity"},  # the digest of the images
     "report": {"read", "_require_finite"},
     "save": {"save", "save_checkpoint"},
-    "epoch": {"main", "search", "measure_cells", "genotype"},
+    "epoch": {"main", "measure_cells", "measure_alphas", "genotype"},
 }
 
 

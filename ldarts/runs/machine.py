@@ -29,9 +29,9 @@ def pick_device(name: str) -> torch.device:
     elif name.startswith("cuda") and (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
         raise InputError(f"--device {name} with {local} processes here: each needs a GPU of its own; "
                          "use cuda")
+    if not re.fullmatch(r"cpu|cuda:\d+", name):
+        raise InputError(f"--device {name}: this code runs on no such device; use cpu, cuda, cuda:N or auto")
     try:
-        if not re.fullmatch(r"cpu|cuda:\d+", name):
-            raise RuntimeError("this code runs on no such device")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason, gpus = str(error).splitlines()[0][:120], torch.cuda.device_count()
