@@ -216,7 +216,7 @@ def test_jobs_of_one_second_have_a_folder_each_and_their_ranks_the_same(images, 
                for process in pair(forks, folder, "train_eval.py", *argv, sabotage=forks.OneSecond())]
     started.append(forks.start(folder, "train_eval.py", *argv, sabotage=forks.OneSecond()))
     assert [forks.finish(process) for process in started] == [0] * 5, printed(folder)
-    ranks_of = collections.Counter(re.findall("folder runs/(.*)", printed(folder)))
+    ranks_of = collections.Counter(re.findall(r"folder runs/(eval-[\d-]+-[0-9a-f]{6})", printed(folder)))
     assert len({name[:20] for name in ranks_of}) == 1 and sorted(ranks_of.values()) == [1, 2, 2]
     assert sorted(path.name for path in (folder / "runs").iterdir()) == sorted(ranks_of)
 

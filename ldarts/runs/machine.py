@@ -32,7 +32,8 @@ def pick_device(name: str) -> torch.device:
     if not re.fullmatch(r"cpu|cuda:\d+", name):
         raise InputError(f"--device {name}: this code runs on no such device; use cpu, cuda, cuda:N or auto")
     try:
-        return torch.empty(0, device=name).device
+        torch.empty(0, device=name)
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         reason, gpus = str(error).splitlines()[0][:120], torch.cuda.device_count()
         raise InputError(f"--device {name}: {reason} ({gpus} GPUs are visible here); "
