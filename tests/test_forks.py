@@ -191,9 +191,14 @@ class ActivatedDerivedCell(model.Cell):
         return torch.tanh(super().forward(s0, s1, drop_prob))
 
 
-def drop_channels(x, drop_prob):
-    keep = torch.rand(len(x), x.shape[1], 1, 1, dtype=x.dtype).ge(drop_prob)
-    return x * keep / (1.0 - drop_prob)
+def drop_channels(x, p):
+    return x * torch.rand(len(x), x.shape[1], 1, 1, dtype=x.dtype).ge(p) / (1.0 - p)
+
+
+class EdgeOfAnotherFile(model.Cell):
+    """The same text, whose `drop_path` is another function."""
+
+    _edge = types.FunctionType(model.Cell._edge.__code__, {**vars(model), "drop_path": drop_channels})
 
 
 def random_norms(net):
@@ -285,9 +290,11 @@ DERIVED_CHANGES = {  # of a derived network -> the cell, the change
     "a hook on inputs": ("LAMBDA_DARTS", hook_inputs),
     "a hook on gradients": ("DARTS", hook_gradients),
     "another drop path": ("LAMBDA_DARTS", lambda net: None),
+    "an edge of another file": ("DARTS", lambda net: as_class(net, model.Cell, EdgeOfAnotherFile)),
     "another sum of an edge": ("DARTS", lambda net: as_class(net, model.Cell, ScaledCell)),
     "a subclass of Cell": ("DARTS", lambda net: as_class(net, model.Cell, ActivatedDerivedCell)),
     "other sources": ("DARTS", lambda net: [cell.sources.__setitem__(3, 0) for cell in net.cells[:1]]),
+    "a source from the end": ("DARTS", lambda net: net.cells[0].sources.__setitem__(3, -1)),
     "other outputs": ("DARTS", lambda net: set_all(net.cells, concat=(5, 4, 3, 2))),
     "another stem": ("DARTS", lambda net: net.stem.append(nn.Hardtanh())),
 }
@@ -371,6 +378,51 @@ def test_an_edited_class_runs_as_it_is_written(owner, name, monkeypatch):
     assert not torch.allclose(before, found)
     monkeypatch.setattr(fused, "engine_supports", lambda x: False)
     torch.testing.assert_close(found, net(x), rtol=1e-9, atol=1e-9)
+
+
+def state(channels, images=3, pixels=8):
+    x = torch.randn(images, channels, pixels, pixels, dtype=torch.float64)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def by_engine_and_cell(net, drop_prob):
+    """The first cell's output with the same random numbers: the engine's, its own."""
+    x = state(12)
+
+    def seeded(run):
+        torch.manual_seed(4)
+        return run(net.cells[0], x, x, drop_prob)
+
+    return seeded(net.engine.runner(x)), seeded(fused.run_plainly)
+
+
+@needs_build
+def test_a_drop_path_replaced_twice_is_the_last(monkeypatch):
+    net = changed_network("DARTS", lambda net: None, 4)
+    for factor in (2.0, 3.0):  # functions of one code
+        monkeypatch.setattr(model, "drop_path", (lambda factor: lambda x, drop_prob: factor * x)(factor))
+        torch.testing.assert_close(*by_engine_and_cell(net, 0.4), rtol=1e-9, atol=1e-9)
+
+
+@needs_build
+@pytest.mark.parametrize("drop_prob", [torch.tensor(0.4).double().requires_grad_(),
+                                       torch.linspace(0.1, 0.6, 4).double().view(4, 1, 1)],
+                         ids=["with a gradient", "of each channel"])
+def test_a_drop_probability_is_any_tensor_that_the_cell_takes(drop_prob):
+    found = by_engine_and_cell(changed_network("DARTS", lambda net: None, 4), drop_prob)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    if drop_prob.requires_grad:
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), drop_prob)[0] for y in found))
+
+
+@needs_build
+def test_one_image_of_one_pixel_has_no_statistics():
+    net = changed_network("DARTS", lambda net: None, 4)
+    in_a_cell = net.cells[2], state(16, 1, 2), state(32, 1, 2), 0.0  # halves its first state
+    for module, *inputs in ((net.stem, state(3, 1, 1)), in_a_cell):
+        for run in (net.engine.runner(inputs[0]), fused.run_plainly):
+            with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+                run(module, *inputs)
 
 
 @needs_build

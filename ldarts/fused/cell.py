@@ -4,7 +4,7 @@ What the operations that leave one state have in common is computed once: its Re
 its separable convolutions in one call. What is not recognised runs as its module says, in its place in the
 cell's order, and is added to its node.
 """
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import repeat
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
@@ -101,6 +101,8 @@ class CellPlan(Plan):
             self.nodes.append([])
             empty = True
             for source in of_node:
+                if source not in range(self.inputs + len(self.nodes) - 1):
+                    raise Unrecognised("an edge from no state before its node")
                 number, module = next(remaining)
                 operations, module_terms = self._operations_of(number, module)
                 leaving[source].append(operations)
@@ -221,7 +223,7 @@ class DerivedPlan(CellPlan):
 
     def __init__(self, reader: Reader, blocks: Sequence[nn.Module], edges: Sequence[nn.Module],
                  sources: Sequence[Sequence[int]], outputs: Sequence[int], drop_path: Callable | None):
-        """drop_path: that of the cell's forward"""
+        """drop_path: that which the cell's edges call"""
         super().__init__(reader, blocks, edges, sources, outputs)
         self.drop_path, self.drops_images = drop_path, meaning(drop_path) == known_forwards()["drop_path"]
 
@@ -229,14 +231,18 @@ class DerivedPlan(CellPlan):
         return [edge]
 
     def fits(self, *inputs: Any) -> bool:
-        return self.fits_states(inputs[: self.inputs])
+        """drop_prob has to be one number for all images, without a gradient."""
+        one_number = all(not isinstance(p, Tensor) or p.dim() == 0 and not p.requires_grad
+                         for p in inputs[self.inputs :])
+        return one_number and self.fits_states(inputs[: self.inputs])
 
     def run(self, state_of: Callable[[Tensor], "State"], *inputs: Any) -> Tensor:
         """The cell's output, of its input states and, if it drops paths, the probability to drop one."""
         states, drop_prob = inputs[: self.inputs], (*inputs[self.inputs :], 0.0)[0]
         drop = None
         if isinstance(drop_prob, Tensor) or drop_prob > 0:
-            drop = partial(self.drop_path, drop_prob=drop_prob)
+            def drop(x: Tensor) -> Tensor:
+                return self.drop_path(x, drop_prob)
         return self.output(state_of, states, ones(self.edges, states[0])[:, None], drop)
 
 

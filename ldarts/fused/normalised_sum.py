@@ -86,7 +86,9 @@ def gamma_beta_of(norms: Sequence[nn.BatchNorm2d | None]) -> Tensor | None:
 @torch.no_grad()
 def move_statistics(norms: Sequence[Sequence[nn.BatchNorm2d]], mean_var: Tensor, count: int) -> None:
     """Running statistics after a batch. norms: those behind each z; mean_var: mean and (biased) variance of each
-    z, [z, 2, C], over `count` pixels"""
+    z, [z, 2, C], over `count` pixels; ValueError if that is one, as PyTorch's"""
+    if count == 1 and any(norms):
+        raise ValueError("Expected more than 1 value per channel when training: one image of one pixel")
     unbiased = constant((1.0, count / max(1, count - 1)), mean_var.dtype, mean_var)[:, None]
     moments = (mean_var * unbiased).flatten(0, 1).unbind()
     by_momentum: dict[float, list[tuple[nn.BatchNorm2d, Tensor, Tensor]]] = {}

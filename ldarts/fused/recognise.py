@@ -125,8 +125,8 @@ def meaning(function: Callable) -> tuple | None:
 
 
 def drop_path_of(of_type: type) -> Callable | None:
-    """What a class's forward calls by this name."""
-    return getattr(of_type.forward, "__globals__", {}).get("drop_path")
+    """What `_edge` of a class calls by this name."""
+    return getattr(getattr(of_type, "_edge", None), "__globals__", {}).get("drop_path")
 
 
 @functools.cache
@@ -236,7 +236,7 @@ def contents(module: nn.Module) -> tuple[Any, ...]:
     functions = of_type.forward, getattr(of_type, "_edge", None), drop_path_of(of_type)
     code = [getattr(function, "__code__", None) for function in functions]
     wiring = [tuple(value) if isinstance(value, list) else value for value in map(own.get, WIRING)]
-    return (of_type, of_type.forward, code, len(own), "forward" in own, own["training"], is_hooked(own),
+    return (of_type, functions, code, len(own), "forward" in own, own["training"], is_hooked(own),
             tuple(own["_modules"].items()), shapes, wiring)
 
 
