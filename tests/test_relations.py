@@ -1,4 +1,5 @@
-"""What must change nothing in a search: relations of searches of many steps, in float64 and in every space.
+"""What must change nothing in a search, or in the training of a derived network: relations of many steps, in
+float64 and in every space.
 
 Gradients can be right while the training is not: one in another memory layout than its weight, stepped by a
 fused optimizer, moves the wrong weights.
@@ -10,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import ldarts
-from ldarts import spaces
+from ldarts import genotypes, spaces
 from ldarts.architect import METHODS, search_step
-from ldarts.fused import compiled_for
+from ldarts.fused import compiled_for, run_plainly
 
 SPACES = [space for space in spaces.SPACES if space != "s5"]  # the same as darts
 STEPS = {"nasbench201": 20, "s2": 12}  # elsewhere 6: slower steps that differ in operations alone
@@ -68,6 +69,40 @@ def test_what_changes_nothing(space, changed):
     if "engine" in changed and not compiled_for("cpu"):
         pytest.skip("the extension is not compiled: no compiler here")
     assert_same(search(space, **changed), search(space))
+
+
+@functools.cache
+def training(cell, layout="channels-last", engine=True):
+    """Losses of twenty steps of a derived network with dropped paths, then all its weights and statistics."""
+    torch.manual_seed(3)
+    if cell in genotypes.PUBLISHED:
+        net = ldarts.Network(4, 10, 4, False, genotypes.load(cell))
+    else:
+        net = ldarts.NetworkNAS201(4, 10, 1, cell)
+    net.double().to(memory_format=LAYOUTS[layout])
+    if not engine:
+        net.engine.runner = lambda x: run_plainly
+    optimizer = torch.optim.SGD(net.parameters(), 0.025, 0.9, weight_decay=3e-4)
+    x, y = torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.arange(8)
+    x, losses = x.contiguous(memory_format=LAYOUTS[layout]), []
+    for step in range(20):
+        torch.manual_seed(step)  # of the dropped paths
+        losses.append(F.cross_entropy(net(x, 0.02 * step)[0], y))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    return [torch.stack(losses).detach(), *(t.detach().contiguous() for t in net.state_dict().values())]
+
+
+@pytest.mark.parametrize("changed", [{"layout": "contiguous"}, {"engine": False}], ids=str)
+@pytest.mark.parametrize("cell", ["LAMBDA_DARTS", "|nor_conv_3x3~0|+|nor_conv_1x1~0|skip_connect~1|+"
+                                                  "|avg_pool_3x3~0|none~1|nor_conv_3x3~2|"])
+def test_what_changes_nothing_in_a_training(cell, changed):
+    if not compiled_for("cpu"):
+        pytest.skip("the extension is not compiled: no compiler here")
+    losses = training(cell)[0]
+    assert_same(training(cell, **changed), training(cell), 1e-7)
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("unrolled", [False, True], ids=["first order", "second order"])

@@ -6,7 +6,8 @@
     norms            batch norms behind terms: arithmetic on numbers per channel
     normalised_sum   a node as one sum of normalised terms
     separable        the separable convolutions that leave a state
-    cell             a cell by all of these
+    leaving          the operations that leave a state, by all of these
+    cell             a cell: what leaves its states, summed up in its nodes
 
 LDARTS_FUSED=off in the environment shuts the door: every module runs as it is.
 """
@@ -21,7 +22,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..operations import Zero
-from .cell import CellPlan, Plan, State, make_plan
+from .cell import CellPlan, Plan, make_plan
+from .leaving import State
 from .recognise import AS_IMPORTED, Reader, Unrecognised, pytorch
 from .sums import compiled_for, mixed_sum
 

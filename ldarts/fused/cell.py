@@ -1,43 +1,20 @@
 """A cell in training, channels-last: each node is one sum of normalised terms.
 
-What the operations that leave one state have in common is computed once: its ReLU, its pools, on a CPU all
-its separable convolutions in one call. What is not recognised runs as its module says, in its place in the
-cell's order, and is added to its node.
+What is not recognised runs as its module says, in its place in the cell's order, and is added to its node.
 """
-from functools import cached_property
-from itertools import repeat
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalised_sum import Copies, Terms, gamma_beta_of, node_sum, normalise, normalised_terms
+from .leaving import Leaving, Operation, State, Whole, concat, groups_separable, outgoing_terms, run_chains
+from .normalised_sum import Terms, node_sum
 from .norms import constant, ones
-from .recognise import (SETTINGS, Halves, Link, Reader, Unrecognised, drop_path_of, is_1x1, known_forwards,
-                        meaning)
-from .separable import Pair, affine_of, pairs_of, separable_convolutions
+from .recognise import Link, Reader, Unrecognised, drop_path_of, known_forwards, meaning
 
 ON_A_GPU = torch.float32, torch.float64, torch.bfloat16
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": ON_A_GPU, "meta": ON_A_GPU}
 MOST_TERMS = 384  # that leave one state: kMaxNormed of csrc/norms.h
-
-
-class Operation(NamedTuple):
-    """A recognised operation of an edge: norm(chain(state)), or chain(state) where norm is None."""
-
-    column: int  # of its weight in the flattened p [edges, ops]
-    chain: list[Link]
-    norm: nn.BatchNorm2d | None
-
-
-class Whole(NamedTuple):
-    """A link that runs as its module says."""
-
-    module: nn.Module
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.module(x).contiguous(memory_format=torch.channels_last)
 
 
 class ModuleTerm(NamedTuple):
@@ -185,8 +162,9 @@ class CellPlan(Plan):
 
     def output(self, state_of: Callable[[Tensor], "State"], states: Sequence[Tensor], weights: Tensor,
                drop: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """drop: called on the result of each edge that is no identity, in the order of the edges; or, if it
-        `drops_images`, on a 1 for each image of it"""
+        """drop: called on the result of each edge that is no identity, in the order of the edges. Where it
+        `drops_images` as the published one does, it is called on ones [N, 1, 1, 1] instead, which gives the
+        factor of each image."""
         states = [*states]
         if self.preprocess:
             states = run_chains([state_of(x) for x in states], self.preprocess)
@@ -238,11 +216,10 @@ class DerivedPlan(CellPlan):
 
     def run(self, state_of: Callable[[Tensor], "State"], *inputs: Any) -> Tensor:
         """The cell's output, of its input states and, if it drops paths, the probability to drop one."""
-        states, drop_prob = inputs[: self.inputs], (*inputs[self.inputs :], 0.0)[0]
+        states, drop_prob = inputs[: self.inputs], inputs[self.inputs :]
         drop = None
-        if isinstance(drop_prob, Tensor) or drop_prob > 0:
-            def drop(x: Tensor) -> Tensor:
-                return self.drop_path(x, drop_prob)
+        if drop_prob and (isinstance(drop_prob[0], Tensor) or drop_prob[0] > 0):
+            drop = lambda x: self.drop_path(x, *drop_prob)  # noqa: E731
         return self.output(state_of, states, ones(self.edges, states[0])[:, None], drop)
 
 
@@ -285,191 +262,3 @@ def make_plan(module: nn.Module, reader: Reader) -> Plan:
         return DerivedPlan(reader, [], [*reader.members(module).values()], [range(i) for i in (1, 2, 3)], [3],
                            None)
     return ChainPlan(reader.chain_of(module, kind))
-
-
-class Leaving:
-    """The operations on the edges that leave a state, sorted by the way in which they are computed.
-
-    separable (twice a depthwise and a pointwise convolution), dilated (once), others: of each edge a list;
-    columns: those of all separable ones, then of all dilated ones, then of the others.
-    """
-
-    def __init__(self, edges: Sequence[Sequence[Operation]], grouped: bool):
-        """grouped: whether separable convolutions are one call, else they are among the others"""
-        self.separable: list[list[list[Pair]]] = []
-        self.dilated: list[list[list[Pair]]] = []
-        self.others: list[list[Operation]] = []
-        columns: tuple[list[int], ...] = [], [], []
-        stride = None
-        for edge in edges:
-            for kind in (self.separable, self.dilated, self.others):
-                kind.append([])
-            for op in edge:
-                pairs = pairs_of(op.chain, op.norm) if grouped else []
-                if pairs and stride is None:
-                    stride = pairs[0].depthwise.stride
-                if pairs and pairs[0].depthwise.stride == stride:
-                    kind = 0 if len(pairs) == 2 else 1
-                    (self.separable, self.dilated)[kind][-1].append(pairs)
-                else:
-                    kind = 2
-                    self.others[-1].append(op)
-                columns[kind].append(op.column)
-        self.columns = sum(columns, [])
-
-
-def groups_separable(x: Tensor) -> bool:
-    """Whether the operators of csrc/separable.cpp are there; on a GPU the convolutions are cuDNN's."""
-    return x.device.type == "cpu"
-
-
-def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]:
-    """The terms p_k op_k(state) of each edge that leaves a state. p: in the order of plan.columns"""
-    separable, dilated = (sum(kind, []) for kind in (plan.separable, plan.dilated))
-    p_separable, p_dilated, p_others = p.split(
-        [len(separable), len(dilated), len(p) - len(separable) - len(dilated)])
-    terms: list[list[Terms]] = [[] for _ in plan.others]
-
-    def share_out(of_edges: list[Terms], kind: Sequence[Sequence]) -> None:
-        with_terms = [of_edge for of_edge, ops in zip(terms, kind) if ops]
-        for of_edge, its_terms in zip(with_terms, of_edges, strict=True):
-            of_edge.append(its_terms)
-
-    if separable or dilated:
-        pairs = [of_op[0] for of_op in separable + dilated]
-        gamma_beta = gamma_beta_of([pair.norm for pair in pairs[len(separable) :]])
-        first = separable_convolutions([state], None, pairs, p_dilated, widths_of(plan.dilated), gamma_beta)
-        share_out(first.terms, plan.dilated)
-    if separable:
-        count = len(separable)
-        affine = affine_of(first.rstd_mean[:count], gamma_beta_of([pair.norm for pair in pairs[:count]]))
-        second_pairs = [of_op[1] for of_op in separable]
-        gamma_beta = gamma_beta_of([pair.norm for pair in second_pairs])
-        second = separable_convolutions(first.z[:count], affine, second_pairs, p_separable,
-                                        widths_of(plan.separable), gamma_beta)
-        share_out(second.terms, plan.separable)
-    operations = sum(plan.others, [])
-    if operations:
-        readers = sum(type(op.chain[0]) is nn.ReLU for op in operations if op.chain) + 2  # two for the pixels
-        results = run_chains([State(state, readers)] * len(operations), [op.chain for op in operations])
-        places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm, in their order
-        of_operation = [places.setdefault((id(z), op.norm is None), len(places))
-                        for z, op in zip(results, operations)]
-        zs = dict(zip(of_operation, results))
-        norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
-        for place, op in zip(of_operation, operations):
-            norms[place] += [] if op.norm is None else [op.norm]
-        remaining = iter(of_operation)
-        edges = [[next(remaining) for _ in edge] for edge in plan.others if edge]
-        share_out(normalised_terms([zs[k] for k in range(len(zs))], norms, edges, p_others,
-                                   gamma_beta_of([op.norm for op in operations])), plan.others)
-    return terms
-
-
-def widths_of(edges: Sequence[Sequence]) -> list[int]:
-    return [len(ops) for ops in edges if ops]
-
-
-class State:
-    """A tensor [N, C, H, W], and what chains that begin with it have in common."""
-
-    def __init__(self, x: Tensor, readers: int = 0):
-        """readers: unless 0, how often relu(x) is read at most; its gradients are then added up at once"""
-        self.x, self.readers = x, readers
-        self.pools: dict[tuple, Tensor] = {}
-
-    @cached_property
-    def relus(self) -> Iterator[Tensor]:
-        y = relu(self.x)
-        return iter(Copies.apply(y, self.readers)) if self.readers > 1 else repeat(y)
-
-    @cached_property
-    def pixels(self) -> tuple[Tensor, Tensor]:
-        """What the two convolutions of a FactorizedReduce read."""
-        return next(self.relus)[:, :, ::2, ::2].clone(), next(self.relus)[:, :, 1::2, 1::2].clone()
-
-    def first(self, link: Link) -> Tensor:
-        """link(x)"""
-        if type(link) is nn.ReLU:
-            return next(self.relus)
-        if type(link) is Halves:
-            return torch.cat([conv_1x1(x, conv.weight) for x, conv in zip(self.pixels, link)], dim=1)
-        if type(link) in (nn.AvgPool2d, nn.MaxPool2d):
-            key = type(link), str([getattr(link, name) for name in SETTINGS[type(link)]])
-            if key not in self.pools:
-                self.pools[key] = link(self.x)
-            return self.pools[key]
-        return apply(link, self.x)
-
-
-def run_chains(states: Sequence[State], chains: Sequence[Sequence[Link]]) -> list[Tensor]:
-    """Each chain's result from its state. Norms that several chains have come to are computed together."""
-    values = [state.first(chain[0]) if chain else state.x for state, chain in zip(states, chains)]
-    places = [1] * len(chains)
-    while True:
-        waiting: dict[tuple, list[int]] = {}  # for a norm, by what norms computed together have in common
-        for i, chain in enumerate(chains):
-            while places[i] < len(chain) and type(chain[places[i]]) is not nn.BatchNorm2d:
-                values[i] = apply(chain[places[i]], values[i], chain[places[i] - 1])
-                places[i] += 1
-            if places[i] < len(chain):
-                key = values[i].shape, values[i].dtype, chain[places[i]].eps
-                waiting.setdefault(key, []).append(i)
-        if not waiting:
-            return values
-        for together in waiting.values():
-            results = normalise([values[i] for i in together], [chains[i][places[i]] for i in together])
-            for i, result in zip(together, results):
-                values[i] = result
-                places[i] += 1
-
-
-def apply(link: Link, x: Tensor, before: Link | None = None) -> Tensor:
-    """link(x), x the result of the link before."""
-    if type(link) is nn.ReLU:
-        return relu(x)
-    if type(link) is nn.BatchNorm2d:
-        return normalise([x], [link])[0]
-    if type(link) is Halves:
-        return State(x).first(link)
-    if is_1x1(link, 1) and type(before) is not nn.Conv2d:  # a separable convolution is cuDNN's
-        return conv_1x1(x, link.weight)
-    return link(x)
-
-
-class ReLU(torch.autograd.Function):
-    """forward: relu(x). backward: 1[x > 0] G; its derivative by x is 0, and never a tensor of zeros."""
-
-    @staticmethod
-    def forward(ctx, x):
-        result = F.relu(x)
-        ctx.save_for_backward(result)
-        return result
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0].detach(), 0)
-
-
-class Concat(torch.autograd.Function):
-    """forward: torch.cat of channels. backward: slices; their backward: a Concat, no sum of padded slices."""
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        ctx.sizes = [t.shape[1] for t in tensors]
-        return torch.cat(tensors, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.split(ctx.sizes, 1)
-
-
-relu, concat = ReLU.apply, Concat.apply
-
-
-def conv_1x1(x: Tensor, weight: Tensor) -> Tensor:
-    """F.conv2d(x, weight) for weights [out, in, 1, 1]; channels-last as a product of matrices, whose
-    gradients of gradients copy nothing."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return F.conv2d(x, weight)
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
