@@ -23,23 +23,28 @@ void each(int64_t rows, int64_t C, const Visit& visit) {
     for (int64_t c = 0; c < C; ++c) visit(row, c);
 }
 
-// -> rstd_mean, mean_var, scale_shift. z_sums: of those z that have a norm alone.
+// p is [M] or [M, C].
+TermWeights<double> weights_of(const at::Tensor& p) { return {read(p), p.dim() == 1 ? 1 : p.size(1)}; }
+
+// -> rstd_mean [K, 2, C] and coefficients [M, 2, C] in float64; moments [K, 2, C]. z_sums: of those z that have a
+// norm alone.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
-    const at::Tensor& z_sums, at::IntArrayRef has_norm, const at::Tensor& p, at::IntArrayRef z_of_term,
-    int64_t count, double eps) {
+    const at::Tensor& z_sums, at::IntArrayRef has_norm, const at::Tensor& p, const MaybeTensor& beta,
+    at::IntArrayRef z_of_term, int64_t count, double eps) {
   const int64_t C = z_sums.size(2);
   const auto map = term_map(z_of_term, has_norm);
-  const auto rstd_mean = at::empty({map.K, 2, C}, z_sums.options()), mean_var = at::empty_like(rstd_mean);
-  const auto scale_shift = at::empty({2, map.M, C}, z_sums.options()), weights = wide(p);
-  const NormStatistics<double> norms{map, C, count, eps, read(z_sums), read(weights), write(rstd_mean),
-                                     write(mean_var), write(scale_shift)};
+  const auto rstd_mean = at::empty({map.K, 2, C}, z_sums.options()), moments = at::empty_like(rstd_mean);
+  const auto coefficients = at::empty({map.M, 2, C}, z_sums.options()), weights = wide(p);
+  const auto shifts = beta ? wide(*beta) : at::Tensor();
+  const NormStatistics<double> norms{map,         C,           count,         eps,
+                                     read(z_sums), weights_of(weights), read(shifts), write(rstd_mean),
+                                     write(moments), write(coefficients)};
   each(map.K, C, [&](int64_t k, int64_t c) { norms.of_z(k, c); });
   each(map.M, C, [&](int64_t m, int64_t c) { norms.of_term(m, c); });
-  const auto dtype = p.scalar_type();
-  return {rstd_mean.to(dtype), mean_var.to(dtype), scale_shift.to(dtype)};
+  return {rstd_mean, moments.to(p.scalar_type()), coefficients};
 }
 
-// -> scale [M, C], of_z [K, 2, C], by_p [M]
+// -> scale [M, C], of_z [K, 2, C], by_p like p
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
     const at::Tensor& rstd_mean, const at::Tensor& p, const MaybeTensor& grad_rstd_mean,
     const at::Tensor& grad_sums, at::IntArrayRef z_of_term, at::IntArrayRef has_norm, int64_t count) {
@@ -47,15 +52,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
   const auto map = term_map(z_of_term, has_norm);
   const auto of_rstd_mean = wide(rstd_mean), weights = wide(p), sums = grad_sums.contiguous();
   const auto by_rstd_mean = grad_rstd_mean ? wide(*grad_rstd_mean) : at::Tensor();
-  const auto options = at::dtype(at::kDouble);
-  const auto scale = at::empty({map.M, C}, options), of_z = at::empty({map.K, 2, C}, options);
-  const auto by_p = at::zeros({map.M}, options);
-  const NormGradients<double> norms{map, C, count, read(of_rstd_mean), read(weights), read(by_rstd_mean),
+  const auto scale = at::empty({map.M, C}, sums.options()), of_z = at::empty({map.K, 2, C}, sums.options());
+  const auto by_p = at::zeros(p.sizes(), sums.options());
+  const NormGradients<double> norms{map, C, count, read(of_rstd_mean), weights_of(weights), read(by_rstd_mean),
                                     read(sums), write(scale), write(of_z), write(by_p)};
   each(map.K, C, [&](int64_t k, int64_t c) { norms.write_of_z(k, c); });
   each(map.M, C, [&](int64_t m, int64_t c) {
     norms.write_scale(m, c);
-    norms.by_p[m] += norms.share_of_p(m, c);
+    norms.by_p[m * norms.p.width + (norms.p.width > 1 ? c : 0)] += norms.share_of_p(m, c);
   });
   return {scale, of_z, by_p.to(p.scalar_type())};
 }
@@ -63,8 +67,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ldarts, m) {
-  m.def("norm_statistics(Tensor z_sums, int[] has_norm, Tensor p, int[] z_of_term, int count, float eps) -> "
-        "(Tensor rstd_mean, Tensor mean_var, Tensor scale_shift)");
+  m.def("norm_statistics(Tensor z_sums, int[] has_norm, Tensor p, Tensor? beta, int[] z_of_term, int count, "
+        "float eps) -> (Tensor rstd_mean, Tensor moments, Tensor coefficients)");
   m.def("norm_gradients(Tensor rstd_mean, Tensor p, Tensor? grad_rstd_mean, Tensor grad_sums, "
         "int[] z_of_term, int[] has_norm, int count) -> (Tensor scale, Tensor of_z, Tensor by_p)");
 }

@@ -3,15 +3,19 @@
 // through them. Plain pointers, for the CPU (norms.cpp) and for CUDA (sums_kernels.cuh). All in float64: a
 // difference below loses (μ/σ)² units of 1e-16.
 //
-// A term m of a node is p_m (z - μ) r of one of K tensors z [N, C, H, W], k = z_of_term[m], with r = 1/σ and
-// μ those of its batch norm, or 1 and 0 where it has none. All formulas are per channel; n counts the pixels.
+// A term m is p_m (z - μ) r + β_m of one of K tensors z [N, C, H, W], k = z_of_term[m], with r = 1/σ and μ those
+// of its batch norm, or 1 and 0 where it has none. p_m is one number, or, as the γ of a norm, one a channel. All
+// formulas are per channel; n counts the pixels.
 //
-//     z_sums [norms, 2, C]       S1 = Σ z,  S2 = Σ z²;  mean_var [K, 2, C]: μ = S1/n,  v = S2/n - μ²
+//     z_sums [norms, 2, C]       S1 = Σ z,  S2 = Σ z²:  μ = S1/n,  v = S2/n - μ²
 //     rstd_mean [K, 2, C]        r = 1 / sqrt(v + eps),  μ
-//     scale_shift [2, M, C]      the term is scale z + shift:  scale = p r,  shift = -p r μ
-//     grad_sums [M, 2, C]        A = Σ G,  B = Σ G z, with G [N, C, H, W] the gradient by the term
+//     moments [K, 2, C]          of the running statistics: μ, v n / (n - 1)
+//     coefficients [M, 2, C]     the term is shift + scale z:  shift = β - p r μ,  scale = p r
+//     grad_sums [M, 2, C]        A = Σ G,  B = Σ G z, with G [N, C, H, W] the gradient by the term: those by its
+//                                coefficients
 //
-// grad_rstd_mean [K, 2, C] is the gradient by rstd_mean of whatever else reads it (the pair behind a norm).
+// grad_rstd_mean [K, 2, C] is the gradient by rstd_mean of whatever else reads it: gradients, which a derivative
+// of theirs reaches.
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -46,6 +50,15 @@ TermMap term_map(const Numbers& z_of_term, const Numbers& has_norm) {
 
 struct Moments { double mean, var, rstd; };
 
+// Row m of p is p + m * width: one number, or C.
+template <typename P>
+struct TermWeights {
+  const P* p;
+  int64_t width;
+
+  LDARTS_BOTH double operator()(int64_t m, int64_t c) const { return p[m * width + (width > 1 ? c : 0)]; }
+};
+
 // P: the type of p and of what follows from it.
 template <typename P>
 struct NormStatistics {
@@ -53,26 +66,27 @@ struct NormStatistics {
   int64_t C, count;  // of pixels
   double eps;
   const double* z_sums;
-  const P* p;
-  P *rstd_mean, *mean_var, *scale_shift;
+  TermWeights<P> p;
+  const P* beta;  // [M, C], or null: 0
+  P *rstd_mean, *moments, *coefficients;
 
-  LDARTS_BOTH Moments moments(int64_t k, int64_t c) const {
+  LDARTS_BOTH Moments moments_of(int64_t k, int64_t c) const {
     if (map.norm_of_z[k] < 0) return {0, 0, 1};
     const double* sums = z_sums + 2 * map.norm_of_z[k] * C + c;
     const double mean = sums[0] / count, found = sums[C] / count - mean * mean, var = found < 0 ? 0 : found;
     return {mean, var, 1 / sqrt(var + eps)};
   }
   LDARTS_BOTH void of_z(int64_t k, int64_t c) const {
-    const Moments found = moments(k, c);
+    const Moments found = moments_of(k, c);
     rstd_mean[2 * k * C + c] = found.rstd;
-    rstd_mean[(2 * k + 1) * C + c] = mean_var[2 * k * C + c] = found.mean;
-    mean_var[(2 * k + 1) * C + c] = found.var;
+    rstd_mean[(2 * k + 1) * C + c] = moments[2 * k * C + c] = found.mean;
+    moments[(2 * k + 1) * C + c] = found.var * count / (count > 1 ? count - 1 : 1);
   }
   LDARTS_BOTH void of_term(int64_t m, int64_t c) const {
-    const Moments found = moments(map.z_of_term[m], c);
-    const double scale = p[m] * found.rstd;
-    scale_shift[m * C + c] = scale;
-    scale_shift[(map.M + m) * C + c] = -scale * found.mean;
+    const Moments found = moments_of(map.z_of_term[m], c);
+    const double scale = p(m, c) * found.rstd;
+    coefficients[2 * m * C + c] = (beta ? beta[m * C + c] : 0) - scale * found.mean;
+    coefficients[(2 * m + 1) * C + c] = scale;
   }
 };
 
@@ -83,9 +97,11 @@ template <typename P>
 struct NormGradients {
   TermMap map;
   int64_t C, count;
-  const P *rstd_mean, *p, *grad_rstd_mean;  // the last may be null: 0
+  const P* rstd_mean;
+  TermWeights<P> p;
+  const P* grad_rstd_mean;  // may be null: 0
   const double* grad_sums;
-  P *scale, *of_z, *by_p;  // results: [M, C], [K, 2, C], [M]
+  P *scale, *of_z, *by_p;  // results: [M, C], [K, 2, C], as p
 
   LDARTS_BOTH double rstd(int64_t k, int64_t c) const { return rstd_mean[2 * k * C + c]; }
   LDARTS_BOTH double mean(int64_t k, int64_t c) const { return rstd_mean[(2 * k + 1) * C + c]; }
@@ -93,7 +109,7 @@ struct NormGradients {
   LDARTS_BOTH double centred(int64_t m, int64_t c) const {  // B - μ A = Σ G (z - μ)
     return grad_sums[(2 * m + 1) * C + c] - mean(map.z_of_term[m], c) * sum(m, c);
   }
-  LDARTS_BOTH double scale_of(int64_t m, int64_t c) const { return p[m] * rstd(map.z_of_term[m], c); }
+  LDARTS_BOTH double scale_of(int64_t m, int64_t c) const { return p(m, c) * rstd(map.z_of_term[m], c); }
 
   // by r: grad_r + Σ_m p (B - μ A),  by μ: grad_μ - Σ_m p r A    over the terms m of the z
   LDARTS_BOTH TwoNumbers by_rstd_mean(int64_t k, int64_t c) const {
@@ -101,7 +117,7 @@ struct NormGradients {
     if (grad_rstd_mean) by = {grad_rstd_mean[2 * k * C + c], grad_rstd_mean[(2 * k + 1) * C + c]};
     for (int m = 0; m < map.M; ++m) {
       if (map.z_of_term[m] != k) continue;
-      by.first += p[m] * centred(m, c);
+      by.first += p(m, c) * centred(m, c);
       by.second -= scale_of(m, c) * sum(m, c);
     }
     return by;
@@ -123,7 +139,7 @@ struct NormGradients {
   }
   LDARTS_BOTH void write_scale(int64_t m, int64_t c) const { scale[m * C + c] = scale_of(m, c); }
 
-  // by p: Σ_c r (B - μ A), of which this is the share of a channel
+  // by p: r (B - μ A); by one number for all channels, their sum
   LDARTS_BOTH double share_of_p(int64_t m, int64_t c) const {
     return rstd(map.z_of_term[m], c) * centred(m, c);
   }

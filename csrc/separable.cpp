@@ -83,19 +83,18 @@ void check(at::TensorList x, at::TensorList depthwise, at::TensorList pointwise,
   }
 }
 
-// x, tangent: one for each pair or one for all; tangent may be empty. input_scale_shift: [2 or 4, U, C] of s
-// and b, then s' and b'. forward, backward: which of z = P D a and its gradients a pass computes.
+// x, tangent: one for each pair or one for all; tangent may be empty. affine: [U, 2 or 4, C] of b and s, then b'
+// and s'. forward, backward: which of z = P D a and its gradients a pass computes.
 template <typename T>
 Group<T> group_of(at::TensorList x, at::TensorList tangent,
-                  const std::optional<at::Tensor>& input_scale_shift, at::TensorList depthwise,
-                  at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations, bool forward,
-                  bool backward) {
+                  const std::optional<at::Tensor>& affine, at::TensorList depthwise, at::TensorList pointwise,
+                  int64_t stride, at::IntArrayRef dilations, bool forward, bool backward) {
   const int64_t U = depthwise.size(), C = x[0].size(1);
   at::Tensor coefficients;
-  if (input_scale_shift) coefficients = input_scale_shift->to(x[0].scalar_type()).contiguous();
+  if (affine) coefficients = affine->to(x[0].scalar_type()).contiguous();
   auto coefficient = [&](int64_t which, int64_t u) -> const T* {
-    if (!coefficients.defined() || which >= coefficients.size(0)) return nullptr;
-    return read<T>(coefficients) + (which * U + u) * C;
+    if (!coefficients.defined() || which >= coefficients.size(1)) return nullptr;
+    return read<T>(coefficients) + (u * coefficients.size(1) + which) * C;
   };
   Tensors kept;
   auto dense = [&](const at::Tensor& t) { return read<T>(kept.emplace_back(t.contiguous())); };
@@ -104,10 +103,10 @@ Group<T> group_of(at::TensorList x, at::TensorList tangent,
     PairArgs<T>& pair = pairs[u];
     pair.x = read<T>(x[x.size() == 1 ? 0 : u]);
     pair.tangent = tangent.empty() ? nullptr : read<T>(tangent[tangent.size() == 1 ? 0 : u]);
-    pair.scale = coefficient(0, u);
-    pair.shift = coefficient(1, u);
-    pair.scale_tangent = coefficient(2, u);
-    pair.shift_tangent = coefficient(3, u);
+    pair.shift = coefficient(0, u);
+    pair.scale = coefficient(1, u);
+    pair.shift_tangent = coefficient(2, u);
+    pair.scale_tangent = coefficient(3, u);
     pair.depthwise = dense(depthwise[u]);
     pair.pointwise = dense(pointwise[u]);
     pair.kernel_size = depthwise[u].size(2);
@@ -118,7 +117,7 @@ Group<T> group_of(at::TensorList x, at::TensorList tangent,
 
 // For each pair z = P D relu(s x + b), [N, C, out_h, out_w], channels-last; the sums of z and z z, [U, 2, C].
 std::tuple<Tensors, at::Tensor> separable_forward(
-    at::TensorList x, const std::optional<at::Tensor>& input_scale_shift, at::TensorList depthwise,
+    at::TensorList x, const std::optional<at::Tensor>& affine, at::TensorList depthwise,
     at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations) {
   check(x, depthwise, pointwise, dilations);
   const auto xs = channels_last(x);
@@ -127,7 +126,7 @@ std::tuple<Tensors, at::Tensor> separable_forward(
   AT_DISPATCH_FLOATING_TYPES(x[0].scalar_type(), "separable_forward", [&] {
     using T = scalar_t;
     const auto group =
-        group_of<T>(xs, {}, input_scale_shift, depthwise, pointwise, stride, dilations, true, false);
+        group_of<T>(xs, {}, affine, depthwise, pointwise, stride, dilations, true, false);
     const int64_t U = group.pairs.size();
     const auto options = x[0].options().memory_format(at::MemoryFormat::ChannelsLast);
     std::vector<T*> z;
@@ -167,18 +166,18 @@ void finish_weights(const Group<T>& group, const at::Tensor& depthwise_sums, con
   });
 }
 
-// The gradients by x, input_scale_shift and the weights, from those by z itself (grad_z), by the terms of a
-// node that are made of the last pairs (grad_terms, their scale [terms, C]), and by z_sums. With a tangent,
-// or with a weight replaced by its tangent: the derivatives of these gradients.
+// The gradients by x, affine and the weights, from those by z itself (grad_z), by the terms of a node that are
+// made of the last pairs (grad_terms, their scale [terms, C]), and by z_sums. With a tangent, or with a weight
+// replaced by its tangent: the derivatives of these gradients.
 //
-// -> grad_x, as many as x, if need_grad_x; input_sums [U, 3, C] of h, h x and h x', from which the gradient
-// by input_scale_shift follows, if there is one (else empty); grad_depthwise and grad_pointwise, if
+// -> grad_x, as many as x, if need_grad_x; input_sums [U, 3, C] of h, h x and h x', of which the first two are
+// the gradient by affine, if there is one (else empty); grad_depthwise and grad_pointwise, if
 // need_grad_weights; if need_tangent_z, which needs them: tangent_z = P D a and tangent_sums [U, 3, C] of z',
 // z' z and z' G.
 std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable_backward(
-    at::TensorList x, at::TensorList tangent, const std::optional<at::Tensor>& input_scale_shift,
-    at::TensorList depthwise, at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations,
-    at::TensorList z, const c10::List<std::optional<at::Tensor>>& grad_z, at::TensorList grad_terms,
+    at::TensorList x, at::TensorList tangent, const std::optional<at::Tensor>& affine, at::TensorList depthwise,
+    at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations, at::TensorList z,
+    const c10::List<std::optional<at::Tensor>>& grad_z, at::TensorList grad_terms,
     const at::Tensor& scale, const at::Tensor& of_z, bool need_grad_x, bool need_grad_weights,
     bool need_tangent_z) {
   check(x, depthwise, pointwise, dilations);
@@ -195,12 +194,12 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
   at::Tensor input_sums, tangent_sums;  // of each chunk
   AT_DISPATCH_FLOATING_TYPES(dtype, "separable_backward", [&] {
     using T = scalar_t;
-    const auto group = group_of<T>(xs, tangents, input_scale_shift, depthwise, pointwise, stride, dilations,
-                                   need_tangent_z, true);
+    const auto group = group_of<T>(xs, tangents, affine, depthwise, pointwise, stride, dilations, need_tangent_z,
+                                   true);
     at::Tensor depthwise_sums, pointwise_sums;  // of each chunk
     if (need_grad_x) {
       for (const auto& t : xs) grad_x.push_back(at::empty_like(t));
-      if (input_scale_shift) input_sums = zero_sums({chunks, U, 3, C});
+      if (affine) input_sums = zero_sums({chunks, U, 3, C});
     }
     if (need_grad_weights) {
       pointwise_sums = at::zeros({chunks, U, C, group.width}, x[0].options());
@@ -243,9 +242,9 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ldarts, m) {
-  m.def("separable_forward(Tensor[] x, Tensor? input_scale_shift, Tensor[] depthwise, Tensor[] pointwise, "
+  m.def("separable_forward(Tensor[] x, Tensor? affine, Tensor[] depthwise, Tensor[] pointwise, "
         "int stride, int[] dilations) -> (Tensor[] z, Tensor z_sums)");
-  m.def("separable_backward(Tensor[] x, Tensor[] tangent, Tensor? input_scale_shift, Tensor[] depthwise, "
+  m.def("separable_backward(Tensor[] x, Tensor[] tangent, Tensor? affine, Tensor[] depthwise, "
         "Tensor[] pointwise, int stride, int[] dilations, Tensor[] z, Tensor?[] grad_z, Tensor[] grad_terms, "
         "Tensor scale, Tensor of_z, bool need_grad_x, bool need_grad_weights, bool need_tangent_z) -> "
         "(Tensor[] grad_x, Tensor input_sums, Tensor[] grad_depthwise, Tensor[] grad_pointwise, "

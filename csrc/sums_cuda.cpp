@@ -124,22 +124,29 @@ Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shif
   return outs;
 }
 
+// p with one number a term, in a type that norms.h computes in.
+at::Tensor weights_of(const at::Tensor& p) {
+  TORCH_CHECK_VALUE(p.dim() == 1, "norms: p has shape ", p.sizes(), ", expected on a GPU [terms]");
+  return p.to(at::toOpMathType(p.scalar_type())).contiguous();
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
-    const at::Tensor& z_sums, at::IntArrayRef has_norm, const at::Tensor& p, at::IntArrayRef z_of_term,
-    int64_t count, double eps) {
+    const at::Tensor& z_sums, at::IntArrayRef has_norm, const at::Tensor& p, const MaybeTensor& beta,
+    at::IntArrayRef z_of_term, int64_t count, double eps) {
   const c10::cuda::CUDAGuard guard(p.device());
   const int64_t C = z_sums.size(2);
   const auto map = term_map(z_of_term, has_norm);
-  const auto weights = p.to(at::toOpMathType(p.scalar_type())).contiguous(), sums = z_sums.contiguous();
-  const auto rstd_mean = at::empty({map.K, 2, C}, weights.options()), mean_var = at::empty_like(rstd_mean);
-  const auto scale_shift = at::empty({2, map.M, C}, weights.options());
+  const auto weights = weights_of(p), sums = z_sums.contiguous();
+  const auto shifts = beta ? beta->to(weights.scalar_type()).contiguous() : at::Tensor();
+  const auto rstd_mean = at::empty({map.K, 2, C}, weights.options()), moments = at::empty_like(rstd_mean);
+  const auto coefficients = at::empty({map.M, 2, C}, weights.options());
   AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "norm_statistics", [&] {
     using P = scalar_t;
-    norm_kernels<P>().statistics({map, C, count, eps, read<double>(sums), read<P>(weights),
-                                  write<P>(rstd_mean), write<P>(mean_var), write<P>(scale_shift)});
+    norm_kernels<P>().statistics({map, C, count, eps, read<double>(sums), {read<P>(weights), 1}, read<P>(shifts),
+                                  write<P>(rstd_mean), write<P>(moments), write<P>(coefficients)});
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  return {rstd_mean, mean_var, scale_shift};
+  return {rstd_mean, moments, coefficients};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
@@ -150,13 +157,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
   const auto map = term_map(z_of_term, has_norm);
   const auto numbers = rstd_mean.contiguous(), sums = grad_sums.contiguous();
   const auto dtype = numbers.scalar_type();
-  const auto weights = p.to(dtype).contiguous();
+  const auto weights = weights_of(p).to(dtype);
   const auto by_rstd_mean = grad_rstd_mean ? grad_rstd_mean->to(dtype).contiguous() : at::Tensor();
   const auto scale = at::empty({map.M, C}, numbers.options()), of_z = at::empty_like(numbers);
   const auto by_p = at::empty({map.M}, numbers.options());
   AT_DISPATCH_FLOATING_TYPES(dtype, "norm_gradients", [&] {
     using P = scalar_t;
-    norm_kernels<P>().gradients({map, C, count, read<P>(numbers), read<P>(weights), read<P>(by_rstd_mean),
+    norm_kernels<P>().gradients({map, C, count, read<P>(numbers), {read<P>(weights), 1}, read<P>(by_rstd_mean),
                                  read<double>(sums), write<P>(scale), write<P>(of_z), write<P>(by_p)});
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -11,7 +11,7 @@ from ldarts import bench, fused
 from ldarts.fused import compiled_for
 from ldarts.fused import norms
 from ldarts.fused.normalised_sum import node_sum, normalised_terms
-from ldarts.fused.separable import affine_of, separable_convolutions
+from ldarts.fused.separable import separable_convolutions
 from ldarts.fused.sums import affine_sums
 from ldarts.operations import DilConv, SepConv
 
@@ -46,9 +46,10 @@ def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
     x, p = images(9, C, *size, dtype=dtype).requires_grad_(), torch.rand(4, dtype=dtype).requires_grad_()
     weights = [w for op in ops for w in op.parameters()]
 
-    zs, rstd_mean, dils = separable_convolutions([x], None, [tuple(op.op[1:4]) for op in ops], p[2:], [2])
+    of_all = torch.cat([torch.ones(2, dtype=dtype), p[2:]])
+    zs, inner, dils = separable_convolutions([x], None, [tuple(op.op[1:4]) for op in ops], of_all, None, [2])
     second = [tuple(op.op[5:8]) for op in seps]
-    twice = separable_convolutions(zs[:2], affine_of(rstd_mean[:2]), second, p[:2], [1, 1])
+    twice = separable_convolutions(zs[:2], inner, second, p[:2], None, [1, 1])
     found = node_sum([*twice.terms, *dils])
     statistics = [b.clone() for op in ops for b in op.buffers()]
     for op in ops:
@@ -71,8 +72,8 @@ def test_only_asked_gradients_of_a_separable_convolutions(asked):
         op.requires_grad_(False)
     inputs = [x] if asked == "x" else list(op.parameters())
     p = torch.ones(1, dtype=torch.float64)
-    zs, rstd_mean, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], p[:0], [])
-    found = node_sum(separable_convolutions(zs, affine_of(rstd_mean), [tuple(op.op[5:8])], p, [1])[2])
+    zs, inner, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], p, None, [])
+    found = node_sum(separable_convolutions(zs, inner, [tuple(op.op[5:8])], p, None, [1])[2])
     grad = images(*found.shape)
     compare(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(op(x), inputs, grad), 1e-10)
 
@@ -143,9 +144,9 @@ def test_the_same_bits_whatever_the_number_of_threads_of_a_separable_convolution
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            zs, rstd_mean, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], torch.ones(0), [])
+            zs, inner, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], torch.ones(1), None, [])
             grads = torch.autograd.grad((zs[0] ** 2).sum(), [x, op.op[1].weight, op.op[2].weight])
-            results.append([*zs, rstd_mean, *grads])
+            results.append([*zs, inner, *grads])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results))

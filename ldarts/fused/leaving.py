@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalised_sum import Copies, Terms, gamma_beta_of, normalise, normalised_terms
+from .normalised_sum import Copies, Terms, normalise, normalised_terms, scale_shift_of
+from .norms import ones
 from .recognise import SETTINGS, Halves, Link, is_1x1
-from .separable import Pair, affine_of, pairs_of, separable_convolutions
+from .separable import Pair, pairs_of, separable_convolutions
 
 
 class Operation(NamedTuple):
@@ -82,17 +83,16 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
             of_edge.append(its_terms)
 
     if separable or dilated:
-        pairs = [of_op[0] for of_op in separable + dilated]
-        gamma_beta = gamma_beta_of([pair.norm for pair in pairs[len(separable) :]])
-        first = separable_convolutions([state], None, pairs, p_dilated, widths_of(plan.dilated), gamma_beta)
+        pairs, count = [of_op[0] for of_op in separable + dilated], len(separable)
+        p_pairs = torch.cat([ones(count, p), p_dilated]) if separable else p_dilated
+        first = separable_convolutions([state], None, pairs, *scale_shift_of([pair.norm for pair in pairs], p_pairs),
+                                       widths_of(plan.dilated))
         share_out(first.terms, plan.dilated)
     if separable:
-        count = len(separable)
-        affine = affine_of(first.rstd_mean[:count], gamma_beta_of([pair.norm for pair in pairs[:count]]))
-        second_pairs = [of_op[1] for of_op in separable]
-        gamma_beta = gamma_beta_of([pair.norm for pair in second_pairs])
-        second = separable_convolutions(first.z[:count], affine, second_pairs, p_separable,
-                                        widths_of(plan.separable), gamma_beta)
+        pairs = [of_op[1] for of_op in separable]
+        second = separable_convolutions(first.z[:count], first.coefficients, pairs,
+                                        *scale_shift_of([pair.norm for pair in pairs], p_separable),
+                                        widths_of(plan.separable))
         share_out(second.terms, plan.separable)
     operations = sum(plan.others, [])
     if operations:
@@ -107,8 +107,8 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
             norms[place] += [] if op.norm is None else [op.norm]
         remaining = iter(of_operation)
         edges = [[next(remaining) for _ in edge] for edge in plan.others if edge]
-        share_out(normalised_terms([zs[k] for k in range(len(zs))], norms, edges, p_others,
-                                   gamma_beta_of([op.norm for op in operations])), plan.others)
+        scale_shift = scale_shift_of([op.norm for op in operations], p_others)
+        share_out(normalised_terms([zs[k] for k in range(len(zs))], norms, edges, *scale_shift), plan.others)
     return terms
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .norms import Norms, constant, ones
+from .norms import Norms, ones
 from .sums import affine_sums, channel_sums
 
 
@@ -29,35 +29,32 @@ class Terms(NamedTuple):
 
     placeholder: Tensor  # like a z; its gradient is that of the node
     z: Sequence[Tensor]  # K of [N, C, H, W], read without a gradient
-    scale: Tensor  # [K, C], p / σ
-    shift: Tensor  # [K, C], −p μ / σ
+    coefficients: Tensor  # [K, 2, C], shift and scale
 
 
 def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2d]],
-                     edges: Sequence[Sequence[int]], p: Tensor,
-                     gamma_beta: Tensor | None = None) -> list[Terms]:
-    """-> for each edge the terms p ẑ_k, k from `edges`; p [sum of their lengths]. With gamma_beta, [2, as many,
-    C], whose p are 1, the terms γ ẑ_k + β.
+                     edges: Sequence[Sequence[int]], p: Tensor, beta: Tensor | None = None) -> list[Terms]:
+    """-> for each edge the terms p ẑ_k + beta, k from `edges`; p, beta: see scale_shift_of.
 
     norms: the batch norms that z_k stands before, all with the same result; none: the term is p z_k. Moves
     their running statistics, as BatchNorm2d does in training.
     """
     behind = Norms(edges, [bool(of_z) for of_z in norms], pixels(z[0]))
     eps = next((of_z[0].eps for of_z in norms if of_z), 0.0)
-    _, mean_var, scale_shift, *placeholders = NormalisedTerms.apply(behind, eps, p, gamma_beta, *z)
-    move_statistics(norms, mean_var, behind.count)
-    return terms_of_edges(placeholders, [[z[k] for k in edge] for edge in edges], scale_shift)
+    _, moments, coefficients, *placeholders = NormalisedTerms.apply(behind, eps, p, beta, *z)
+    move_statistics(norms, moments, behind.count)
+    return terms_of_edges(placeholders, [[z[k] for k in edge] for edge in edges], coefficients)
 
 
-def no_sums(z: Tensor) -> Tensor:
-    return z.new_empty(0, 2, z.shape[1], dtype=torch.float64)
+def no_sums(z: Tensor, rows: int = 0) -> Tensor:
+    return z.new_zeros(rows, 2, z.shape[1], dtype=torch.float64)
 
 
 def terms_of_edges(placeholders: Sequence[Tensor], z: Sequence[Sequence[Tensor]],
-                   scale_shift: Tensor) -> list[Terms]:
-    """z: of each edge; scale_shift [2, terms of all edges, C]"""
-    scales, shifts = (of_terms.split([len(edge) for edge in z]) for of_terms in scale_shift)
-    return [Terms(*edge) for edge in zip(placeholders, z, scales, shifts)]
+                   coefficients: Tensor) -> list[Terms]:
+    """z: of each edge; coefficients: of the terms of all edges"""
+    of_edges = coefficients.split([len(edge) for edge in z])
+    return [Terms(*edge) for edge in zip(placeholders, z, of_edges)]
 
 
 def node_sum(terms: Sequence[Terms], factors: Tensor | None = None) -> Tensor:
@@ -68,31 +65,33 @@ def node_sum(terms: Sequence[Terms], factors: Tensor | None = None) -> Tensor:
 
 def normalise(z: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> list[Tensor]:
     """norm(z) of each z [N, C, H, W] in training, as a node of one term."""
-    p, edges = ones(len(z), z[0]), [[k] for k in range(len(z))]
-    terms = normalised_terms(z, [[norm] for norm in norms], edges, p, gamma_beta_of(norms))
+    p, beta = scale_shift_of(norms, ones(len(z), z[0]))
+    terms = normalised_terms(z, [[norm] for norm in norms], [[k] for k in range(len(z))], p, beta)
     return [node_sum([term]) for term in terms]
 
 
-def gamma_beta_of(norms: Sequence[nn.BatchNorm2d | None]) -> Tensor | None:
-    """γ and β of norms, [2, norms, C]: 1 and 0 where there are none. None if there are none at all."""
+def scale_shift_of(norms: Sequence[nn.BatchNorm2d | None], p: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scale and shift of terms behind their norms: p [terms] and None; with an affine norm among them
+    [terms, C] both, γ and β of those that are affine, p and 0 of the others."""
     affine = next((norm for norm in norms if norm is not None and norm.affine), None)
     if affine is None:
-        return None
-    one, zero = torch.ones_like(affine.weight), torch.zeros_like(affine.bias)
-    pairs = [(norm.weight, norm.bias) if norm is not None and norm.affine else (one, zero) for norm in norms]
-    return torch.stack([torch.stack(of_all) for of_all in zip(*pairs)])
+        return p, None
+    zero = torch.zeros_like(affine.bias)
+    pairs = [(norm.weight, norm.bias) if norm is not None and norm.affine else (p[m].expand_as(zero), zero)
+             for m, norm in enumerate(norms)]
+    scale, shift = (torch.stack(of_all) for of_all in zip(*pairs))
+    return scale, shift
 
 
 @torch.no_grad()
-def move_statistics(norms: Sequence[Sequence[nn.BatchNorm2d]], mean_var: Tensor, count: int) -> None:
-    """Running statistics after a batch. norms: those behind each z; mean_var: mean and (biased) variance of each
+def move_statistics(norms: Sequence[Sequence[nn.BatchNorm2d]], moments: Tensor, count: int) -> None:
+    """Running statistics after a batch. norms: those behind each z; moments: mean and unbiased variance of each
     z, [z, 2, C], over `count` pixels; ValueError if that is one, as PyTorch's"""
     if count == 1 and any(norms):
         raise ValueError("Expected more than 1 value per channel when training: one image of one pixel")
-    unbiased = constant((1.0, count / max(1, count - 1)), mean_var.dtype, mean_var)[:, None]
-    moments = (mean_var * unbiased).flatten(0, 1).unbind()
+    of_all = moments.flatten(0, 1).unbind()
     by_momentum: dict[float, list[tuple[nn.BatchNorm2d, Tensor, Tensor]]] = {}
-    for its_norms, mean, variance in zip(norms, moments[::2], moments[1::2]):
+    for its_norms, mean, variance in zip(norms, of_all[::2], of_all[1::2]):
         for norm in its_norms:
             if norm.track_running_stats and norm.running_mean is not None:
                 dtype = norm.running_mean.dtype
@@ -115,15 +114,12 @@ class NodeSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, terms, factors, *placeholders):
-        zs = [z for t in terms for z in t.z]
-        scales, shifts = ([getattr(t, name) for t in terms] for name in ("scale", "shift"))
+        zs, rows = [z for t in terms for z in t.z], [t.coefficients.flatten(0, 1) for t in terms]
         ctx.count, ctx.factors = len(placeholders), None
         if factors is not None:  # each image has numbers of its own, [rows, N * C]
-            images, C = factors.shape[1], zs[0].shape[1]
-            ctx.factors = factors.repeat_interleave(C, 1)
-            scales, shifts = ([rows.repeat(1, images) * factor for rows, factor in zip(of_edges, ctx.factors)]
-                              for of_edges in (scales, shifts))
-        return affine_sums(zs, scales, shifts, [[(m, m, m) for m in range(len(zs))]])[0]
+            ctx.factors = factors.repeat_interleave(zs[0].shape[1], 1)
+            rows = [of_edge.repeat(1, factors.shape[1]) * factor for of_edge, factor in zip(rows, ctx.factors)]
+        return affine_sums(zs, rows, rows, [[(m, 2 * m + 1, 2 * m) for m in range(len(zs))]])[0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -151,37 +147,37 @@ class Copies(torch.autograd.Function):
 
 
 class NormalisedTerms(torch.autograd.Function):
-    """forward: z -> 1/σ and μ of their norms; mean and variance; scale and shift of the terms; a placeholder
-    for each edge. backward: the gradient by 1/σ and μ (None: 0) and G of each edge -> by p and each z."""
+    """forward: z -> 1/σ and μ of their norms; mean and unbiased variance; coefficients of the terms; a
+    placeholder for each edge. backward: the gradient by 1/σ and μ (None: 0) and G of each edge -> by p, beta and
+    each z."""
 
     @staticmethod
-    def forward(ctx, norms, eps, p, gamma_beta, *zs):
+    def forward(ctx, norms, eps, p, beta, *zs):
         normed = [z for z, has in zip(zs, norms.has_norm) if has]
         sums = channel_sums(normed, normed) if normed else no_sums(zs[0])
-        rstd_mean, mean_var, scale_shift = norms.statistics(sums, p, gamma_beta, eps)
+        rstd_mean, moments, coefficients = norms.statistics(sums, p, beta, eps)
         ctx.norms = norms
-        ctx.save_for_backward(p, gamma_beta, rstd_mean, *zs)
-        ctx.mark_non_differentiable(mean_var, scale_shift)
+        ctx.save_for_backward(p, beta, rstd_mean, *zs)
+        ctx.mark_non_differentiable(moments, coefficients)
         ctx.set_materialize_grads(False)
-        return rstd_mean, mean_var, scale_shift, *(zs[0].view_as(zs[0]) for _ in norms.edges)
+        return rstd_mean, moments, coefficients, *(zs[0].view_as(zs[0]) for _ in norms.edges)
 
     @staticmethod
-    def backward(ctx, grad_rstd_mean, _mean_var, _scale_shift, *grads):
-        p, gamma_beta, rstd_mean, *zs = ctx.saved_tensors
-        found = TermGradients.apply(ctx.norms, rstd_mean, p, grad_rstd_mean, gamma_beta, *zs,
-                                    *channels_last(grads, zs[0]))
-        return None, None, *found
+    def backward(ctx, grad_rstd_mean, _moments, _coefficients, *grads):
+        p, beta, rstd_mean, *zs = ctx.saved_tensors
+        return None, None, *TermGradients.apply(ctx.norms, rstd_mean, p, beta, grad_rstd_mean, *zs,
+                                                *channels_last(grads, zs[0]))
 
 
 class TermGradients(torch.autograd.Function):
-    """forward: the gradients by p, γ and β, and each z, of that by 1/σ and μ (None: 0) and G of each edge: channel sums of
-    G and z, arithmetic, an affine sum. backward: autograd's, but in one pass over the tensors instead of three."""
+    """forward: the gradient by 1/σ and μ (None: 0) and G of each edge -> those by p, beta and each z: channel sums
+    of G and z, arithmetic, an affine sum. backward: autograd's, but in one pass over the tensors, not three."""
 
     @staticmethod
-    def forward(ctx, norms, rstd_mean, p, grad_rstd_mean, gamma_beta, *tensors):
+    def forward(ctx, norms, rstd_mean, p, beta, grad_rstd_mean, *tensors):
         zs, grads = tensors[: len(norms.has_norm)], tensors[len(norms.has_norm) :]
-        inputs = rstd_mean, p, grad_rstd_mean, gamma_beta, channel_sums(*norms.terms_of(grads, zs))
-        scale, of_z, by_p, by_gamma_beta = norms.gradients(*inputs)
+        inputs = rstd_mean, p, beta, grad_rstd_mean, channel_sums(*norms.terms_of(grads, zs))
+        scale, of_z, by_p, by_beta = norms.gradients(*inputs)
         ctx.norms = norms
         ctx.save_for_backward(*inputs, scale, of_z, *tensors)
         # By a z: Σ scale G over its terms + of_z[0] + of_z[1] z
@@ -190,10 +186,10 @@ class TermGradients(torch.autograd.Function):
         for m, (k, edge) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
             entries[k].append((K + edge, m, -1))
         rows = of_z.flatten(0, 1)
-        return by_p, by_gamma_beta, *affine_sums(tensors, [scale, rows], [rows], entries)
+        return by_p, by_beta, *affine_sums(tensors, [scale, rows], [rows], entries)
 
     @staticmethod
-    def backward(ctx, grad_p, grad_gamma_beta, *w):
+    def backward(ctx, grad_p, grad_beta, *w):
         *inputs, sums, scale, of_z = ctx.saved_tensors[:7]
         norms, K, tensors = ctx.norms, len(w), ctx.saved_tensors[7:]
         zs, grads, w = tensors[:K], tensors[K:], channels_last(w, tensors[0])
@@ -201,7 +197,7 @@ class TermGradients(torch.autograd.Function):
             sums = channel_sums(*norms.terms_of(grads, zs))
             scale, of_z, *_ = norms.gradients(*inputs, sums)
         of_w = channel_sums([*w, *norms.terms_of(grads, w)[0]], [*zs, *norms.terms_of(grads, w)[1]])
-        by_results = of_w[K:, 1], of_w[:K], grad_p, grad_gamma_beta
+        by_results = of_w[K:, 1], of_w[:K], grad_p, grad_beta
         *by_inputs, by_sums = norms.derivatives((*inputs, sums), by_results)
         by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_sums)
         return None, *by_inputs, *by_z, *by_grads

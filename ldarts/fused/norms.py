@@ -49,45 +49,36 @@ def _membership(rows: tuple[int, ...], count: int, device: torch.device) -> Tens
 class Norms:
     """The batch norms behind some z: arithmetic per channel, in float64 (csrc/norms.h).
 
-    edges: for each the numbers of the z of its terms; has_norm: which z have one; count: pixels of a channel
+    Term m is shift_m + scale_m z, with its coefficients (shift, scale) as [terms, 2, C]; the gradient by them is
+    ΣG and ΣG z.
+
+    edges: for each the numbers of the z of its terms; has_norm: which z have one; count: pixels of a channel;
+    inner: the first z, as many, are terms of no edge; convolutions read them with these coefficients
     """
 
-    def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], count: int):
-        self.edges, self.has_norm, self.count = edges, [int(has) for has in has_norm], count
+    def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], count: int, inner: int = 0):
+        self.edges, self.has_norm, self.count, self.inner = edges, [int(has) for has in has_norm], count, inner
         self.z_of_term = [k for edge in edges for k in edge]
         self.edge_of_term = [e for e, edge in enumerate(edges) for _ in edge]
-        self.numbers = self.z_of_term, self.has_norm, count
+        self.numbers = [*range(inner), *self.z_of_term], self.has_norm, count
 
-    def statistics(self, sums: Tensor, p: Tensor, gamma_beta: Tensor | None,
+    def statistics(self, sums: Tensor, p: Tensor, beta: Tensor | None,
                    eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """sums: Σz, Σz² of each z with a norm, [norms, 2, C]; gamma_beta: γ and β of each term's norm, [2,
-        terms, C], where p is 1, or None -> of each z 1/σ and μ, mean and variance [z, 2, C]; scale and shift
-        of each term [2, terms, C]. Not differentiable."""
-        rstd_mean, mean_var, scale_shift = torch.ops.ldarts.norm_statistics(
-            sums, self.has_norm, p, self.z_of_term, self.count, eps)
-        if gamma_beta is not None:
-            (scale, shift), (gamma, beta) = scale_shift, gamma_beta
-            scale_shift = torch.stack([gamma * scale, gamma * shift + beta])
-        return rstd_mean, mean_var, scale_shift
+        """sums: Σz, Σz² of each z with a norm, [norms, 2, C]; p: of each term one number or, as γ, one a channel;
+        beta: [terms, C] or None, 0 -> of each z 1/σ and μ, mean and unbiased variance [z, 2, C]; of each term
+        its coefficients. Not differentiable."""
+        z_of_term, has_norm, count = self.numbers
+        return torch.ops.ldarts.norm_statistics(sums, has_norm, p, beta, z_of_term, count, eps)
 
-    def gradients(self, rstd_mean: Tensor, p: Tensor, grad_rstd_mean: Tensor | None,
-                  gamma_beta: Tensor | None, sums: Tensor,
-                  compute: Callable | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """sums: ΣG, ΣG z of each term -> scale [terms, C], of_z [z, 2, C], by p [terms], by γ and β.
+    def gradients(self, rstd_mean: Tensor, p: Tensor, beta: Tensor | None, grad_rstd_mean: Tensor | None,
+                  sums: Tensor, compute: Callable | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """sums: ΣG, ΣG z of each term -> scale [terms, C], of_z [z, 2, C], by p, by beta.
 
         The gradient by a z is Σ scale G over its terms + of_z[0] + of_z[1] z. grad_rstd_mean: that by 1/σ and
-        μ of what else reads them, or None. With γ and β, ẑ = (z − μ) / σ has the gradient γ G.
+        μ of what else reads them, or None.
         """
-        compute = compute or NormGradients.apply
-        if gamma_beta is None:
-            return *compute(rstd_mean, p, grad_rstd_mean, sums, *self.numbers), None
-        gamma = gamma_beta[0].double()
-        scale, of_z, by_p = compute(rstd_mean, p, grad_rstd_mean, gamma[:, None] * sums, *self.numbers)
-        z_of_term = constant(tuple(self.z_of_term), torch.int64, rstd_mean)
-        rstd, mean = rstd_mean.double().index_select(0, z_of_term).unbind(1)
-        of_grad, of_product = sums.unbind(1)
-        by_gamma_beta = torch.stack([rstd * (of_product - mean * of_grad), of_grad])  # Σ G ẑ, Σ G
-        return gamma * scale, of_z, by_p, by_gamma_beta.to(gamma_beta.dtype)
+        found = (compute or NormGradients.apply)(rstd_mean, p, grad_rstd_mean, sums, *self.numbers)
+        return *found, None if beta is None else sums[:, 0].to(beta.dtype)
 
     def derivatives(self, inputs: Sequence[Tensor | None],
                     grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -103,17 +94,20 @@ def norm_gradients_ref(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, 
     """csrc's norm_gradients in PyTorch, in few operations; the formulas are those of csrc/norms.h."""
     of_term = membership(tuple(z_of_term), len(has_norm), sums)  # [z, terms]
     per_pixel = constant(tuple(float(has) / count for has in has_norm), torch.float64, sums)[:, None]
-    rstd_mean, p, (of_grad, of_product) = rstd_mean.double(), p.double()[:, None], sums.unbind(1)
+    rstd_mean, weights, (of_grad, of_product) = rstd_mean.double(), p.double(), sums.unbind(1)
+    if p.dim() == 1:
+        weights = weights[:, None]
     C, (rstd, mean) = rstd_mean.shape[2], rstd_mean.unbind(1)
     rstd_of_term, mean_of_term = (of_term.T @ rstd_mean.flatten(1)).split(C, 1)
-    scale = p * rstd_of_term
+    scale = weights * rstd_of_term
     centred = torch.addcmul(of_product, mean_of_term, of_grad, value=-1)  # Σ G (z − μ)
-    by_rstd, minus_by_mean = (of_term @ torch.cat([p * centred, scale * of_grad], 1)).split(C, 1)
+    by_rstd, minus_by_mean = (of_term @ torch.cat([weights * centred, scale * of_grad], 1)).split(C, 1)
     if grad_rstd_mean is not None:
         by_rstd, minus_by_mean = by_rstd + grad_rstd_mean[:, 0], minus_by_mean - grad_rstd_mean[:, 1]
     twice_by_var = -per_pixel * rstd**3 * by_rstd
     shift = -torch.addcmul(per_pixel * minus_by_mean, mean, twice_by_var)
-    return scale, torch.stack([shift, twice_by_var], 1), (rstd_of_term * centred).sum(1)
+    by_p = rstd_of_term * centred
+    return scale, torch.stack([shift, twice_by_var], 1), by_p.sum(1) if p.dim() == 1 else by_p
 
 
 class NormGradients(torch.autograd.Function):
@@ -154,9 +148,9 @@ def differentiate(compute: Callable, inputs: Sequence[Tensor | None],
 def register() -> None:
     """Shapes of what the operators of norms.cpp return, for tensors without values."""
     @torch.library.register_fake("ldarts::norm_statistics")
-    def _(z_sums, has_norm, p, z_of_term, count, eps):
+    def _(z_sums, has_norm, p, beta, z_of_term, count, eps):
         of_z = [p.new_empty(len(has_norm), 2, z_sums.shape[2]) for _ in range(2)]
-        return *of_z, p.new_empty(2, len(z_of_term), z_sums.shape[2])
+        return *of_z, p.new_empty(len(z_of_term), 2, z_sums.shape[2])
 
     @torch.library.register_fake("ldarts::norm_gradients")
     def _(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, count):

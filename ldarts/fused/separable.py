@@ -4,8 +4,8 @@ A pair is a depthwise and a pointwise convolution and the norm behind them. Of e
 
     z_u = P_u D_u a_u,   a_u = relu(s_u x_u + b_u)          x_u [N, C, H, W]; s_u, b_u per channel
 
-and the sums of z_u and z_u² that its norm needs are computed; s and b are those of the norm in front of it
-(none: s = 1, b = 0). csrc/separable.cpp goes through them an image at a time and keeps nothing but z: what a
+and the sums of z_u and z_u² that its norm needs are computed; s and b are the coefficients of the norm in front
+of it (norms.py; none: s = 1, b = 0). csrc/separable.cpp goes through them an image at a time and keeps nothing but z: what a
 norm or a ReLU would put out never is in memory, the backward pass computes it again. With Z = ∂L/∂z, which is
 made of the G of the nodes that z is a term of (see normalised_sum) and of what reads z otherwise,
 
@@ -36,7 +36,7 @@ class Separable(NamedTuple):
     """What separable_convolutions computes."""
 
     z: list[Tensor]  # of each pair [N, C, H, W], channels-last
-    rstd_mean: Tensor  # [pairs, 2, C], 1/σ and μ of their norms
+    coefficients: Tensor  # shift and scale of the inner norms, [those of no edge, 2, C] in float64
     terms: list[Terms]  # of each edge
 
 
@@ -64,43 +64,46 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
 
 
 def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Sequence[Pair], p: Tensor,
-                           widths: Sequence[int], gamma_beta: Tensor | None = None) -> Separable:
-    """x: one input [N, C, H, W] for all pairs, or one each; affine: [2, pairs, C], s and b; None: 1 and 0.
+                           beta: Tensor | None, widths: Sequence[int]) -> Separable:
+    """x: one input [N, C, H, W] for all pairs, or one each; affine: [pairs, 2, C], b and s; None: 0 and 1.
 
-    p, gamma_beta: of the pairs that are terms, the last of them (see normalised_terms); widths: how many of
-    these each edge has, at least 1. Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
+    p, beta: of all pairs, see scale_shift_of; widths: of how many of the last pairs each edge is made, at least 1.
+    Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
     """
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
     weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
-    rstd_mean, mean_var, scale_shift, *tensors = SeparableConvolutions.apply(
-        (stride, dilations), pairs[0][2].eps, widths, affine, p, gamma_beta, *x, *weights)
+    inner, _, moments, coefficients, *tensors = SeparableConvolutions.apply(
+        (stride, dilations), pairs[0][2].eps, widths, affine, p, beta, *x, *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
-    move_statistics([[norm] for _, _, norm in pairs], mean_var, pixels(z[0]))
-    of_edges = split(z[len(z) - len(p) :], widths)
-    return Separable(z, rstd_mean, terms_of_edges(placeholders, of_edges, scale_shift))
+    move_statistics([[norm] for _, _, norm in pairs], moments, pixels(z[0]))
+    of_edges = split(z[len(inner) :], widths)
+    return Separable(z, inner, terms_of_edges(placeholders, of_edges, coefficients))
 
 
 class SeparableConvolutions(torch.autograd.Function):
-    """forward: x, depthwise and pointwise weights -> 1/σ and μ, mean and variance, scale and shift of the
-    terms, z of each pair, a placeholder for each edge. backward: the gradients by those -> by affine, p, γ
-    and β, x and the weights that are asked for. Differentiable again through SeparableConvolutionsGrad."""
+    """forward: x, depthwise and pointwise weights -> coefficients of the inner norms; 1/σ and μ, mean and
+    variance of all; coefficients of the terms; z of each pair; a placeholder for each edge. backward: the gradients
+    by those -> by affine, p, beta, x and the weights that are asked for. Differentiable again through
+    SeparableConvolutionsGrad."""
 
     @staticmethod
-    def forward(ctx, geometry, eps, widths, affine, p, gamma_beta, *tensors):
+    def forward(ctx, geometry, eps, widths, affine, p, beta, *tensors):
         count = len(geometry[1])
         x, depthwise, pointwise = split(tensors, [len(tensors) - 2 * count, count, count])
-        zs, moments = torch.ops.ldarts.separable_forward(x, affine, depthwise, pointwise, *geometry)
-        norms = Norms(split(range(count - len(p), count), widths), [True] * count, pixels(zs[0]))
-        rstd_mean, mean_var, scale_shift = norms.statistics(moments, p, gamma_beta, eps)
+        zs, sums = torch.ops.ldarts.separable_forward(x, affine, depthwise, pointwise, *geometry)
+        inner = count - sum(widths)
+        norms = Norms(split(range(inner, count), widths), [True] * count, pixels(zs[0]), inner)
+        rstd_mean, moments, coefficients = norms.statistics(sums, p, beta, eps)
+        of_inner, of_terms = coefficients.split([inner, count - inner])
         ctx.geometry, ctx.norms = geometry, norms
-        ctx.save_for_backward(affine, p, gamma_beta, rstd_mean, *tensors, *zs)
-        ctx.mark_non_differentiable(mean_var, scale_shift)
+        ctx.save_for_backward(affine, p, beta, rstd_mean, *tensors, *zs)
+        ctx.mark_non_differentiable(moments, of_terms)
         ctx.set_materialize_grads(False)
-        return rstd_mean, mean_var, scale_shift, *zs, *(zs[-1].view_as(zs[-1]) for _ in widths)
+        return of_inner, rstd_mean, moments, of_terms, *zs, *(zs[-1].view_as(zs[-1]) for _ in widths)
 
     @staticmethod
-    def backward(ctx, grad_rstd_mean, _mean_var, _scale_shift, *grads):
-        affine, p, gamma_beta, rstd_mean, *saved = ctx.saved_tensors
+    def backward(ctx, grad_inner, grad_rstd_mean, _moments, _of_terms, *grads):
+        affine, p, beta, rstd_mean, *saved = ctx.saved_tensors
         count = len(ctx.geometry[1])
         nodes = [node for node, _ in ctx.next_functions]  # of the tensors among the arguments
         by_weights = any(asked_for(node) for node in nodes[-2 * count :])
@@ -108,8 +111,10 @@ class SeparableConvolutions(torch.autograd.Function):
         in_front = nodes[: affine is not None] + nodes[-2 * count - x_count : -2 * count]  # affine and x
         by_inputs = any(asked_for(node) for node in in_front)
         grad_z, grad_edges = grads[:count], zeros_for_none(grads[count:], [saved[-1]] * len(grads[count:]))
-        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, rstd_mean, p, grad_rstd_mean,
-                     gamma_beta, *saved, *grad_z, *grad_edges)
+        if grad_inner is None:
+            grad_inner = no_sums(saved[-1], ctx.norms.inner)
+        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, rstd_mean, p, beta, grad_rstd_mean,
+                     grad_inner, *saved, *grad_z, *grad_edges)
         again = torch.is_grad_enabled()  # without a derivative to come, the plain call, which saves nothing
         found = (SeparableConvolutionsGrad.apply(*arguments) if again
                  else SeparableConvolutionsGrad.compute(*arguments)[0])
@@ -127,22 +132,23 @@ def asked_for(node: torch.autograd.graph.Node | None) -> bool:
 
 
 class SeparableConvolutionsGrad(torch.autograd.Function):
-    """forward: backward of SeparableConvolutions: gradients by affine, p, γ and β, each x and each weight
-    of both kinds, from those by 1/σ and μ, each z (or None) and each edge's G. backward: its derivatives, once."""
+    """forward: backward of SeparableConvolutions: gradients by affine, p, beta, each x and each weight of both
+    kinds, from those by 1/σ and μ, the inner norms' coefficients, each z (or None) and each edge's G. backward: its
+    derivatives, once."""
 
     @staticmethod
-    def compute(geometry, norms, asked, affine, rstd_mean, p, grad_rstd_mean, gamma_beta, *tensors):
+    def compute(geometry, norms, asked, affine, rstd_mean, p, beta, grad_rstd_mean, grad_inner, *tensors):
         """-> the results; sums that their derivatives need again. asked: by x and affine, by the weights"""
         x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
-        grad_sums = channel_sums(*norms.terms_of(grads, zs)) if grads else no_sums(zs[0])
-        scale, of_z, by_p, by_gamma_beta = norms.gradients(rstd_mean, p, grad_rstd_mean, gamma_beta,
-                                                           grad_sums)
+        grad_terms, z_of_terms = norms.terms_of(grads, zs)
+        grad_sums = torch.cat([grad_inner, channel_sums(grad_terms, z_of_terms)]) if grads else grad_inner
+        scale, of_z, by_p, by_beta = norms.gradients(rstd_mean, p, beta, grad_rstd_mean, grad_sums)
         by_x, sums, by_depthwise, by_pointwise, _, _ = torch.ops.ldarts.separable_backward(
-            x, [], affine, depthwise, pointwise, *geometry, zs, grad_z, norms.terms_of(grads, zs)[0], scale,
-            of_z, *asked, False)
-        by_affine = torch.stack([sums[:, 1], sums[:, 0]]) if affine is not None and asked[0] else None
+            x, [], affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, scale[norms.inner :], of_z,
+            *asked, False)
+        by_affine = sums[:, :2] if affine is not None and asked[0] else None
         nothing = [None] * len(zs)
-        return (by_affine, by_p.to(p.dtype), by_gamma_beta, *(by_x or [None] * len(x)), *(by_depthwise or nothing),
+        return (by_affine, by_p, by_beta, *(by_x or [None] * len(x)), *(by_depthwise or nothing),
                 *(by_pointwise or nothing)), grad_sums
 
     @staticmethod
@@ -154,21 +160,23 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, geometry, norms, asked, affine, *arguments):
         results, grad_sums = SeparableConvolutionsGrad.compute(geometry, norms, asked, affine, *arguments)
+        rstd_mean, p, beta, grad_rstd_mean, _, *tensors = arguments
         ctx.geometry, ctx.norms = geometry, norms
-        ctx.save_for_backward(affine, grad_sums, *arguments)
+        ctx.save_for_backward(affine, rstd_mean, p, beta, grad_rstd_mean, grad_sums, *tensors)
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
-    def backward(ctx, v_affine, v_p, v_gamma_beta, *v):
+    def backward(ctx, v_affine, v_p, v_beta, *v):
         if torch.is_grad_enabled():
             raise RuntimeError("ldarts: the engine has no third derivative of separable convolutions; "
                                "LDARTS_FUSED=off in the environment computes without it")
-        affine, grad_sums, rstd_mean, p, grad_rstd_mean, gamma_beta, *tensors = ctx.saved_tensors
-        inputs = rstd_mean, p, grad_rstd_mean, gamma_beta, grad_sums
-        geometry, norms = ctx.geometry, ctx.norms
+        affine, *inputs = ctx.saved_tensors[:6]
+        geometry, norms, tensors = ctx.geometry, ctx.norms, ctx.saved_tensors[6:]
         x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
+        grad_terms, _ = norms.terms_of(grads, zs)
         scale, of_z, *_ = norms.gradients(*inputs)
+        of_terms = scale[norms.inner :]
         v_x, v_depthwise, v_pointwise = split(v, [len(x), len(zs), len(zs)])
         w = w_sums = by_affine = by_x = by_depthwise = by_pointwise = None
 
@@ -176,18 +184,18 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
             """Those of one summand of z', with a, D or P replaced by its tangent."""
             nonlocal w, w_sums, by_x
             found_x, sums, *of_weights, found_w, found_sums = torch.ops.ldarts.separable_backward(
-                x, tangent, affine, depthwise, pointwise, *geometry, zs, grad_z,
-                norms.terms_of(grads, zs)[0], scale, of_z, with_input, True, True)
+                x, tangent, affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, of_terms, of_z,
+                with_input, True, True)
             w, w_sums = add_lists(w, found_w), add(w_sums, found_sums)
             by_x = add_lists(by_x, found_x or None)
             return sums, *of_weights
 
         if v_affine is not None or any(t is not None for t in v_x):  # a: gradients by D and P, and s
-            tangents = affine if v_affine is None else torch.cat([affine, v_affine])
+            tangents = affine if v_affine is None else torch.cat([affine, v_affine], 1)
             sums, by_depthwise, by_pointwise = add_pass(zeros_for_none(v_x, x), tangents, depthwise, pointwise,
                                                         affine is not None)
             if affine is not None:
-                by_affine = torch.stack([sums[:, 2], torch.zeros_like(sums[:, 2])])
+                by_affine = torch.stack([torch.zeros_like(sums[:, 2]), sums[:, 2]], 1)
         for replaced, v_weights in enumerate((v_depthwise, v_pointwise)):
             if all(t is None for t in v_weights):
                 continue
@@ -199,25 +207,17 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
             else:
                 by_depthwise = add_lists(by_depthwise, found_depthwise)
             if affine is not None:
-                by_affine = add(by_affine, torch.stack([sums[:, 1], sums[:, 0]]))
+                by_affine = add(by_affine, sums[:, :2])
         # By what csrc/norms.h computes: scale by Σ w G, of_z by Σ w and Σ w z, by_p by v_p.
-        by_scale, by_of_z = (None, None) if w is None else (w_sums[len(zs) - len(p) :, 2], w_sums[:, :2])
-        *by_inputs, by_grad_sums = norms.derivatives(inputs, (by_scale, by_of_z, v_p, v_gamma_beta))
-        by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums)
+        by_scale, by_of_z = (None, None) if w is None else (w_sums[:, 2], w_sums[:, :2])
+        *by_inputs, by_sums = norms.derivatives(inputs, (by_scale, by_of_z, v_p, v_beta))
+        by_inner, by_grad_sums = by_sums.split([norms.inner, len(zs) - norms.inner])
+        by_z, by_grads = derivatives(norms, zs, grads, w, of_terms, of_z, by_grad_sums)
         nothing = [None] * len(zs)
         by_grad_z = [None if g is None or w is None else w[k] for k, g in enumerate(grad_z)]
-        return (None, None, None, by_affine, *by_inputs,
+        return (None, None, None, by_affine, *by_inputs, by_inner,
                 *(by_x or [None] * len(x)), *(by_depthwise or nothing), *(by_pointwise or nothing),
                 *by_z, *by_grad_z, *by_grads)
-
-
-def affine_of(rstd_mean: Tensor, gamma_beta: Tensor | None = None) -> Tensor:
-    """s = γ/σ and b = β − γ μ/σ, [2, pairs, C], in float64: their gradients nearly cancel in the one by μ."""
-    rstd, mean = rstd_mean.double().unbind(1)
-    if gamma_beta is None:
-        return torch.stack([rstd, -rstd * mean])
-    gamma, beta = gamma_beta.double()
-    return torch.stack([gamma * rstd, beta - gamma * rstd * mean])
 
 
 def zeros_for_none(tensors, like):
