@@ -77,11 +77,15 @@ void correlate_row(const T* grad, int64_t vectors, int64_t period, const T* sour
   });
 }
 
-// visit(first, constant number) over `count` things, kRows at a time and then one by one.
+// visit(first, constant number) over `count` things, kRows at a time, then half as many, then one by one.
 template <typename Visit>
 void each_rows(int64_t count, const Visit& visit) {
   int64_t i = 0;
   for (; i + kRows <= count; i += kRows) visit(i, Constant<kRows>{});
+  if (i + kRows / 2 <= count) {
+    visit(i, Constant<kRows / 2>{});
+    i += kRows / 2;
+  }
   for (; i < count; ++i) visit(i, Constant<1>{});
 }
 
