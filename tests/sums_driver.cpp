@@ -163,10 +163,12 @@ std::vector<char> numbers(const Case& c, unsigned order) {
   for (int64_t k = 0; k < K; ++k) has_norm.push_back(k % 4 != 2);
   const auto map = ldarts::term_map(z_of_term, has_norm);
   const auto sums = filled<double>(1, 2 * K * C, 0, kOffset), grad_sums = filled<double>(2, 2 * M * C);
-  const auto p = filled<A>(5, M), given = filled<A>(7, 2 * K * C);
-  Array<A> rstd_mean(2 * K * C), mean_var(2 * K * C), scale_shift(2 * M * C);
+  const auto p = filled<A>(5, M), given = filled<A>(7, 2 * K * C), beta = filled<A>(8, M * C);
+  Array<A> rstd_mean(2 * K * C), moments(2 * K * C), coefficients(2 * M * C);
+  const ldarts::TermWeights<A> weights{p.data, 1};
   const ldarts::NormStatistics<A> statistics{
-      map, C, 50, 1e-5, sums.data, p.data, rstd_mean.data, mean_var.data, scale_shift.data};
+      map, C, 50, 1e-5, sums.data, weights, M % 2 ? beta.data : nullptr, rstd_mean.data, moments.data,
+      coefficients.data};
   ldarts::launch_statistics<A>(statistics, Launch{order});
   std::vector<char> bytes;
   const auto check = [&](const char* name, const Array<A>& found, int64_t i, double want) {
@@ -174,18 +176,19 @@ std::vector<char> numbers(const Case& c, unsigned order) {
   };
   for (int64_t k = 0; k < K; ++k)
     for (int64_t i = 0; i < C; ++i) {
-      const auto found = statistics.moments(k, i);
+      const auto found = statistics.moments_of(k, i);
       check("rstd", rstd_mean, 2 * k * C + i, found.rstd),
           check("mean", rstd_mean, (2 * k + 1) * C + i, found.mean);
-      check("mean", mean_var, 2 * k * C + i, found.mean),
-          check("var", mean_var, (2 * k + 1) * C + i, found.var);
+      check("mean", moments, 2 * k * C + i, found.mean),
+          check("var", moments, (2 * k + 1) * C + i, found.var * 50 / 49);
       for (int64_t m = 0; m < M; ++m)
         if (z_of_term[m] == k)
-          check("scale", scale_shift, m * C + i, p.data[m] * found.rstd),
-              check("shift", scale_shift, (M + m) * C + i, -p.data[m] * found.rstd * found.mean);
+          check("shift", coefficients, 2 * m * C + i,
+                (M % 2 ? beta.data[m * C + i] : 0) - p.data[m] * found.rstd * found.mean),
+              check("scale", coefficients, (2 * m + 1) * C + i, p.data[m] * found.rstd);
     }
   Array<A> scale(M * C), of_z(2 * K * C), by_p(M);
-  const ldarts::NormGradients<A> norms{map, C, 50, rstd_mean.data, p.data, M % 2 ? given.data : nullptr,
+  const ldarts::NormGradients<A> norms{map, C, 50, rstd_mean.data, weights, M % 2 ? given.data : nullptr,
                                        grad_sums.data, scale.data, of_z.data, by_p.data};
   ldarts::launch_gradients<A>(norms, Launch{order});
   for (int64_t m = 0; m < M; ++m) {
@@ -204,7 +207,7 @@ std::vector<char> numbers(const Case& c, unsigned order) {
       const double shift = has_norm[k] ? by.second - 2 * norms.mean(k, i) * by_var : 0;
       check("by sum", of_z, 2 * k * C + i, shift / 50), check("by z", of_z, (2 * k + 1) * C + i, 2 * by_var / 50);
     }
-  for (const auto* a : {&rstd_mean, &mean_var, &scale_shift, &scale, &of_z, &by_p})
+  for (const auto* a : {&rstd_mean, &moments, &coefficients, &scale, &of_z, &by_p})
     expect(a->intact(), c, "a border", 0, 0, 0), keep(bytes, *a);
   return bytes;
 }
