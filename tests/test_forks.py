@@ -62,6 +62,13 @@ def replace_norms(net, make):
                 nn.init.normal_(module.weight)
 
 
+def affine_norms_between(net):
+    for op in some(every(net, SepConv)):
+        op.op[3] = nn.BatchNorm2d(op.op[3].num_features).double()
+        nn.init.normal_(op.op[3].weight)
+        nn.init.normal_(op.op[3].bias)
+
+
 def as_class(net, old, new):
     for module in every(net, old):
         module.__class__ = new
@@ -226,6 +233,7 @@ CHANGES = {  # what a fork does -> the space, the change
         old, padding_mode="circular"))),
     "another kernel": ("s3", lambda net: replace(net, nn.Conv2d, another_kernel)),
     "affine norms": ("s3", lambda net: replace_norms(net, nn.BatchNorm2d)),
+    "affine norms between convolutions": ("darts", affine_norms_between),
     "instance norms": ("s3", lambda net: replace_norms(net, nn.InstanceNorm2d)),
     "tracking instance norms": ("nasbench201", lambda net: replace_norms(
         net, partial(nn.InstanceNorm2d, track_running_stats=True))),

@@ -4,6 +4,9 @@ Each is compiled once, by `pip install` or on first use, in a temporary folder. 
 to ldarts/built in site-packages or to ~/.cache/ldarts as PART-DIGEST.so; the digest covers sources, flags,
 PyTorch, processor. So a checkout of the same sources uses what `pip install` compiled.
 Where a library cannot be compiled, or with LDARTS_FUSED=off in the environment, the plain form runs.
+
+torch.utils.cpp_extension is not used: its lock file outlives a killed process and then all others wait, and it links
+libcudart, which pip's nvcc does not bring.
 """
 import functools
 import hashlib
