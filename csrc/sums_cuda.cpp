@@ -124,11 +124,9 @@ Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shif
   return outs;
 }
 
-// p with one number a term, in a type that norms.h computes in.
-at::Tensor weights_of(const at::Tensor& p) {
-  TORCH_CHECK_VALUE(p.dim() == 1, "norms: p has shape ", p.sizes(), ", expected on a GPU [terms]");
-  return p.to(at::toOpMathType(p.scalar_type())).contiguous();
-}
+// p is [M] or [M, C].
+template <typename P>
+TermWeights<P> weights_of(const at::Tensor& p) { return {read<P>(p), p.dim() == 1 ? 1 : p.size(1)}; }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
     const at::Tensor& z_sums, at::IntArrayRef has_norm, const at::Tensor& p, const MaybeTensor& beta,
@@ -136,13 +134,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
   const c10::cuda::CUDAGuard guard(p.device());
   const int64_t C = z_sums.size(2);
   const auto map = term_map(z_of_term, has_norm);
-  const auto weights = weights_of(p), sums = z_sums.contiguous();
+  const auto weights = p.to(at::toOpMathType(p.scalar_type())).contiguous(), sums = z_sums.contiguous();
   const auto shifts = beta ? beta->to(weights.scalar_type()).contiguous() : at::Tensor();
   const auto rstd_mean = at::empty({map.K, 2, C}, weights.options()), moments = at::empty_like(rstd_mean);
   const auto coefficients = at::empty({map.M, 2, C}, weights.options());
   AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "norm_statistics", [&] {
     using P = scalar_t;
-    norm_kernels<P>().statistics({map, C, count, eps, read<double>(sums), {read<P>(weights), 1}, read<P>(shifts),
+    norm_kernels<P>().statistics({map, C, count, eps, read<double>(sums), weights_of<P>(weights), read<P>(shifts),
                                   write<P>(rstd_mean), write<P>(moments), write<P>(coefficients)});
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -157,13 +155,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
   const auto map = term_map(z_of_term, has_norm);
   const auto numbers = rstd_mean.contiguous(), sums = grad_sums.contiguous();
   const auto dtype = numbers.scalar_type();
-  const auto weights = weights_of(p).to(dtype);
+  const auto weights = p.to(dtype).contiguous();
   const auto by_rstd_mean = grad_rstd_mean ? grad_rstd_mean->to(dtype).contiguous() : at::Tensor();
   const auto scale = at::empty({map.M, C}, numbers.options()), of_z = at::empty_like(numbers);
-  const auto by_p = at::empty({map.M}, numbers.options());
+  const auto by_p = at::empty(p.sizes(), numbers.options());
   AT_DISPATCH_FLOATING_TYPES(dtype, "norm_gradients", [&] {
     using P = scalar_t;
-    norm_kernels<P>().gradients({map, C, count, read<P>(numbers), {read<P>(weights), 1}, read<P>(by_rstd_mean),
+    norm_kernels<P>().gradients({map, C, count, read<P>(numbers), weights_of<P>(weights), read<P>(by_rstd_mean),
                                  read<double>(sums), write<P>(scale), write<P>(of_z), write<P>(by_p)});
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

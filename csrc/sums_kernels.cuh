@@ -140,12 +140,12 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_const
   else if (row < a.map.K + a.map.M) a.of_term(row - a.map.K, c);
 }
 
-// The first M blocks are those of the gradients by p.
+// The first M blocks are those of the gradients by p, where that is one number a term.
 template <typename P>
 __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_constant__ NormGradients<P> a) {
-  const int64_t K = a.map.K, M = a.map.M, C = a.C;
+  const int64_t K = a.map.K, M = a.map.M, C = a.C, in_front = a.p.width == 1 ? M : 0;
   double* shared = shared_memory;  // [kWarps]
-  if (blockIdx.x < M) {
+  if (blockIdx.x < in_front) {
     const int m = blockIdx.x;
     double sum = 0;
     for (int64_t c = threadIdx.x; c < C; c += kThreads) sum += a.share_of_p(m, c);
@@ -157,9 +157,13 @@ __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_consta
     a.by_p[m] = sum;
     return;
   }
-  const int64_t i = thread_number() - M * kThreads, row = i / C, c = i % C;
-  if (row < K) a.write_of_z(row, c);
-  else if (row < K + M) a.write_scale(row - K, c);
+  const int64_t i = thread_number() - in_front * kThreads, row = i / C, c = i % C;
+  if (row < K) {
+    a.write_of_z(row, c);
+  } else if (row < K + M) {
+    a.write_scale(row - K, c);
+    if (a.p.width > 1) a.by_p[i - K * C] = a.share_of_p(row - K, c);
+  }
 }
 
 // out[s] = Σ scale term + shift over its entries, of which `end` is behind the last. The first sum goes on
@@ -273,7 +277,8 @@ void launch_statistics(const NormStatistics<P>& a, const Launch& launch) {
 
 template <typename P, typename Launch>
 void launch_gradients(const NormGradients<P>& a, const Launch& launch) {
-  launch(gradients_kernel<P>, a.map.M + blocks_for((a.map.K + a.map.M) * a.C, kThreads, INT32_MAX),
+  launch(gradients_kernel<P>,
+         (a.p.width == 1 ? a.map.M : 0) + blocks_for((a.map.K + a.map.M) * a.C, kThreads, INT32_MAX),
          sizeof(double) * kWarps, a);
 }
 

@@ -69,7 +69,9 @@ MUTATIONS = {
         ("numbers", "float32", "a.of_term(row - a.map.K, c)", "a.of_term(row, c)"),
     "numbers: by S2 once": ("numbers", "float32", "2 * by_var / count}", "by_var / count}"),
     "numbers: blocks of p counted twice":
-        ("numbers", "float32", "thread_number() - M * kThreads", "thread_number()"),
+        ("numbers", "float32", "thread_number() - in_front * kThreads", "thread_number()"),
+    "numbers: p of a channel at the place of z":
+        ("numbers", "float32", "a.by_p[i - K * C]", "a.by_p[i]"),
 }  # fmt: skip
 
 
