@@ -4,6 +4,7 @@ The server imports this module, so the first lines warm it up; tests call `start
 """
 import fcntl
 import hashlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -15,18 +16,18 @@ from pathlib import Path
 
 import torch
 
-import train_eval
+import train_eval  # noqa: so that the processes find it imported
 import train_search
 from ldarts import runs
 from ldarts.data.archives import SOURCES
 from ldarts.fused import compiled_for
 
 compiled_for("cpu")
-SCRIPTS = {"train_search.py": train_search, "train_eval.py": train_eval}
 
 
 def start(folder: Path, script: str, *argv, sabotage=None, env=None):
-    """A process that runs a script in `folder`, output in <folder>.printed; sabotage: what it calls first."""
+    """A process that calls main() of a script or module in `folder`, output in <folder>.printed; sabotage: what
+    it calls first."""
     process = multiprocessing.get_context("forkserver").Process(
         target=_child, args=(folder, script, [str(a) for a in argv], sabotage, env or {}), daemon=True)
     process.start()
@@ -42,8 +43,7 @@ def _child(folder, script, argv, sabotage, env):
     sys.argv = [script, *argv]
     if sabotage:
         sabotage()
-    module = SCRIPTS[script]
-    runs.script(module.main)
+    runs.script(importlib.import_module(script.removesuffix(".py")).main)
 
 
 def finish(process, timeout: float = 300) -> int:

@@ -1,7 +1,4 @@
-"""What test_distributed.py has ranks compute: `torchrun … tests/ranks.py FOLDER` writes FOLDER/<rank>.pt."""
-import os
-import sys
-from pathlib import Path
+"""What test_distributed.py has two ranks compute: each writes <rank>.pt."""
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +50,10 @@ def three_steps(average, seed):
     return [p.detach() for p in net.parameters()]
 
 
-def gradients(average, seed):
+def gradients(average, seed, names=GRADIENTS):
     """The gradients by name, on the batches seed (to train) and seed + 1 (to validate)."""
     train, valid = batch(seed), batch(seed + 1)
-    return {name: [t.detach() for t in call(make(average)[1], train, valid)]
-            for name, call in GRADIENTS.items()}
+    return {name: [t.detach() for t in GRADIENTS[name](make(average)[1], train, valid)] for name in names}
 
 
 def random_direction(average, rank):
@@ -67,12 +63,11 @@ def random_direction(average, rank):
     return arch.lambda_grads(batch(0), "cosine", 1e-3, "random")[2]
 
 
-if __name__ == "__main__":
+def main():
     processes = Processes(torch.device("cpu"))
     own = 10 * processes.rank
     torch.save({"random": random_direction(processes.average, processes.rank),
-                "same": gradients(processes.average, 0), "different": gradients(processes.average, own),
+                "gradients": gradients(processes.average, own),
                 "steps, same": three_steps(processes.average, 0),
-                "steps, different": three_steps(processes.average, own)},
-               Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
+                "steps, different": three_steps(processes.average, own)}, f"{processes.rank}.pt")
     processes.close()

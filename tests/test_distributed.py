@@ -5,8 +5,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,13 +22,9 @@ SEARCH = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4",
           "--epochs", "2"]
 
 
-def torchrun(folder, *argv):
+def torchrun(forks, folder, *argv):
     """torchrun with two processes of one thread, its output in <folder>.printed"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with open(folder.with_suffix(".printed"), "a") as output:
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                 "--nproc_per_node=2", *map(str, argv)],
-                                cwd=folder, env=environment, stdout=output, stderr=output)
+    return forks.start(folder, "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv)
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +47,22 @@ def relative(found, expected):
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory):
+def computed(tmp_path_factory, forks):
     """What each of two ranks computed."""
     folder = tmp_path_factory.mktemp("ranks")
-    assert torchrun(folder, ROOT / "tests/ranks.py", folder).wait(300) == 0, printed(folder)
+    assert [forks.finish(rank) for rank in pair(forks, folder, "ranks.py")] == [0, 0], printed(folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_the_same_images_on_every_rank_give_the_result_of_one_process(computed):
-    expected, steps = ranks.gradients(list, 0), ranks.three_steps(list, 0)
+def test_steps_of_the_same_images_on_every_rank_are_those_of_one_process(computed):
+    expected = ranks.three_steps(list, 0)
     for found in computed:
-        for name in ranks.GRADIENTS:
-            assert relative(found["same"][name], expected[name]) < 1e-10, name
-        assert relative(found["steps, same"], steps) < 1e-10
+        assert relative(found["steps, same"], expected) < 1e-10
 
 
 def test_ranks_never_drift_apart(computed):
     for name in ranks.GRADIENTS:
-        assert all(map(torch.equal, computed[0]["different"][name], computed[1]["different"][name])), name
+        assert all(map(torch.equal, *(found["gradients"][name] for found in computed))), name
     assert all(map(torch.equal, computed[0]["steps, different"], computed[1]["steps, different"]))
     assert all(map(torch.equal, computed[0]["random"], computed[1]["random"]))
 
@@ -140,9 +132,10 @@ def serial():
 
 @pytest.mark.parametrize("name", ranks.GRADIENTS)
 def test_a_gradient_is_the_mean_of_those_of_the_ranks(name, computed, serial):
-    alone = ranks.gradients(list, 0)[name] if name == "first order" else None
-    assert relative(computed[0]["different"][name], serial[name]) < 1e-9
-    assert alone is None or relative(alone, serial[name]) > 1e-2  # the other rank's images matter
+    assert relative(computed[0]["gradients"][name], serial[name]) < 1e-9
+    if name == "first order":
+        alone = ranks.gradients(list, 0, [name])[name]
+        assert relative(alone, serial[name]) > 1e-2  # the other rank's images matter
 
 
 # ---- the scripts
@@ -152,10 +145,10 @@ def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
     for path in (whole, folder):
         path.mkdir()
     undisturbed = pair(forks, whole, "train_search.py", *SEARCH)  # meanwhile
-    launcher = torchrun(folder, ROOT / "train_search.py", *SEARCH)
+    launcher = torchrun(forks, folder, ROOT / "train_search.py", *SEARCH)
     forks.wait_for(lambda: "epoch 0 step 1/" in printed(folder))
-    launcher.send_signal(signal.SIGTERM)
-    launcher.wait(60)
+    os.kill(launcher.pid, signal.SIGTERM)
+    forks.finish(launcher, 60)
     said, = re.findall("stopped by SIGTERM before step ([0-9]) of epoch 0", printed(folder))
     assert reached(folder) == (0, int(said))
     alone = images / "alone"
@@ -238,9 +231,9 @@ def test_a_rank_that_dies_ends_the_other(rank, images, forks, figures):
 def test_torchrun_ends_when_a_rank_dies(images, forks, figures):
     folder = images / "dead"
     folder.mkdir()
-    launcher = torchrun(folder, ROOT / "train_search.py", *SEARCH)
+    launcher = torchrun(forks, folder, ROOT / "train_search.py", *SEARCH)
     forks.wait_for(lambda: "epoch 0 step 0/" in printed(folder))
     first = int((folder / "runs/one/lock").read_text().split()[1])
     os.kill(first, signal.SIGKILL)
-    assert launcher.wait(60) != 0
+    assert forks.finish(launcher, 60) != 0
     figures["ranks killed"] += 1
