@@ -26,8 +26,8 @@ compiled_for("cpu")
 
 
 def start(folder: Path, script: str, *argv, sabotage=None, env=None):
-    """A process that calls main() of a script or module in `folder`, output in <folder>.printed; sabotage: what
-    it calls first."""
+    """A process that calls main() of a script or module in `folder`, output in <folder>.printed; sabotage:
+    what it calls first."""
     process = multiprocessing.get_context("forkserver").Process(
         target=_child, args=(folder, script, [str(a) for a in argv], sabotage, env or {}), daemon=True)
     process.start()

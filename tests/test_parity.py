@@ -164,16 +164,12 @@ def test_three_steps(case):
     assert loss < 1e-5 and alphas < 1e-8 * 1e3 and weights < 1e-5
 
 
-def test_three_steps_notice_the_sign_of_lambda(case):
-    assert run_steps(case, lambda_sign=-1)[2] > 1e-4
-
-
-def test_three_steps_notice_the_order_of_alpha_and_weights(case):
-    assert run_steps(case, alpha_first=False)[1] > 1e-5
-
-
-def test_three_steps_notice_the_second_order_term(golden):
-    assert run_steps(golden("s2_sign_unrolled"), unrolled=False)[1] > 1e-5
+@pytest.mark.parametrize("changed, what, least", [
+    ({"lambda_sign": -1}, 2, 1e-4), ({"alpha_first": False}, 1, 1e-5), ({"unrolled": False}, 1, 1e-5)],
+    ids=str)
+def test_three_steps_notice_what_is_changed(changed, what, least, golden):
+    """Another sign of Λ in the weights; w before α, and the first order, in α."""
+    assert run_steps(golden("s2_sign_unrolled"), **changed)[what] > least
 
 
 def test_nasbench201(golden):

@@ -1,4 +1,4 @@
-"""What must change nothing in a search, or in the training of a derived network: relations of many steps, in
+"""What must change nothing in a search, or in the training of a derived network: relations of several steps, in
 float64 and in every space.
 
 Gradients can be right while the training is not: one in another memory layout than its weight, stepped by a
@@ -16,14 +16,13 @@ from ldarts.architect import METHODS, search_step
 from ldarts.fused import compiled_for, run_plainly
 
 SPACES = [space for space in spaces.SPACES if space != "s5"]  # the same as darts
-STEPS = {"nasbench201": 20, "s2": 12}  # elsewhere 6: slower steps that differ in operations alone
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 @functools.cache  # a search is compared with several others
 def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=True, engine=True,
            permuted=False):
-    """All weights and α after some steps on random images, from the same beginning."""
+    """All weights and α after four steps on random images, from the same beginning."""
     torch.manual_seed(3)
     net = ldarts.SearchNetwork(2, 10, 1 if space == "nasbench201" else 4, space).double().to(
         memory_format=LAYOUTS[layout])
@@ -33,7 +32,7 @@ def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=Tr
     with pytest.MonkeyPatch.context() as patch:
         if not engine:
             patch.setattr("ldarts.fused.engine_supports", lambda x: False)
-        for step in range(STEPS.get(space, 6)):
+        for step in range(4):
             order = torch.randperm(12, generator=torch.Generator().manual_seed(step))
             pick = [order[:4], order[4:8]]
             if permuted:
@@ -47,7 +46,7 @@ def search(space, method="exact", lambda_t=0.1, layout="channels-last", fused=Tr
 
 
 def assert_same(found, expected, tolerance=1e-6):
-    """Equal to rounding, which many steps have multiplied."""
+    """Equal to rounding, which the steps have multiplied."""
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
@@ -105,18 +104,18 @@ def test_what_changes_nothing_in_a_training(cell, changed):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("unrolled", [False, True], ids=["first order", "second order"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", [None, *METHODS])
 @pytest.mark.parametrize("space", ["s2", "s4", "nasbench201"])  # the others by the fused optimizer above
-def test_gradients_have_the_layout_of_their_parameters(space, method, layout, unrolled):
+def test_gradients_have_the_layout_of_their_parameters(space, layout):
     net = ldarts.SearchNetwork(2, 10, 1 if space == "nasbench201" else 4, space).to(
         memory_format=LAYOUTS[layout])
     arch = ldarts.Architect(net, F.cross_entropy)
     batch = torch.randn(2, 3, 8, 8).contiguous(memory_format=LAYOUTS[layout]), torch.arange(2)
-    found = [(arch.weight_grads(batch, "cosine", 1e-4, method, 0.1).dw, arch.weights),
-             (arch.alpha_grads(batch, batch, 0.1, None, unrolled), net.arch_parameters())]
-    if method:
-        found.append((arch.lambda_grads(batch, "cosine", 1e-4, method)[2], arch.weights))
-    for grads, parameters in found:
-        assert [grad.stride() for grad in grads] == [p.stride() for p in parameters]
+    found = {f"α, unrolled {unrolled}": (arch.alpha_grads(batch, batch, 0.1, None, unrolled),
+                                         net.arch_parameters()) for unrolled in (False, True)}
+    for method in (None, *METHODS):
+        found[f"w, {method}"] = arch.weight_grads(batch, "cosine", 1e-4, method, 0.1).dw, arch.weights
+        if method:
+            found[f"Λ, {method}"] = arch.lambda_grads(batch, "cosine", 1e-4, method)[2], arch.weights
+    for name, (grads, parameters) in found.items():
+        assert [grad.stride() for grad in grads] == [p.stride() for p in parameters], name

@@ -10,7 +10,7 @@ from ldarts.fused import compiled_for
 STEPS = [(True, "central", "central", "cosine"), (True, "exact", "exact", "sign"),
          (False, "central", "central", "cosine")]  # unrolled, hessian, method, kind
 OTHER_KIND = [(*step, "sign" if kind == "cosine" else "cosine") for *step, kind in STEPS]
-CASES = [("darts", "engine", STEPS), ("nasbench201", "engine", STEPS + OTHER_KIND),
+CASES = [("s1", "engine", STEPS), ("nasbench201", "engine", STEPS + OTHER_KIND),
          ("nasbench201", "plain", STEPS)]  # the other spaces on the pretended GPU, see test_on_a_gpu.py
 
 
