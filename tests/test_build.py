@@ -240,7 +240,7 @@ def test_two_processes_build_once_even_after_one_was_killed(tmp_path):
     assert sum(err.count("compiling the fused operators") for _, _, err in results) == 1
 
 
-def test_setup_puts_the_libraries_into_the_package(tmp_path):
+def test_setup_puts_the_libraries_into_the_package(tmp_path, monkeypatch):
     pytest.importorskip("setuptools")
     environment = {"CXX": str(program(tmp_path / "c++", MAKES)), "LOG": os.devnull}
     subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "base",
@@ -249,10 +249,9 @@ def test_setup_puts_the_libraries_into_the_package(tmp_path):
     (library,) = (tmp_path / "lib" / "ldarts" / "built").iterdir()
     assert library.name.startswith("cpu-") and library.read_text() == "library\n"
     # The checkout uses the library that lies in the installed package.
-    paths = {"PYTHONPATH": str(tmp_path / "lib"), "XDG_CACHE_HOME": str(tmp_path)}
-    shows = "from ldarts.fused import build; print(build.library('cpu'))"
-    found = subprocess.check_output([sys.executable, "-c", shows], cwd=ROOT, env=os.environ | paths)
-    assert found.decode() == f"{library}\n"
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.library("cpu") == library
     # The package works without the scripts beside it.
     subprocess.run([sys.executable, "-c", CALL], cwd=tmp_path, check=True, capture_output=True,
                    env=os.environ | {"PYTHONPATH": str(tmp_path / "lib"), "LDARTS_FUSED": "off"})

@@ -10,6 +10,7 @@ import pytest
 
 import train_search
 from evidence import collapse
+from test_archives import write_cifar10
 
 FOLDER = Path(__file__).parent / "evidence/collapse"
 
@@ -58,9 +59,10 @@ def test_a_finished_search_is_kept_and_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(collapse, "FOLDER", tmp_path / "collapse")
     collapse.FOLDER.mkdir()
-    argv = ["--dataset", "synthetic", "--search_space", "nasbench201", "--image_size", "8", "--layers", "1",
-            "--init_channels", "2", "--train_portion", "0.05", "--batch_size", "50", "--epochs", "4",
-            "--eigenvalue", "--lambda_grad", "random", "--seed", "3", "--save", "random-3"]
+    write_cifar10(tmp_path / "cifar", 8)
+    argv = ["--dataset", "cifar10", "--data", "cifar", "--search_space", "nasbench201", "--image_size", "8",
+            "--layers", "1", "--init_channels", "2", "--batch_size", "10", "--epochs", "4", "--eigenvalue",
+            "--lambda_grad", "random", "--seed", "3", "--save", "random-3"]
     monkeypatch.setattr(sys, "argv", ["x", *argv])
     train_search.main()
     Path("runs/random-3.cpu").write_text("90.5 29.5\n60 0\n")

@@ -33,14 +33,21 @@ def run(folder, script, *args, **environment):
                           capture_output=True, timeout=300, env=os.environ | environment)
 
 
+def printed_by(forks, folder, script, *args) -> str:
+    """What a run that succeeds prints; forked, which saves its imports."""
+    status, file = forks.finish(forks.start(folder, script, *args)), folder.with_suffix(".printed")
+    printed = file.read_text()
+    file.unlink()
+    assert status == 0, printed
+    return printed
+
+
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
+def searched(tmp_path_factory, forks):
     """The folder and the output of one small search."""
     folder = tmp_path_factory.mktemp("search")
-    result = run(folder, "train_search.py", *TINY, "--train_portion", 0.1, "--batch_size", 100, "--epochs", 2,
-                 "--image_size", 16, "--probe_batches", 2, "--save", "one")
-    assert result.returncode == 0, result.stderr
-    return folder, result.stdout
+    return folder, printed_by(forks, folder, "train_search.py", *TINY, "--train_portion", 0.1, "--batch_size",
+                              100, "--epochs", 2, "--probe_batches", 2, "--save", "one")
 
 
 def test_a_search_leaves_a_whole_run_folder(searched):
@@ -68,23 +75,22 @@ def test_a_search_leaves_a_whole_run_folder(searched):
         assert shown in printed, shown
 
 
-def test_the_genotype_of_a_search_is_trained_then_tested(searched):
+def test_the_genotype_of_a_search_is_trained_then_tested(searched, forks):
     folder, _ = searched
     small = ["--arch", "runs/one", "--data", write_cifar10(folder / "cifar", 20), "--init_channels", 2,
              "--layers", 3, "--batch_size", 20]
-    result = run(folder, "train_eval.py", *small, "--epochs", 1, "--save", "eval")
-    assert result.returncode == 0, result.stderr
+    printed_by(forks, folder, "train_eval.py", *small, "--epochs", 1, "--save", "eval")
     metrics = json.loads((folder / "runs/eval/metrics.jsonl").read_text())
     assert 0 <= metrics["test_accuracy"] <= 100
-    again = run(folder, "train_eval.py", *small, "--evaluate", "runs/eval/checkpoint.pt")
-    assert again.returncode == 0 and f"accuracy {metrics['test_accuracy']:.2f} %" in again.stdout
+    again = printed_by(forks, folder, "train_eval.py", *small, "--evaluate", "runs/eval/checkpoint.pt")
+    assert f"accuracy {metrics['test_accuracy']:.2f} %" in again
     assert sorted(os.listdir(folder / "runs")) == ["eval", "one"]  # testing alone writes nothing
 
 
 def test_the_command_that_a_search_prints_is_accepted(searched, monkeypatch, capsys):
     folder, printed = searched
     monkeypatch.chdir(folder)
-    script, *flags = shlex.split(printed.split("train it: python ")[1])
+    script, *flags = shlex.split(printed.split("train it: python ")[1].splitlines()[0])
     assert (folder / script).resolve() == ROOT / "train_eval.py"
     # It stops before the first step.
     assert "batch size 1000000" in refusal(capsys, train_eval, *flags, "--batch_size", 10**6)
