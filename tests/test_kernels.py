@@ -1,4 +1,6 @@
 """The CUDA kernels, on the CPU by cuda_emulation.h; mistakes planted in them must show."""
+import collections
+import itertools
 import os
 import shutil
 import subprocess
@@ -75,20 +77,39 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+def planted_together():
+    """(names, dtype, their operators): one mistake of each operator, but for those in code that several run."""
+    of_operators = collections.defaultdict(list)
+    kernels, norms = ((CSRC / name).read_text() for name in ("sums_kernels.cuh", "norms.h"))
+    of_one_operator = kernels.partition("struct ChannelSumsArgs")[2] + norms
+    for name, (operator, dtype, old, _) in MUTATIONS.items():
+        if dtype == "float32" and old in of_one_operator:
+            of_operators[operator].append(name)
+        else:
+            yield [name], dtype, [operator]
+    for names in itertools.zip_longest(*of_operators.values()):
+        names = [name for name in names if name]
+        yield names, "float32", [MUTATIONS[name][0] for name in names]
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """(name, dtype) -> future of {operator: (status, output)}; name None: the kernels as they are."""
+    """(name, dtype, operator) -> future of {operator: (status, output)}; name None: the kernels as they are.
+
+    Mistakes of different operators are planted together: each is in code that the others do not run."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++ to compile the kernels for the CPU")
     folder = tmp_path_factory.mktemp("kernels")
 
-    def job(number: int, dtype: str, operators: list[str], old: str, new: str) -> dict[str, tuple[int, str]]:
+    def job(number: int, dtype: str, operators: list[str], changes: list) -> dict[str, tuple[int, str]]:
         here = folder / str(number)
         here.mkdir()
         for source in DEVICE_CODE:
             text = source.read_text()
-            (here / source.name).write_text(text.replace(old, new) if old else text)
+            for old, new in changes:
+                text = text.replace(old, new)
+            (here / source.name).write_text(text)
         command = [compiler, *FLAGS, f"-DSCALAR={TYPES[dtype]}", f"-I{here}", f"-I{CSRC}", f"-I{TESTS}",
                    "-o", str(here / "driver"), str(TESTS / "sums_driver.cpp")]
         subprocess.run(command, check=True, capture_output=True, text=True)
@@ -99,13 +120,11 @@ def jobs(tmp_path_factory):
         return results
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = [(None, dtype, OPERATORS, "", "") for dtype in TYPES]
-        work += [(name, dtype, [operator], old, new)
-                 for name, (operator, dtype, old, new) in MUTATIONS.items()]
         futures = {}
-        for number, (name, dtype, operators, old, new) in enumerate(work):
-            future = pool.submit(job, number, dtype, operators, old, new)
-            futures |= {(name, dtype, operator): future for operator in operators}
+        for number, (names, dtype, operators) in enumerate([
+                *(([None] * len(OPERATORS), dtype, OPERATORS) for dtype in TYPES), *planted_together()]):
+            future = pool.submit(job, number, dtype, operators, [MUTATIONS[n][2:] for n in names if n])
+            futures |= {(name, dtype, operator): future for name, operator in zip(names, operators)}
         yield futures
         pool.shutdown(cancel_futures=True)
 
