@@ -77,8 +77,9 @@ static int64_t count_rows(const char* what, at::TensorList tensors, int64_t& num
   return rows;
 }
 
-Entries::Entries(at::TensorList terms, at::TensorList scales, at::TensorList shifts, at::IntArrayRef z_of_entry,
-                 at::IntArrayRef scale_of_entry, at::IntArrayRef shift_of_entry, at::IntArrayRef entries) {
+Entries::Entries(at::TensorList terms, at::TensorList scales, at::TensorList shifts,
+                 at::IntArrayRef z_of_entry, at::IntArrayRef scale_of_entry, at::IntArrayRef shift_of_entry,
+                 at::IntArrayRef entries) {
   int64_t width = 0, count = 0;
   const int64_t rows = count_rows("scales", scales, width), shift_rows = count_rows("shifts", shifts, width);
   for (const int64_t of_sum : entries) {
@@ -112,7 +113,8 @@ Entries::Entries(at::TensorList terms, at::TensorList scales, at::TensorList shi
 std::vector<at::Tensor> checked_pairs(at::TensorList x, at::TensorList y) {
   TORCH_CHECK_VALUE(!x.empty() && x.size() == y.size(), "channel_sums: ", x.size(), " tensors and ", y.size(),
                     " to multiply them by");
-  TORCH_CHECK_VALUE(x[0].dim() == 4, "channel_sums: a tensor has shape ", x[0].sizes(), ", expected [N, C, H, W]");
+  TORCH_CHECK_VALUE(x[0].dim() == 4, "channel_sums: a tensor has shape ", x[0].sizes(),
+                    ", expected [N, C, H, W]");
   std::vector<at::Tensor> all;
   for (const auto& t : x) all.push_back(t.contiguous(at::MemoryFormat::ChannelsLast));
   for (size_t k = 0; k < y.size(); ++k)

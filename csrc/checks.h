@@ -1,16 +1,16 @@
 #pragma once
-// Checks of the arguments of the operators, part of both libraries, CPU and CUDA. An error names the argument,
-// the property, what was expected and what was found.
+// Checks of the arguments of the operators, part of both libraries, CPU and CUDA. An error names the
+// argument, the property, what was expected and what was found.
 #include <ATen/core/Tensor.h>
 
 #include <vector>
 
 namespace ldarts {
 
-// Terms: at least one, float32, float64, bfloat16 or float16, all of one shape, dtype, device and memory format
-// (dense: contiguous or channels-last). Returns that format, Contiguous or ChannelsLast; a tensor that is both,
-// as with C == 1 or H == W == 1, goes with the rest. Every term is then one dense array of terms[0].numel()
-// elements, in the same order. Errors begin with `who`.
+// Terms: at least one, float32, float64, bfloat16 or float16, all of one shape, dtype, device and memory
+// format (dense: contiguous or channels-last). Returns that format, Contiguous or ChannelsLast; a tensor that
+// is both, as with C == 1 or H == W == 1, goes with the rest. Every term is then one dense array of
+// terms[0].numel() elements, in the same order. Errors begin with `who`.
 at::MemoryFormat check_terms(const char* who, at::TensorList terms);
 
 // `weights` is floating-point, [count], on the device of `like` and not narrower than it.
@@ -28,8 +28,8 @@ struct Entries {
           at::IntArrayRef scale_of_entry, at::IntArrayRef shift_of_entry, at::IntArrayRef entries);
 };
 
-// The arguments of channel_sums, [N, C, H, W] of one shape and dtype, in channels-last: all x, then all y. Where
-// x is y, both are one tensor.
+// The arguments of channel_sums, [N, C, H, W] of one shape and dtype, in channels-last: all x, then all y.
+// Where x is y, both are one tensor.
 std::vector<at::Tensor> checked_pairs(at::TensorList x, at::TensorList y);
 
 }  // namespace ldarts

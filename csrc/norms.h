@@ -3,19 +3,19 @@
 // through them. Plain pointers, for the CPU (norms.cpp) and for CUDA (sums_kernels.cuh). All in float64: a
 // difference below loses (μ/σ)² units of 1e-16.
 //
-// A term m is p_m (z - μ) r + β_m of one of K tensors z [N, C, H, W], k = z_of_term[m], with r = 1/σ and μ those
-// of its batch norm, or 1 and 0 where it has none. p_m is one number, or, as the γ of a norm, one a channel. All
-// formulas are per channel; n counts the pixels.
+// A term m is p_m (z - μ) r + β_m of one of K tensors z [N, C, H, W], k = z_of_term[m], with r = 1/σ and μ of
+// its batch norm, or 1 and 0 where it has none. p_m is one number, or, as the γ of a norm, one for each
+// channel. All formulas are per channel; n counts the pixels.
 //
 //     z_sums [norms, 2, C]       S1 = Σ z,  S2 = Σ z²:  μ = S1/n,  v = S2/n - μ²
 //     rstd_mean [K, 2, C]        r = 1 / sqrt(v + eps),  μ
 //     moments [K, 2, C]          of the running statistics: μ, v n / (n - 1)
 //     coefficients [M, 2, C]     the term is shift + scale z:  shift = β - p r μ,  scale = p r
-//     grad_sums [M, 2, C]        A = Σ G,  B = Σ G z, with G [N, C, H, W] the gradient by the term: those by its
-//                                coefficients
+//     grad_sums [M, 2, C]        A = Σ G,  B = Σ G z, with G [N, C, H, W] the gradient by the term: the
+//                                gradients by its shift and its scale
 //
-// grad_rstd_mean [K, 2, C] is the gradient by rstd_mean of whatever else reads it: gradients, which a derivative
-// of theirs reaches.
+// grad_rstd_mean [K, 2, C] is the gradient by rstd_mean of whatever else reads it: a gradient, so there is
+// one only where gradients are differentiated.
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -137,11 +137,74 @@ struct NormGradients {
     of_z[2 * k * C + c] = found.first;
     of_z[(2 * k + 1) * C + c] = found.second;
   }
-  LDARTS_BOTH void write_scale(int64_t m, int64_t c) const { scale[m * C + c] = scale_of(m, c); }
+  LDARTS_BOTH void write_of_term(int64_t m, int64_t c) const { scale[m * C + c] = scale_of(m, c); }
 
   // by p: r (B - μ A); by one number for all channels, their sum
   LDARTS_BOTH double share_of_p(int64_t m, int64_t c) const {
     return rstd(map.z_of_term[m], c) * centred(m, c);
+  }
+};
+
+// The derivative of NormGradients: the gradients by its inputs, from those by its results, scale' [M, C],
+// of_z' [K, 2, C] and p' (as p), of which any may be null: 0. With the names from above, R and U are
+// by_rstd_mean, V = -r³/2 R is by_v and D = B - μ A is centred. Where z has a norm (else U' = V' = R' = 0),
+//
+//     U' = of_z'[0] / n,   V' = 2 (of_z'[1] - μ of_z'[0]) / n,   R' = -r³/2 V'
+//
+// and for each term, with D' = r p' + p R' and S' = scale' - A U',
+//
+//     by r: Σ_m (D p' + p S') - 3/2 r² R V'     by μ: -Σ_m A D' - 2 V of_z'[0] / n
+//     by p: D R' + r S'     by A: -p r U' - μ D'     by B: D'     by grad_rstd_mean: R', U'
+template <typename P>
+struct NormDerivatives : NormGradients<P> {
+  const double *grad_scale, *grad_of_z;
+  TermWeights<P> grad_p;  // its p may be null
+  P *by_rstd_mean, *by_grad;  // [K, 2, C]; the latter by grad_rstd_mean
+  double* by_sums;            // [M, 2, C]
+
+  LDARTS_BOTH double of_z_grad(int64_t k, int which, int64_t c) const {
+    return grad_of_z && this->map.norm_of_z[k] >= 0 ? grad_of_z[(2 * k + which) * this->C + c] : 0;
+  }
+  LDARTS_BOTH double by_var(int64_t k, int64_t c) const {
+    return 2 * (of_z_grad(k, 1, c) - this->mean(k, c) * of_z_grad(k, 0, c)) / this->count;
+  }
+  LDARTS_BOTH TwoNumbers by_gradients(int64_t k, int64_t c) const {  // R', U'
+    const double r = this->rstd(k, c);
+    return {-0.5 * r * r * r * by_var(k, c), of_z_grad(k, 0, c) / this->count};
+  }
+  LDARTS_BOTH double weight_grad(int64_t m, int64_t c) const { return grad_p.p ? grad_p(m, c) : 0; }
+  LDARTS_BOTH double by_centred(int64_t m, int64_t c) const {
+    const int64_t k = this->map.z_of_term[m];
+    return this->rstd(k, c) * weight_grad(m, c) + this->p(m, c) * by_gradients(k, c).first;
+  }
+  LDARTS_BOTH double by_scale(int64_t m, int64_t c) const {
+    const double given = grad_scale ? grad_scale[m * this->C + c] : 0;
+    return given - this->sum(m, c) * by_gradients(this->map.z_of_term[m], c).second;
+  }
+  LDARTS_BOTH void write_of_z(int64_t k, int64_t c) const {
+    const double r = this->rstd(k, c), by_r = NormGradients<P>::by_rstd_mean(k, c).first;
+    const double by_v = -0.5 * r * r * r * by_r;
+    TwoNumbers found = {-1.5 * r * r * by_r * by_var(k, c), -2 * by_v * of_z_grad(k, 0, c) / this->count};
+    for (int m = 0; m < this->map.M; ++m) {
+      if (this->map.z_of_term[m] != k) continue;
+      found.first += this->centred(m, c) * weight_grad(m, c) + this->p(m, c) * by_scale(m, c);
+      found.second -= this->sum(m, c) * by_centred(m, c);
+    }
+    const TwoNumbers by = by_gradients(k, c);
+    const int64_t first = 2 * k * this->C + c, second = first + this->C;
+    by_rstd_mean[first] = found.first, by_rstd_mean[second] = found.second;
+    by_grad[first] = by.first, by_grad[second] = by.second;
+  }
+  LDARTS_BOTH void write_of_term(int64_t m, int64_t c) const {
+    const int64_t k = this->map.z_of_term[m];
+    const double centred = by_centred(m, c);
+    const double by_mean = by_gradients(k, c).second;
+    by_sums[2 * m * this->C + c] = -this->scale_of(m, c) * by_mean - this->mean(k, c) * centred;
+    by_sums[(2 * m + 1) * this->C + c] = centred;
+  }
+  LDARTS_BOTH double share_of_p(int64_t m, int64_t c) const {
+    const int64_t k = this->map.z_of_term[m];
+    return this->centred(m, c) * by_gradients(k, c).first + this->rstd(k, c) * by_scale(m, c);
   }
 };
 

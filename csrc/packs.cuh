@@ -1,6 +1,6 @@
-// What the CUDA kernels share: packs of elements that travel in one access, sums over a warp. Plain pointers and
-// sizes: nothing here knows PyTorch, so that tests/cuda_emulation.h can run all of it on a CPU. A thread works on
-// packs of L elements, 16 bytes where every array is aligned to 16, else one element.
+// What the CUDA kernels share: packs of elements that travel in one access, sums over a warp. Plain pointers
+// and sizes: nothing here knows PyTorch, so that tests/cuda_emulation.h can run all of it on a CPU. A thread
+// works on packs of L elements, 16 bytes where every array is aligned to 16, else one element.
 #pragma once
 #include "sums_cuda.h"
 

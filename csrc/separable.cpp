@@ -83,8 +83,8 @@ void check(at::TensorList x, at::TensorList depthwise, at::TensorList pointwise,
   }
 }
 
-// x, tangent: one for each pair or one for all; tangent may be empty. affine: [U, 2 or 4, C] of b and s, then b'
-// and s'. forward, backward: which of z = P D a and its gradients a pass computes.
+// x, tangent: one for each pair or one for all; tangent may be empty. affine: [U, 2 or 4, C] of b and s, then
+// b' and s'. forward, backward: which of z = P D a and its gradients a pass computes.
 template <typename T>
 Group<T> group_of(at::TensorList x, at::TensorList tangent,
                   const std::optional<at::Tensor>& affine, at::TensorList depthwise, at::TensorList pointwise,
@@ -166,18 +166,18 @@ void finish_weights(const Group<T>& group, const at::Tensor& depthwise_sums, con
   });
 }
 
-// The gradients by x, affine and the weights, from those by z itself (grad_z), by the terms of a node that are
-// made of the last pairs (grad_terms, their scale [terms, C]), and by z_sums. With a tangent, or with a weight
-// replaced by its tangent: the derivatives of these gradients.
+// The gradients by x, affine and the weights, from those by z itself (grad_z), by the terms of a node that
+// are made of the last pairs (grad_terms, their scale [terms, C]), and by z_sums. With a tangent, or with a
+// weight replaced by its tangent: the derivatives of these gradients.
 //
-// -> grad_x, as many as x, if need_grad_x; input_sums [U, 3, C] of h, h x and h x', of which the first two are
-// the gradient by affine, if there is one (else empty); grad_depthwise and grad_pointwise, if
+// -> grad_x, as many as x, if need_grad_x; input_sums [U, 3, C] of h, h x and h x', of which the first two
+// are the gradient by affine, if there is one (else empty); grad_depthwise and grad_pointwise, if
 // need_grad_weights; if need_tangent_z, which needs them: tangent_z = P D a and tangent_sums [U, 3, C] of z',
 // z' z and z' G.
 std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable_backward(
-    at::TensorList x, at::TensorList tangent, const std::optional<at::Tensor>& affine, at::TensorList depthwise,
-    at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations, at::TensorList z,
-    const c10::List<std::optional<at::Tensor>>& grad_z, at::TensorList grad_terms,
+    at::TensorList x, at::TensorList tangent, const std::optional<at::Tensor>& affine,
+    at::TensorList depthwise, at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations,
+    at::TensorList z, const c10::List<std::optional<at::Tensor>>& grad_z, at::TensorList grad_terms,
     const at::Tensor& scale, const at::Tensor& of_z, bool need_grad_x, bool need_grad_weights,
     bool need_tangent_z) {
   check(x, depthwise, pointwise, dilations);
@@ -194,8 +194,8 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
   at::Tensor input_sums, tangent_sums;  // of each chunk
   AT_DISPATCH_FLOATING_TYPES(dtype, "separable_backward", [&] {
     using T = scalar_t;
-    const auto group = group_of<T>(xs, tangents, affine, depthwise, pointwise, stride, dilations, need_tangent_z,
-                                   true);
+    const auto group =
+        group_of<T>(xs, tangents, affine, depthwise, pointwise, stride, dilations, need_tangent_z, true);
     at::Tensor depthwise_sums, pointwise_sums;  // of each chunk
     if (need_grad_x) {
       for (const auto& t : xs) grad_x.push_back(at::empty_like(t));

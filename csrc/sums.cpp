@@ -1,7 +1,7 @@
-// Sums of tensors: schemas and CPU kernels. Two operators, each the other's derivative (ldarts/fused/sums.py):
+// Sums of tensors: schemas and CPU kernels. Two operators, each the other's derivative (fused/sums.py):
 //
-//     affine_sums    y_j = Σ_e s_e z_e + t_e     over the entries e of the sum j; s, t per channel or one number
-//     channel_sums   Σ x and Σ x y               per channel, of each pair, in float64
+//     affine_sums    y_j = Σ_e s_e z_e + t_e   over entries e of the sum j; s, t per channel or one number
+//     channel_sums   Σ x and Σ x y             per channel, of each pair, in float64
 //
 // and mixed_sum(w, t) = Σ_m w_m t_m, a call of the first with one number a term.
 #include "checks.h"
@@ -60,8 +60,8 @@ struct Lanes {
   }
 };
 
-// Σ scale term + shift over the entries of one sum, with C numbers each, which repeat along a term or, if there
-// are `images`, along each image of it: C = 1, or the channels of channels-last terms.
+// Σ scale term + shift over the entries of one sum, with C numbers each, which repeat along a term or, if
+// there are `images`, along each image of it: C = 1, or the channels of channels-last terms.
 struct Sum {
   std::vector<at::Tensor> terms;
   std::vector<double> scale, shift;  // [terms, images, C] and, added up, [images, C]
@@ -90,8 +90,8 @@ void sum_kernel(const std::vector<Sum>& sums, int64_t images, int64_t C, const T
     for (int64_t n = 0; n < images; ++n) {
       fill_pattern(job.shift.data() + n * repeat, repeat, sum.shift.data() + n * C, 1, C);
       for (int64_t m = 0; m < M; ++m)
-        fill_pattern(job.scale.data() + (n * M + m) * repeat, repeat, sum.scale.data() + (m * images + n) * C, 1,
-                     C);
+        fill_pattern(job.scale.data() + (n * M + m) * repeat, repeat, sum.scale.data() + (m * images + n) * C,
+                     1, C);
     }
     work += M;
   }
@@ -136,8 +136,9 @@ std::vector<double> rows_of(at::TensorList tensors) {
   return rows;
 }
 
-Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shifts, at::IntArrayRef z_of_entry,
-                    at::IntArrayRef scale_of_entry, at::IntArrayRef shift_of_entry, at::IntArrayRef entries) {
+Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shifts,
+                    at::IntArrayRef z_of_entry, at::IntArrayRef scale_of_entry,
+                    at::IntArrayRef shift_of_entry, at::IntArrayRef entries) {
   const Entries checked(z, scales, shifts, z_of_entry, scale_of_entry, shift_of_entry, entries);
   const int64_t numbers = checked.numbers;
   const auto scale = rows_of(scales), shift = rows_of(shifts);
@@ -162,8 +163,8 @@ Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shif
 }
 
 // Per channel the sums of x and of x y are added to sums [2, C]; an image of `size` elements, in sums of kRun
-// vectors of the accumulator's type. Less one pixel of y, `shift`, products stay as small as the deviations from
-// a mean far from 0: Σ x y = Σ x (y - shift) + shift Σ x, and where x is y both factors are shifted.
+// vectors of the accumulator's type. Less one pixel of y, `shift`, products stay as small as the deviations
+// from a mean far from 0: Σ x y = Σ x (y - shift) + shift Σ x, and where x is y both factors are shifted.
 template <typename T>
 void add_channel_sums(const T* x, const T* y, int64_t size, int64_t C, double* sums) {
   using L = Lanes<T>;
@@ -210,7 +211,8 @@ at::Tensor channel_sums(at::TensorList x, at::TensorList y) {
     using T = scalar_t;
     at::parallel_for(0, chunks * pairs, 1, [&](int64_t from, int64_t to) {
       for (int64_t item = from; item < to; ++item) {
-        const T *one = all[item % pairs].const_data_ptr<T>(), *other = all[pairs + item % pairs].const_data_ptr<T>();
+        const T* one = all[item % pairs].const_data_ptr<T>();
+        const T* other = all[pairs + item % pairs].const_data_ptr<T>();
         for (int64_t n = item / pairs; n < N; n += chunks)
           add_channel_sums(one + n * image, other + n * image, image, C, sums + item * 2 * C);
       }

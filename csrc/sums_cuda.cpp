@@ -1,5 +1,5 @@
-// The operators of sums.cpp and norms.cpp on CUDA: tensors to pointers (launch.cuh). Numbers per channel stay on
-// the device; nothing here waits for it.
+// The operators of sums.cpp and norms.cpp on CUDA: tensors to pointers (launch.cuh). Numbers per channel stay
+// on the device; nothing here waits for it.
 #include "sums_cuda.h"
 #include "checks.h"
 
@@ -79,14 +79,16 @@ at::Tensor channel_sums(at::TensorList x, at::TensorList y) {
   return result;
 }
 
-// The largest power of two, up to 64, that divides the number of elements: of as many channels tensors are made
-// whose layout is any, because a thread works on neighbouring channels.
+// The largest power of two, up to 64, that divides the number of elements: of as many channels tensors are
+// made whose layout is any, because a thread works on neighbouring channels.
 int64_t channels_of(int64_t numel) { return std::min<int64_t>(64, numel & -numel); }
 
-Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shifts, at::IntArrayRef z_of_entry,
-                    at::IntArrayRef scale_of_entry, at::IntArrayRef shift_of_entry, at::IntArrayRef entries) {
+Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shifts,
+                    at::IntArrayRef z_of_entry, at::IntArrayRef scale_of_entry,
+                    at::IntArrayRef shift_of_entry, at::IntArrayRef entries) {
   const Entries checked(z, scales, shifts, z_of_entry, scale_of_entry, shift_of_entry, entries);
-  TORCH_CHECK_VALUE(checked.images == 1, "affine_sums: rows have numbers for each image, expected on a GPU [rows] or "
+  TORCH_CHECK_VALUE(checked.images == 1,
+                    "affine_sums: rows have numbers for each image, expected on a GPU [rows] or "
                     "[rows, C]");
   const at::Tensor& first = checked.z[0];
   const c10::cuda::CUDAGuard guard(first.device());
@@ -140,8 +142,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
   const auto coefficients = at::empty({map.M, 2, C}, weights.options());
   AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "norm_statistics", [&] {
     using P = scalar_t;
-    norm_kernels<P>().statistics({map, C, count, eps, read<double>(sums), weights_of<P>(weights), read<P>(shifts),
-                                  write<P>(rstd_mean), write<P>(moments), write<P>(coefficients)});
+    norm_kernels<P>().statistics({map, C, count, eps, read<double>(sums), weights_of<P>(weights),
+                                  read<P>(shifts), write<P>(rstd_mean), write<P>(moments),
+                                  write<P>(coefficients)});
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {rstd_mean, moments, coefficients};
@@ -161,11 +164,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
   const auto by_p = at::empty(p.sizes(), numbers.options());
   AT_DISPATCH_FLOATING_TYPES(dtype, "norm_gradients", [&] {
     using P = scalar_t;
-    norm_kernels<P>().gradients({map, C, count, read<P>(numbers), weights_of<P>(weights), read<P>(by_rstd_mean),
-                                 read<double>(sums), write<P>(scale), write<P>(of_z), write<P>(by_p)});
+    norm_kernels<P>().gradients({map, C, count, read<P>(numbers), weights_of<P>(weights),
+                                 read<P>(by_rstd_mean), read<double>(sums), write<P>(scale), write<P>(of_z),
+                                 write<P>(by_p)});
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {scale, of_z, by_p.to(p.scalar_type())};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_derivatives(
+    const at::Tensor& rstd_mean, const at::Tensor& p, const MaybeTensor& grad_rstd_mean,
+    const at::Tensor& grad_sums, const MaybeTensor& grad_scale, const MaybeTensor& grad_of_z,
+    const MaybeTensor& grad_p, at::IntArrayRef z_of_term, at::IntArrayRef has_norm, int64_t count) {
+  const c10::cuda::CUDAGuard guard(p.device());
+  const auto map = term_map(z_of_term, has_norm);
+  const auto dense = [](const MaybeTensor& t, at::ScalarType dtype) {
+    return t ? t->to(dtype).contiguous() : at::Tensor();
+  };
+  const auto dtype = rstd_mean.scalar_type();
+  const auto numbers = rstd_mean.contiguous(), sums = grad_sums.contiguous();
+  const auto weights = p.to(dtype).contiguous();
+  const auto by_rstd_mean = dense(grad_rstd_mean, dtype), by_weights = dense(grad_p, dtype);
+  const auto by_scale = dense(grad_scale, at::kDouble), by_of_z = dense(grad_of_z, at::kDouble);
+  const auto found = at::empty_like(numbers), found_grad = at::empty_like(numbers);
+  const auto found_sums = at::empty_like(sums), found_p = at::empty(p.sizes(), numbers.options());
+  AT_DISPATCH_FLOATING_TYPES(dtype, "norm_derivatives", [&] {
+    using P = scalar_t;
+    const auto of_terms = weights_of<P>(weights);
+    norm_kernels<P>().derivatives(
+        {{map, numbers.size(2), count, read<P>(numbers), of_terms, read<P>(by_rstd_mean), read<double>(sums),
+          nullptr, nullptr, write<P>(found_p)},
+         read<double>(by_scale), read<double>(by_of_z), {read<P>(by_weights), of_terms.width},
+         write<P>(found), write<P>(found_grad), write<double>(found_sums)});
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {found, found_p.to(p.scalar_type()), found_grad, found_sums};
 }
 
 }  // namespace
@@ -175,6 +208,7 @@ TORCH_LIBRARY_IMPL(ldarts, CUDA, m) {
   m.impl("channel_sums", channel_sums);
   m.impl("norm_statistics", norm_statistics);
   m.impl("norm_gradients", norm_gradients);
+  m.impl("norm_derivatives", norm_derivatives);
 }
 
 }  // namespace ldarts

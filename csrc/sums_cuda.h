@@ -50,6 +50,7 @@ struct NormKernels {
 
   void statistics(const NormStatistics<P>& norms) const;
   void gradients(const NormGradients<P>& norms) const;
+  void derivatives(const NormDerivatives<P>& norms) const;
 };
 
 }  // namespace ldarts

@@ -22,7 +22,12 @@ void NormKernels<P>::statistics(const NormStatistics<P>& norms) const {
 
 template <typename P>
 void NormKernels<P>::gradients(const NormGradients<P>& norms) const {
-  launch_gradients<P>(norms, Launch<kThreads>{stream});
+  launch_gradients(norms, Launch<kThreads>{stream});
+}
+
+template <typename P>
+void NormKernels<P>::derivatives(const NormDerivatives<P>& norms) const {
+  launch_gradients(norms, Launch<kThreads>{stream});
 }
 
 template struct SumKernels<float>;

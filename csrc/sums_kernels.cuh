@@ -1,5 +1,5 @@
-// Device code of the sums, and the plans that launch it. Tensors are channels-last, [pixels, C]; arithmetic per
-// channel is that of norms.h. Not yet run on a GPU.
+// Device code of the sums, and the plans that launch it. Tensors are channels-last, [pixels, C]; arithmetic
+// per channel is that of norms.h. Not yet run on a GPU.
 //
 // Nothing is added atomically: sums over pixels are those of blocks, written side by side, and sums of these
 // in a fixed order, so that the bits depend on sizes and alignment alone.
@@ -140,9 +140,10 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_const
   else if (row < a.map.K + a.map.M) a.of_term(row - a.map.K, c);
 }
 
-// The first M blocks are those of the gradients by p, where that is one number a term.
-template <typename P>
-__global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_constant__ NormGradients<P> a) {
+// Norms: NormGradients or NormDerivatives. The first M blocks are those of the gradients by p, where that is
+// one number a term.
+template <typename Norms>
+__global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_constant__ Norms a) {
   const int64_t K = a.map.K, M = a.map.M, C = a.C, in_front = a.p.width == 1 ? M : 0;
   double* shared = shared_memory;  // [kWarps]
   if (blockIdx.x < in_front) {
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_consta
   if (row < K) {
     a.write_of_z(row, c);
   } else if (row < K + M) {
-    a.write_scale(row - K, c);
+    a.write_of_term(row - K, c);
     if (a.p.width > 1) a.by_p[i - K * C] = a.share_of_p(row - K, c);
   }
 }
@@ -246,8 +247,8 @@ __global__ void __launch_bounds__(kThreads) affine_sums_kernel(const __grid_cons
   }
 }
 
-// The plans. `launch(kernel, blocks, bytes of shared memory, arguments)` starts blocks of kThreads threads. Pointers
-// are device pointers, arrays of pointers lie on the host.
+// The plans. `launch(kernel, blocks, bytes of shared memory, arguments)` starts blocks of kThreads threads.
+// Pointers are device pointers, arrays of pointers lie on the host.
 
 // partial [max_slabs, pairs or kMaxPairs, 2, C] is scratch, out [pairs, 2, C]; pixels > 0.
 template <typename T, typename Launch>
@@ -275,9 +276,9 @@ void launch_statistics(const NormStatistics<P>& a, const Launch& launch) {
   launch(statistics_kernel<P>, blocks_for((a.map.K + a.map.M) * a.C, kThreads, INT32_MAX), size_t{0}, a);
 }
 
-template <typename P, typename Launch>
-void launch_gradients(const NormGradients<P>& a, const Launch& launch) {
-  launch(gradients_kernel<P>,
+template <typename Norms, typename Launch>
+void launch_gradients(const Norms& a, const Launch& launch) {
+  launch(gradients_kernel<Norms>,
          (a.p.width == 1 ? a.map.M : 0) + blocks_for((a.map.K + a.map.M) * a.C, kThreads, INT32_MAX),
          sizeof(double) * kWarps, a);
 }

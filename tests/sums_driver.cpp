@@ -1,5 +1,5 @@
-// sums_driver OPERATOR: runs an operator of csrc/sums_kernels.cuh in many cases, in several orders of blocks and
-// threads, against float64 loops; ends with status 1 and the case where they differ.
+// sums_driver OPERATOR: runs an operator of csrc/sums_kernels.cuh in many cases, in several orders of blocks
+// and threads, against float64 loops; ends with status 1 and the case where they differ.
 #include "cuda_emulation.h"
 #include "sums_kernels.cuh"
 
@@ -191,7 +191,7 @@ std::vector<char> numbers(const Case& c, unsigned order) {
   Array<A> scale(M * C), of_z(2 * K * C), by_p(M * width);
   const ldarts::NormGradients<A> norms{map, C, 50, rstd_mean.data, weights, M % 2 ? given.data : nullptr,
                                        grad_sums.data, scale.data, of_z.data, by_p.data};
-  ldarts::launch_gradients<A>(norms, Launch{order});
+  ldarts::launch_gradients(norms, Launch{order});
   for (int64_t m = 0; m < M; ++m) {
     double sum = 0, size = 0;
     for (int64_t i = 0; i < C; ++i) {
@@ -207,9 +207,43 @@ std::vector<char> numbers(const Case& c, unsigned order) {
       const auto by = norms.by_rstd_mean(k, i);
       const double r = norms.rstd(k, i), by_var = has_norm[k] ? -0.5 * r * r * r * by.first : 0;
       const double shift = has_norm[k] ? by.second - 2 * norms.mean(k, i) * by_var : 0;
-      check("by sum", of_z, 2 * k * C + i, shift / 50), check("by z", of_z, (2 * k + 1) * C + i, 2 * by_var / 50);
+      check("by sum", of_z, 2 * k * C + i, shift / 50),
+          check("by z", of_z, (2 * k + 1) * C + i, 2 * by_var / 50);
     }
-  for (const auto* a : {&rstd_mean, &moments, &coefficients, &scale, &of_z, &by_p})
+  // The derivatives, against the same functions in a plain loop.
+  const auto of_scale = filled<double>(9, M * C), of_of_z = filled<double>(10, 2 * K * C);
+  const auto of_p = filled<A>(11, M * width);
+  Array<A> by_numbers(2 * K * C), by_given(2 * K * C), of_weights(M * width);
+  Array<double> by_sums(2 * M * C);
+  ldarts::NormDerivatives<A> derivatives{norms, of_scale.data, of_of_z.data, {of_p.data, width},
+                                         by_numbers.data, by_given.data, by_sums.data};
+  derivatives.by_p = of_weights.data;
+  ldarts::launch_gradients(derivatives, Launch{order});
+  for (int64_t m = 0; m < M; ++m) {
+    double sum = 0, size = 0;
+    for (int64_t i = 0; i < C; ++i) {
+      const double share = derivatives.share_of_p(m, i);
+      sum += share, size += std::abs(share);
+      if (width > 1) check("derivative by p", of_weights, m * C + i, share);
+    }
+    expect(width > 1 || std::abs(of_weights.data[m] - sum) <= 1e-6 * size, c, "derivative by p", m,
+           of_weights.data[m], sum);
+  }
+  Array<A> numbers_again(2 * K * C), given_again(2 * K * C);
+  Array<double> sums_again(2 * M * C);
+  auto again = derivatives;
+  again.by_rstd_mean = numbers_again.data, again.by_grad = given_again.data, again.by_sums = sums_again.data;
+  for (int64_t i = 0; i < C; ++i) {
+    for (int64_t k = 0; k < K; ++k) again.write_of_z(k, i);
+    for (int64_t m = 0; m < M; ++m) again.write_of_term(m, i);
+  }
+  for (int64_t i = 0; i < 2 * K * C; ++i)
+    check("by rstd, mean", by_numbers, i, numbers_again.data[i]),
+        check("by their gradient", by_given, i, given_again.data[i]);
+  for (int64_t i = 0; i < 2 * M * C; ++i)
+    expect(by_sums.data[i] == sums_again.data[i], c, "by sums", i, by_sums.data[i], sums_again.data[i]);
+  for (const auto* a : {&rstd_mean, &moments, &coefficients, &scale, &of_z, &by_p, &by_numbers, &by_given,
+                        &of_weights})
     expect(a->intact(), c, "a border", 0, 0, 0), keep(bytes, *a);
   return bytes;
 }

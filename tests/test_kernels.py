@@ -72,6 +72,8 @@ MUTATIONS = {
     "numbers: by S2 once": ("numbers", "float32", "2 * by_var / count}", "by_var / count}"),
     "numbers: blocks of p counted twice":
         ("numbers", "float32", "thread_number() - in_front * kThreads", "thread_number()"),
+    "numbers: a term twice, another never":
+        ("numbers", "float32", "a.write_of_term(row - K, c)", "a.write_of_term((row - K) / 2, c)"),
     "numbers: p of a channel at the place of z":
         ("numbers", "float32", "a.by_p[i - K * C]", "a.by_p[i]"),
 }  # fmt: skip

@@ -5,8 +5,8 @@ to ldarts/built in site-packages or to ~/.cache/ldarts as PART-DIGEST.so; the di
 PyTorch, processor. So a checkout of the same sources uses what `pip install` compiled.
 Where a library cannot be compiled, or with LDARTS_FUSED=off in the environment, the plain form runs.
 
-torch.utils.cpp_extension is not used: its lock file outlives a killed process and then all others wait, and it links
-libcudart, which pip's nvcc does not bring.
+torch.utils.cpp_extension is not used: its lock file outlives a killed process, and then all others wait; and
+it links libcudart, which pip's nvcc does not bring.
 """
 import functools
 import hashlib

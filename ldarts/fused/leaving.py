@@ -1,7 +1,7 @@
 """The operations that leave one state, as terms of the nodes that they lead to.
 
-What they have in common is computed once: the state's ReLU, its pools, on a CPU all its separable convolutions
-in one call.
+What they have in common is computed once: the state's ReLU, its pools, on a CPU all its separable
+convolutions in one call.
 """
 from functools import cached_property
 from itertools import repeat
@@ -85,13 +85,13 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
     if separable or dilated:
         pairs, count = [of_op[0] for of_op in separable + dilated], len(separable)
         p_pairs = torch.cat([ones(count, p), p_dilated]) if separable else p_dilated
-        first = separable_convolutions([state], None, pairs, *scale_shift_of([pair.norm for pair in pairs], p_pairs),
-                                       widths_of(plan.dilated))
+        scale_shift = scale_shift_of([pair.norm for pair in pairs], p_pairs)
+        first = separable_convolutions([state], None, pairs, *scale_shift, widths_of(plan.dilated))
         share_out(first.terms, plan.dilated)
     if separable:
         pairs = [of_op[1] for of_op in separable]
-        second = separable_convolutions(first.z[:count], first.coefficients, pairs,
-                                        *scale_shift_of([pair.norm for pair in pairs], p_separable),
+        scale_shift = scale_shift_of([pair.norm for pair in pairs], p_separable)
+        second = separable_convolutions(first.z[:count], first.coefficients, pairs, *scale_shift,
                                         widths_of(plan.separable))
         share_out(second.terms, plan.separable)
     operations = sum(plan.others, [])

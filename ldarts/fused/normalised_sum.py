@@ -85,8 +85,8 @@ def scale_shift_of(norms: Sequence[nn.BatchNorm2d | None], p: Tensor) -> tuple[T
 
 @torch.no_grad()
 def move_statistics(norms: Sequence[Sequence[nn.BatchNorm2d]], moments: Tensor, count: int) -> None:
-    """Running statistics after a batch. norms: those behind each z; moments: mean and unbiased variance of each
-    z, [z, 2, C], over `count` pixels; ValueError if that is one, as PyTorch's"""
+    """Running statistics after a batch. norms: those behind each z; moments: mean and unbiased variance of
+    each z, [z, 2, C], over `count` pixels; ValueError if that is one, as PyTorch's"""
     if count == 1 and any(norms):
         raise ValueError("Expected more than 1 value per channel when training: one image of one pixel")
     of_all = moments.flatten(0, 1).unbind()
@@ -118,7 +118,8 @@ class NodeSum(torch.autograd.Function):
         ctx.count, ctx.factors = len(placeholders), None
         if factors is not None:  # each image has numbers of its own, [rows, N * C]
             ctx.factors = factors.repeat_interleave(zs[0].shape[1], 1)
-            rows = [of_edge.repeat(1, factors.shape[1]) * factor for of_edge, factor in zip(rows, ctx.factors)]
+            images = factors.shape[1]
+            rows = [of_edge.repeat(1, images) * factor for of_edge, factor in zip(rows, ctx.factors)]
         return affine_sums(zs, rows, rows, [[(m, 2 * m + 1, 2 * m) for m in range(len(zs))]])[0]
 
     @staticmethod
@@ -148,8 +149,8 @@ class Copies(torch.autograd.Function):
 
 class NormalisedTerms(torch.autograd.Function):
     """forward: z -> 1/σ and μ of their norms; mean and unbiased variance; coefficients of the terms; a
-    placeholder for each edge. backward: the gradient by 1/σ and μ (None: 0) and G of each edge -> by p, beta and
-    each z."""
+    placeholder for each edge. backward: the gradient by 1/σ and μ (None: 0) and G of each edge -> by p, beta
+    and each z."""
 
     @staticmethod
     def forward(ctx, norms, eps, p, beta, *zs):
@@ -170,8 +171,8 @@ class NormalisedTerms(torch.autograd.Function):
 
 
 class TermGradients(torch.autograd.Function):
-    """forward: the gradient by 1/σ and μ (None: 0) and G of each edge -> those by p, beta and each z: channel sums
-    of G and z, arithmetic, an affine sum. backward: autograd's, but in one pass over the tensors, not three."""
+    """forward: the gradient by 1/σ and μ (None: 0) and G of each edge -> those by p, beta and each z: channel
+    sums of G and z, arithmetic, an affine sum. backward: autograd's, but in one pass over the tensors."""
 
     @staticmethod
     def forward(ctx, norms, rstd_mean, p, beta, grad_rstd_mean, *tensors):

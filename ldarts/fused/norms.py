@@ -49,29 +49,31 @@ def _membership(rows: tuple[int, ...], count: int, device: torch.device) -> Tens
 class Norms:
     """The batch norms behind some z: arithmetic per channel, in float64 (csrc/norms.h).
 
-    Term m is shift_m + scale_m z, with its coefficients (shift, scale) as [terms, 2, C]; the gradient by them is
-    ΣG and ΣG z.
+    Term m is shift_m + scale_m z, with its coefficients (shift, scale) as [terms, 2, C]; the gradient by them
+    is ΣG and ΣG z.
 
     edges: for each the numbers of the z of its terms; has_norm: which z have one; count: pixels of a channel;
     inner: the first z, as many, are terms of no edge; convolutions read them with these coefficients
     """
 
     def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], count: int, inner: int = 0):
-        self.edges, self.has_norm, self.count, self.inner = edges, [int(has) for has in has_norm], count, inner
+        self.edges, self.has_norm = edges, [int(has) for has in has_norm]
+        self.count, self.inner = count, inner
         self.z_of_term = [k for edge in edges for k in edge]
         self.edge_of_term = [e for e, edge in enumerate(edges) for _ in edge]
         self.numbers = [*range(inner), *self.z_of_term], self.has_norm, count
 
     def statistics(self, sums: Tensor, p: Tensor, beta: Tensor | None,
                    eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """sums: Σz, Σz² of each z with a norm, [norms, 2, C]; p: of each term one number or, as γ, one a channel;
-        beta: [terms, C] or None, 0 -> of each z 1/σ and μ, mean and unbiased variance [z, 2, C]; of each term
-        its coefficients. Not differentiable."""
+        """sums: Σz, Σz² of each z with a norm, [norms, 2, C]; p: of each term one number or, as γ, one for
+        each channel; beta: [terms, C] or None, 0 -> of each z 1/σ and μ, mean and unbiased variance
+        [z, 2, C]; of each term its coefficients. Not differentiable."""
         z_of_term, has_norm, count = self.numbers
         return torch.ops.ldarts.norm_statistics(sums, has_norm, p, beta, z_of_term, count, eps)
 
     def gradients(self, rstd_mean: Tensor, p: Tensor, beta: Tensor | None, grad_rstd_mean: Tensor | None,
-                  sums: Tensor, compute: Callable | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+                  sums: Tensor,
+                  compute: Callable | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """sums: ΣG, ΣG z of each term -> scale [terms, C], of_z [z, 2, C], by p, by beta.
 
         The gradient by a z is Σ scale G over its terms + of_z[0] + of_z[1] z. grad_rstd_mean: that by 1/σ and
@@ -82,8 +84,16 @@ class Norms:
 
     def derivatives(self, inputs: Sequence[Tensor | None],
                     grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients by the inputs of `gradients`, of those by its results."""
-        return differentiate(partial(self.gradients, compute=norm_gradients_ref), inputs, grads)
+        """The gradients by the inputs of `gradients`, of those by its results (None: 0)."""
+        if torch.is_grad_enabled():  # for a third derivative
+            return differentiate(partial(self.gradients, compute=norm_gradients_ref), inputs, grads)
+        rstd_mean, p, beta, grad_rstd_mean, sums = inputs
+        by_scale, by_of_z, by_p, by_beta = grads
+        by_rstd_mean, by_weights, by_grad, by_sums = torch.ops.ldarts.norm_derivatives(
+            rstd_mean, p, grad_rstd_mean, sums, by_scale, by_of_z, by_p, *self.numbers)
+        if by_beta is not None:
+            by_sums[:, 0] += by_beta
+        return [by_rstd_mean, by_weights, None, None if grad_rstd_mean is None else by_grad, by_sums]
 
     def terms_of(self, grads: Sequence[Tensor], zs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """G and z of each term."""
@@ -111,7 +121,7 @@ def norm_gradients_ref(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, 
 
 
 class NormGradients(torch.autograd.Function):
-    """norm_gradients_ref, fused; backward differentiates that form."""
+    """norm_gradients_ref, fused; backward differentiates that form, for derivatives beyond the second."""
 
     @staticmethod
     def forward(ctx, rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, count):
@@ -156,3 +166,7 @@ def register() -> None:
     def _(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, count):
         C = rstd_mean.shape[2]
         return p.new_empty(len(p), C), p.new_empty(len(has_norm), 2, C), torch.empty_like(p)
+
+    @torch.library.register_fake("ldarts::norm_derivatives")
+    def _(rstd_mean, p, grad_rstd_mean, sums, grad_scale, grad_of_z, grad_p, z_of_term, has_norm, count):
+        return tuple(map(torch.empty_like, (rstd_mean, p, rstd_mean, sums)))

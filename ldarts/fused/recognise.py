@@ -132,8 +132,8 @@ def drop_path_of(of_type: type) -> Callable | None:
 @functools.cache
 def known_forwards() -> dict[str, tuple]:
     return {known.__name__: meaning(known)
-            for known in (block, factorized_reduce, zero, mixed_op, nas201_edge, cell, nas201_cell, derived_cell,
-                          derived_edge, derived_nas201_cell, drop_path)}
+            for known in (block, factorized_reduce, zero, mixed_op, nas201_edge, cell, nas201_cell,
+                          derived_cell, derived_edge, derived_nas201_cell, drop_path)}
 
 
 class Unrecognised(Exception):

@@ -4,10 +4,11 @@ A pair is a depthwise and a pointwise convolution and the norm behind them. Of e
 
     z_u = P_u D_u a_u,   a_u = relu(s_u x_u + b_u)          x_u [N, C, H, W]; s_u, b_u per channel
 
-and the sums of z_u and z_u² that its norm needs are computed; s and b are the coefficients of the norm in front
-of it (norms.py; none: s = 1, b = 0). csrc/separable.cpp goes through them an image at a time and keeps nothing but z: what a
-norm or a ReLU would put out never is in memory, the backward pass computes it again. With Z = ∂L/∂z, which is
-made of the G of the nodes that z is a term of (see normalised_sum) and of what reads z otherwise,
+and the sums of z_u and z_u² that its norm needs are computed; s and b are the coefficients of the norm in
+front of it (norms.py; none: s = 1, b = 0). csrc/separable.cpp goes through them an image at a time and keeps
+nothing but z: what a norm or a ReLU would put out never is in memory, the backward pass computes it again.
+With Z = ∂L/∂z, which is made of the G of the nodes that z is a term of (see normalised_sum) and of what reads
+z otherwise,
 
     ∂L/∂P = Z (D a)ᵀ     ∂L/∂D = (Pᵀ Z) ⋆ a     ∂L/∂x = s · 1[s x + b > 0] · Dᵀ Pᵀ Z
 
@@ -67,8 +68,8 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
                            beta: Tensor | None, widths: Sequence[int]) -> Separable:
     """x: one input [N, C, H, W] for all pairs, or one each; affine: [pairs, 2, C], b and s; None: 0 and 1.
 
-    p, beta: of all pairs, see scale_shift_of; widths: of how many of the last pairs each edge is made, at least 1.
-    Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
+    p, beta: of all pairs, see scale_shift_of; widths: of how many of the last pairs each edge is made, at
+    least 1. Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
     """
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
     weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
@@ -82,9 +83,9 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
 
 class SeparableConvolutions(torch.autograd.Function):
     """forward: x, depthwise and pointwise weights -> coefficients of the inner norms; 1/σ and μ, mean and
-    variance of all; coefficients of the terms; z of each pair; a placeholder for each edge. backward: the gradients
-    by those -> by affine, p, beta, x and the weights that are asked for. Differentiable again through
-    SeparableConvolutionsGrad."""
+    variance of all; coefficients of the terms; z of each pair; a placeholder for each edge. backward: the
+    gradients by those -> by affine, p, beta, x and the weights that are asked for. Differentiable again
+    through SeparableConvolutionsGrad."""
 
     @staticmethod
     def forward(ctx, geometry, eps, widths, affine, p, beta, *tensors):
@@ -113,8 +114,8 @@ class SeparableConvolutions(torch.autograd.Function):
         grad_z, grad_edges = grads[:count], zeros_for_none(grads[count:], [saved[-1]] * len(grads[count:]))
         if grad_inner is None:
             grad_inner = no_sums(saved[-1], ctx.norms.inner)
-        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, rstd_mean, p, beta, grad_rstd_mean,
-                     grad_inner, *saved, *grad_z, *grad_edges)
+        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, rstd_mean, p, beta,
+                     grad_rstd_mean, grad_inner, *saved, *grad_z, *grad_edges)
         again = torch.is_grad_enabled()  # without a derivative to come, the plain call, which saves nothing
         found = (SeparableConvolutionsGrad.apply(*arguments) if again
                  else SeparableConvolutionsGrad.compute(*arguments)[0])
@@ -132,9 +133,9 @@ def asked_for(node: torch.autograd.graph.Node | None) -> bool:
 
 
 class SeparableConvolutionsGrad(torch.autograd.Function):
-    """forward: backward of SeparableConvolutions: gradients by affine, p, beta, each x and each weight of both
-    kinds, from those by 1/σ and μ, the inner norms' coefficients, each z (or None) and each edge's G. backward: its
-    derivatives, once."""
+    """forward: backward of SeparableConvolutions: gradients by affine, p, beta, each x and each weight of
+    both kinds, from those by 1/σ and μ, the inner norms' coefficients, each z (or None) and each edge's G.
+    backward: its derivatives, once."""
 
     @staticmethod
     def compute(geometry, norms, asked, affine, rstd_mean, p, beta, grad_rstd_mean, grad_inner, *tensors):
@@ -144,8 +145,8 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         grad_sums = torch.cat([grad_inner, channel_sums(grad_terms, z_of_terms)]) if grads else grad_inner
         scale, of_z, by_p, by_beta = norms.gradients(rstd_mean, p, beta, grad_rstd_mean, grad_sums)
         by_x, sums, by_depthwise, by_pointwise, _, _ = torch.ops.ldarts.separable_backward(
-            x, [], affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, scale[norms.inner :], of_z,
-            *asked, False)
+            x, [], affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, scale[norms.inner :],
+            of_z, *asked, False)
         by_affine = sums[:, :2] if affine is not None and asked[0] else None
         nothing = [None] * len(zs)
         return (by_affine, by_p, by_beta, *(by_x or [None] * len(x)), *(by_depthwise or nothing),
@@ -192,8 +193,8 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
 
         if v_affine is not None or any(t is not None for t in v_x):  # a: gradients by D and P, and s
             tangents = affine if v_affine is None else torch.cat([affine, v_affine], 1)
-            sums, by_depthwise, by_pointwise = add_pass(zeros_for_none(v_x, x), tangents, depthwise, pointwise,
-                                                        affine is not None)
+            sums, by_depthwise, by_pointwise = add_pass(zeros_for_none(v_x, x), tangents, depthwise,
+                                                        pointwise, affine is not None)
             if affine is not None:
                 by_affine = torch.stack([torch.zeros_like(sums[:, 2]), sums[:, 2]], 1)
         for replaced, v_weights in enumerate((v_depthwise, v_pointwise)):

@@ -80,8 +80,8 @@ def affine_sums(z: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[
     """Σ scale z + shift over the entries of each sum -> a tensor like the z for each, channels-last.
 
     z: [N, C, H, W] of one shape and dtype; scales, shifts: [rows, C], whose rows are numbered through all
-    tensors of a list (or [rows], one number a row; on a CPU also [rows, N * C]); sums: for each its entries (z, row of scales, row of
-    shifts), where the row -1 is a scale of 1, a shift of 0.
+    tensors of a list (or [rows], one number a row; on a CPU also [rows, N * C]); sums: for each its entries
+    (z, row of scales, row of shifts), where the row -1 is a scale of 1, a shift of 0.
     """
     entries = [entry for of_sum in sums for entry in of_sum]
     numbers = *map(list, zip(*entries)), [len(of_sum) for of_sum in sums]
@@ -94,8 +94,8 @@ def channel_sums(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
 
 
 def flat(t: Tensor, dense: torch.memory_format) -> Tensor:
-    """The elements of a dense tensor as [images, channels, pixels, 1] in channels-last, whatever its shape: for
-    sums over all of them."""
+    """The elements of a dense tensor as [images, channels, pixels, 1] in channels-last, whatever its shape:
+    for sums over all of them."""
     t = t.contiguous(memory_format=dense)
     t = t.permute(0, 2, 3, 1) if dense is torch.channels_last else t
     channels = power_of_two(t.numel(), 64)
@@ -114,7 +114,7 @@ def dense_format(tensors: Sequence[Tensor]) -> torch.memory_format:
 
 
 class AffineSums(torch.autograd.Function):
-    """affine_sums with a derivative. The operator has the same one, for torch.compile; a call of it costs more."""
+    """affine_sums with a derivative. The operator has the same one, for torch.compile, which costs more."""
 
     @staticmethod
     def forward(ctx, lengths, numbers, *tensors):
@@ -175,7 +175,8 @@ def affine_gradients(ctx, grads, needs_z, needs_scales, needs_shifts) -> tuple[l
             by_z[k] = by_one
 
     by_rows = []  # Σ G z by a scale, Σ G by a shift
-    rows = [(scale_of_entry, ctx.rows[0], any(needs_scales), 1), (shift_of_entry, ctx.rows[1], any(needs_shifts), 0)]
+    rows = [(scale_of_entry, ctx.rows[0], any(needs_scales), 1),
+            (shift_of_entry, ctx.rows[1], any(needs_shifts), 0)]
     used = [e for e in range(len(z_of_entry))
             if any(of_entry[e] >= 0 and needed for of_entry, _, needed, _ in rows)]
     if used:

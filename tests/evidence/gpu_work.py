@@ -43,7 +43,7 @@ LAUNCHES = {"channel_sums": 2}
 KINDS = {  # of operations, by what their names contain
     "separable convolutions": ("separable_",),
     "other convolutions": ("conv", "mm"),
-    "batch norm": ("batch_norm", "norm_statistics", "norm_gradients", "lerp"),
+    "batch norm": ("batch_norm", "norm_statistics", "norm_gradients", "norm_derivatives", "lerp"),
     "sums of nodes": ("channel_sums", "affine_sums"),
     "pools": ("pool",), "ReLU": ("relu", "clamp_min", "threshold"), "optimizers": ("foreach", "sgd", "adam"),
     "copies and zeros": ("copy", "cat", "fill", "zero", "empty", "clone"),
