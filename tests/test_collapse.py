@@ -65,7 +65,7 @@ def test_a_finished_search_is_kept_and_read(tmp_path, monkeypatch, capsys):
             "--lambda_grad", "random", "--seed", "3", "--save", "random-3"]
     monkeypatch.setattr(sys, "argv", ["x", *argv])
     train_search.main()
-    Path("runs/random-3.cpu").write_text("90.5 29.5\n60 0\n")
+    Path("runs/random-3.cpu").write_text("90.5 29.5\n")
     shutil.copytree("runs/random-3", "runs/stopped")
     lines = Path("runs/stopped/metrics.jsonl").read_text().splitlines(keepends=True)
     Path("runs/stopped/metrics.jsonl").write_text("".join(lines[:3]))
@@ -74,15 +74,22 @@ def test_a_finished_search_is_kept_and_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x"])
     collapse.main()
     search = collapse.read_results()["random"][3]
-    assert search["processor_minutes"] == 3.0 and tmp_path.name not in json.dumps(search)
+    assert search["processor_minutes"] == 2.0 and tmp_path.name not in json.dumps(search)
     assert collapse.stage_shares(search, last=True).sum() == pytest.approx(1, abs=1e-3)
     last = json.loads(lines[-1])
     assert collapse.accuracy(search) == last["true_cifar10"]
     cells = json.loads((collapse.FOLDER / "cells.json").read_text())
-    assert cells == {"random": {"3": search["cell"]}}
+    assert cells == {"random": {"3": search["cell"]}} and search["cell"].startswith("|")
     text = (collapse.FOLDER / "findings.md").read_text()
     assert "\n1 of 45 searches" in text and text.count("not yet | not yet") == 8
     assert {path.name for path in collapse.FOLDER.glob("*.png")} == {"along.png", "shares.png"}
+    with open("runs/random-3/log.txt", "a") as log:  # killed and resumed: a line for each start, or no minutes
+        log.write("runs/random-3: continued at step 1 of epoch 2\n")
+    collapse.keep(["runs/random-3"])
+    assert collapse.read_results()["random"][3]["processor_minutes"] is None
+    Path("runs/random-3.cpu").write_text("90.5 29.5\n60 0\n")
+    collapse.keep(["runs/random-3"])
+    assert collapse.read_results()["random"][3]["processor_minutes"] == 3.0
 
 
 def test_the_findings_are_those_of_the_results_beside_them():

@@ -52,12 +52,14 @@ def keep(runs: Sequence[str]) -> None:
             print(f"{run}: {how_far}, left out")
             continue
         config, metrics = read_run(run)
-        seconds = [float(number) for number in run.with_suffix(".cpu").read_text().split()]
+        # A start that was killed from outside has left no line: then the minutes are not known.
+        seconds = [sum(map(float, line.split())) for line in run.with_suffix(".cpu").read_text().splitlines()]
+        starts = 1 + (run / "log.txt").read_text().count("continued at step")
         result = {"variant": variant_of(config), "seed": config["seed"], "commit": config["commit"],
                   "device": config["device_name"], "torch": config["versions"]["torch"],
                   **{name: config[name] for name in ("init_channels", "arch_learning_rate")},
-                  "processor_minutes": round(sum(seconds) / 60, 1),
-                  "cell": json.loads((run / "genotype.json").read_text()),
+                  "processor_minutes": round(sum(seconds) / 60, 1) if len(seconds) == starts else None,
+                  "cell": json.loads((run / "genotype.json").read_text())["arch"],
                   "epochs": {name: rounded([line[name] for line in metrics]) for name in KEPT}}
         path = FOLDER / "results" / f"{result['variant']}-{result['seed']}.json"
         if config["seed"] >= 100:
@@ -177,7 +179,7 @@ def tests_table(rows: dict[str, list[float]], corrected: bool) -> str:
 
 # ---- tables and pictures
 
-COLUMNS: dict[str, tuple[Callable[[Search], float], int]] = {  # name -> (measure, digits)
+COLUMNS: dict[str, tuple[Callable[[Search], float | None], int]] = {  # name -> (measure, digits)
     "true accuracy, %": (accuracy, 2), "skips": (skips, 1), "p of skip": (p_skip, 3),
     "1 − Σ p²": (late("gini"), 3), "Λ, training": (late("lambda_train"), 2),
     "Λ, validation": (late("lambda_valid"), 2), "eigenvalue": (late("alpha_eigenvalue"), 1),
@@ -194,7 +196,7 @@ def findings(searches: Searches) -> str:
     def ends(variant: str, of_variant: Seeds) -> list:
         collapsed = sum(skips(search) >= 5 for search in of_variant.values())
         return [f"{len(of_variant)} of {PLANNED[variant]}", f"{collapsed} of {len(of_variant)}",
-                *(spread([of(search) for search in of_variant.values()], digits)
+                *(spread([value for search in of_variant.values() if (value := of(search)) is not None], digits)
                   for of, digits in COLUMNS.values())]
 
     def cells(_, of_variant: Seeds) -> list:
