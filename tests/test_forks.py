@@ -208,6 +208,14 @@ class EdgeOfAnotherFile(model.Cell):
     _edge = types.FunctionType(model.Cell._edge.__code__, {**vars(model), "drop_path": drop_channels})
 
 
+def resize_a_node(net, channels, stride, concat):
+    """The first node of the first cell, which no other node reads."""
+    cell = net.cells[0]
+    for k in (0, 1):
+        cell._ops[k] = ReLUConvBN(4, channels, 3, stride, 1).double()
+    cell.sources[7], cell.concat = 0, concat
+
+
 def random_norms(net):
     """γ and β as after some training."""
     for norm in every(net, nn.BatchNorm2d):
@@ -304,6 +312,8 @@ DERIVED_CHANGES = {  # of a derived network -> the cell, the change
     "other sources": ("DARTS", lambda net: [cell.sources.__setitem__(3, 0) for cell in net.cells[:1]]),
     "a source from the end": ("DARTS", lambda net: net.cells[0].sources.__setitem__(3, -1)),
     "other outputs": ("DARTS", lambda net: set_all(net.cells, concat=(5, 4, 3, 2))),
+    "a node of more channels": ("DARTS", lambda net: resize_a_node(net, 8, 1, (2, 3, 4))),
+    "a node of half the size": ("DARTS", lambda net: resize_a_node(net, 4, 2, (3, 4, 5, 3))),
     "another stem": ("DARTS", lambda net: net.stem.append(nn.Hardtanh())),
 }
 
@@ -495,6 +505,13 @@ def test_third_derivatives_of_norms_are_right_and_of_separable_convolutions_refu
     net = changed_network("s3", lambda net: None)
     with pytest.raises(RuntimeError, match="LDARTS_FUSED=off"):
         third_derivative(net, z)
+
+
+@needs_build
+def test_batched_gradients_are_refused_with_the_remedy():
+    net, w = changed_network("DARTS", lambda net: None), torch.eye(10).double()
+    with pytest.raises(RuntimeError, match="LDARTS_FUSED=off"):
+        torch.autograd.grad(net(images(1))[0].sum(0), [*net.parameters()], w, is_grads_batched=True)
 
 
 @needs_build

@@ -34,8 +34,8 @@ def engine_supports(x: Tensor) -> bool:
     """Whether the engine may compute a pass that reads x. Not where somebody watches or transforms every call
     of PyTorch: global hooks and patches, tracing and export, torch.func, forward mode, autocast on a CPU.
 
-    A dispatch mode, such as PyTorch's FlopCounterMode, sees the engine's operators and cannot count them: use
-    LDARTS_FUSED=off with it.
+    FlopCounterMode hooks all modules, so it counts the plain form. A dispatch mode without hooks sees the
+    engine's operators instead of PyTorch's: use LDARTS_FUSED=off with it.
     """
     return (isinstance(x, Tensor) and not isinstance(x, FakeTensor) and compiled_for(x.device.type)
             and not _has_any_global_hook() and pytorch() == AS_IMPORTED

@@ -98,17 +98,24 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
     if operations:
         readers = sum(type(op.chain[0]) is nn.ReLU for op in operations if op.chain) + 2  # two for the pixels
         results = run_chains([State(state, readers)] * len(operations), [op.chain for op in operations])
-        places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm, in their order
-        of_operation = [places.setdefault((id(z), op.norm is None), len(places))
-                        for z, op in zip(results, operations)]
-        zs = dict(zip(of_operation, results))
-        norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
-        for place, op in zip(of_operation, operations):
-            norms[place] += [] if op.norm is None else [op.norm]
-        remaining = iter(of_operation)
-        edges = [[next(remaining) for _ in edge] for edge in plan.others if edge]
-        scale_shift = scale_shift_of([op.norm for op in operations], p_others)
-        share_out(normalised_terms([zs[k] for k in range(len(zs))], norms, edges, *scale_shift), plan.others)
+        numbers, shapes = iter(range(len(operations))), [z.shape for z in results]
+        numbered = [[next(numbers) for _ in edge] for edge in plan.others]
+        for shape in dict.fromkeys(shapes):  # several where the nodes of a fork differ in size
+            edges = [[k for k in edge if shapes[k] == shape] for edge in numbered]
+            of_shape = sum(edges, [])
+            places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm, in their order
+            place_of = {k: places.setdefault((id(results[k]), operations[k].norm is None), len(places))
+                        for k in of_shape}
+            zs = {place_of[k]: results[k] for k in of_shape}
+            norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
+            for k in of_shape:
+                norms[place_of[k]] += [] if operations[k].norm is None else [operations[k].norm]
+            its_p = p_others
+            if len(of_shape) < len(operations):
+                its_p = torch.stack([p_others[k] for k in of_shape])
+            scale_shift = scale_shift_of([operations[k].norm for k in of_shape], its_p)
+            of_edges = [[place_of[k] for k in edge] for edge in edges if edge]
+            share_out(normalised_terms([*zs.values()], norms, of_edges, *scale_shift), edges)
     return terms
 
 

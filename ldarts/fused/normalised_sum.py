@@ -124,6 +124,9 @@ class NodeSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch._C._functorch.is_legacy_batchedtensor(grad):
+            raise RuntimeError("ldarts: the engine has no batched gradients (is_grads_batched); "
+                               "LDARTS_FUSED=off in the environment computes them")
         grad = grad.contiguous(memory_format=torch.channels_last)
         if ctx.factors is None:
             return None, None, *Copies.apply(grad, ctx.count)
