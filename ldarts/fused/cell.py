@@ -37,7 +37,7 @@ class Plan:
     """How a module in training is computed, made of its registered modules."""
 
     def fits(self, *inputs: Tensor) -> bool:
-        """Whether the operators take these inputs of the module."""
+        """Whether the engine can compute the module on these inputs: dtype, layout, dimensions."""
         return all(isinstance(x, Tensor) and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ())
                    and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
 
@@ -88,7 +88,7 @@ class CellPlan(Plan):
             if empty:
                 raise Unrecognised("a node of `none` alone")
         if shares_norms(leaving, self.preprocess):
-            raise Unrecognised("a norm in several places, whose statistics depend on their order")
+            raise Unrecognised("a norm used twice, whose running statistics depend on the order")
         if any(len(sum(of_state, [])) > MOST_TERMS for of_state in leaving):
             raise Unrecognised(f"more than {MOST_TERMS} operations that leave one state")
         self.leaving = {grouped: [Leaving(of_state, grouped) for of_state in leaving]

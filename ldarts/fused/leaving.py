@@ -94,29 +94,34 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
         second = separable_convolutions(first.z[:count], first.coefficients, pairs, *scale_shift,
                                         widths_of(plan.separable))
         share_out(second.terms, plan.separable)
-    operations = sum(plan.others, [])
-    if operations:
-        readers = sum(type(op.chain[0]) is nn.ReLU for op in operations if op.chain) + 2  # two for the pixels
-        results = run_chains([State(state, readers)] * len(operations), [op.chain for op in operations])
-        numbers, shapes = iter(range(len(operations))), [z.shape for z in results]
-        numbered = [[next(numbers) for _ in edge] for edge in plan.others]
-        for shape in dict.fromkeys(shapes):  # several where the nodes of a fork differ in size
-            edges = [[k for k in edge if shapes[k] == shape] for edge in numbered]
-            of_shape = sum(edges, [])
-            places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm, in their order
-            place_of = {k: places.setdefault((id(results[k]), operations[k].norm is None), len(places))
-                        for k in of_shape}
-            zs = {place_of[k]: results[k] for k in of_shape}
-            norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
-            for k in of_shape:
-                norms[place_of[k]] += [] if operations[k].norm is None else [operations[k].norm]
-            its_p = p_others
-            if len(of_shape) < len(operations):
-                its_p = torch.stack([p_others[k] for k in of_shape])
-            scale_shift = scale_shift_of([operations[k].norm for k in of_shape], its_p)
-            of_edges = [[place_of[k] for k in edge] for edge in edges if edge]
-            share_out(normalised_terms([*zs.values()], norms, of_edges, *scale_shift), edges)
+    for of_edges, edges in terms_of_others(state, plan.others, p_others):
+        share_out(of_edges, edges)
     return terms
+
+
+def terms_of_others(state: Tensor, edges: Sequence[Sequence[Operation]],
+                    p: Tensor) -> Iterator[tuple[list[Terms], list[list[int]]]]:
+    """For each shape of results, several where the nodes of a fork differ in size: (the terms of each edge that
+    has operations of this shape, the operations of every edge)."""
+    operations = sum(edges, [])
+    readers = sum(type(op.chain[0]) is nn.ReLU for op in operations if op.chain) + 2  # two for the pixels
+    results = run_chains([State(state, readers)] * len(operations), [op.chain for op in operations])
+    numbers, shapes = iter(range(len(operations))), [z.shape for z in results]
+    numbered = [[next(numbers) for _ in edge] for edge in edges]
+    for shape in dict.fromkeys(shapes):
+        of_shape = [[k for k in edge if shapes[k] == shape] for edge in numbered]
+        chosen = sum(of_shape, [])
+        places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm, in their order
+        place_of = {k: places.setdefault((id(results[k]), operations[k].norm is None), len(places))
+                    for k in chosen}
+        zs = {place_of[k]: results[k] for k in chosen}
+        norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
+        for k in chosen:
+            norms[place_of[k]] += [] if operations[k].norm is None else [operations[k].norm]
+        of_edges = [[place_of[k] for k in edge] for edge in of_shape if edge]
+        its_p = p if len(chosen) == len(operations) else torch.stack([p[k] for k in chosen])
+        scale_shift = scale_shift_of([operations[k].norm for k in chosen], its_p)
+        yield normalised_terms([*zs.values()], norms, of_edges, *scale_shift), of_shape
 
 
 def widths_of(edges: Sequence[Sequence]) -> list[int]:
