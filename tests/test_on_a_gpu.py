@@ -229,8 +229,7 @@ def assert_close(folder, other):
 
 
 SEARCHES = {
-    "darts, second order": ["--search_space", "darts", "--unrolled", "--deterministic"],
-    "s1, first order": ["--search_space", "s1"],
+    "s1, second order": ["--search_space", "s1", "--unrolled", "--deterministic"],
     "s2, exact": ["--search_space", "s2", "--unrolled", "--hessian", "exact", "--lambda_grad", "exact"],
     "s3, sign": ["--search_space", "s3", "--lambda_kind", "sign", "--memory_format", "contiguous"],
     "s4, second order": ["--search_space", "s4", "--unrolled", "--cutout", "--deterministic"],
@@ -289,7 +288,7 @@ def stopped_after(steps, script, *argv):
 
 
 CONTINUED = {
-    "darts, graph": (["--search_space", "darts"], True),
+    "s1, graph": (["--search_space", "s1"], True),
     "s3, second order, graph": (["--search_space", "s3", "--unrolled", "--lambda_reg", "0"], True),
     "nasbench201, graph": (["--search_space", "nasbench201", "--layers", "1"], False),
     "s4, second order": (["--search_space", "s4", "--unrolled"], True),
