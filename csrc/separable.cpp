@@ -143,16 +143,17 @@ std::tuple<Tensors, at::Tensor> separable_forward(
   return {zs, sum_of_chunks(z_sums)};
 }
 
-// The gradients by the weights, [C, 1, k, k] and [C, C, 1, 1] for each pair, from the sums of each chunk.
+// For the gradient by a weight [C, 1, k, k] or [C, C, 1, 1], whose numbers lie in one order in both layouts: with
+// the strides of the weight it need not be copied before an optimizer's step.
+at::Tensor empty_gradient(const at::Tensor& weight) {
+  return at::empty(weight.sizes(), weight.options().memory_format(weight.suggest_memory_format()));
+}
+
+// The gradients by the weights of each pair, grad_depthwise and grad_pointwise, from the sums of each chunk.
 template <typename T>
 void finish_weights(const Group<T>& group, const at::Tensor& depthwise_sums, const at::Tensor& pointwise_sums,
-                    Tensors& grad_depthwise, Tensors& grad_pointwise) {
+                    const Tensors& grad_depthwise, const Tensors& grad_pointwise) {
   const int64_t C = group.C, chunks = pointwise_sums.size(0);
-  const auto options = pointwise_sums.options();
-  for (const auto& pair : group.pairs) {
-    grad_depthwise.push_back(at::empty({C, 1, pair.kernel_size, pair.kernel_size}, options));
-    grad_pointwise.push_back(at::empty({C, C, 1, 1}, options));
-  }
   at::parallel_for(0, group.pairs.size(), 1, [&](int64_t from, int64_t to) {
     for (int64_t u = from; u < to; ++u) {
       const Pair<T>& pair = group.pairs[u];
@@ -232,6 +233,10 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
                          of_chunk(write<T>(pointwise_sums), pointwise_sums, chunk),
                          of_chunk(write<double>(tangent_sums), tangent_sums, chunk)});
         });
+    for (int64_t u = 0; u < U && need_grad_weights; ++u) {
+      grad_depthwise.push_back(empty_gradient(depthwise[u]));
+      grad_pointwise.push_back(empty_gradient(pointwise[u]));
+    }
     if (need_grad_weights)
       finish_weights(group, depthwise_sums, pointwise_sums, grad_depthwise, grad_pointwise);
   });

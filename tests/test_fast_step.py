@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import ldarts
-from ldarts import bench, fused
+from ldarts import bench, fused, genotypes
 from ldarts.fused import compiled_for
 from ldarts.fused import norms
 from ldarts.fused.normalised_sum import node_sum, normalised_terms
@@ -328,3 +328,17 @@ def test_a_pass_in_inference_mode_leaves_nothing_that_training_cannot_read(space
     with torch.inference_mode():
         net(x)
     F.cross_entropy(net(x), torch.arange(4)).backward()
+
+
+@needs_build
+@pytest.mark.parametrize("kind", ["supernet", "derived network"])
+def test_gradients_have_the_strides_of_their_weights(kind):
+    """Or DistributedDataParallel warns, and every optimizer's step copies them first."""
+    net = (ldarts.SearchNetwork(4, 10, 4, "darts") if kind == "supernet"
+           else ldarts.Network(4, 10, 4, False, genotypes.load("LAMBDA_DARTS")))
+    net.to(memory_format=torch.channels_last)
+    weights = list(net.parameters())
+    out = net(images(2, 3, 16, 16, dtype=torch.float32))
+    logits = out if kind == "supernet" else out[0]
+    grads = torch.autograd.grad(logits.sum(), weights, materialize_grads=True)
+    assert [g.stride() for g in grads] == [w.stride() for w in weights]

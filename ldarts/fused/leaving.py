@@ -230,4 +230,5 @@ def conv_1x1(x: Tensor, weight: Tensor) -> Tensor:
     gradients of gradients copy nothing."""
     if not x.is_contiguous(memory_format=torch.channels_last):
         return F.conv2d(x, weight)
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+    # The gradient by a weight in channels-last then has the strides of the weight.
+    return F.linear(x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
