@@ -288,7 +288,7 @@ def stopped_after(steps, script, *argv):
 
 
 CONTINUED = {
-    "s1, graph": (["--search_space", "s1"], True),
+    "the default space, graph": ([], True),
     "s3, second order, graph": (["--search_space", "s3", "--unrolled", "--lambda_reg", "0"], True),
     "nasbench201, graph": (["--search_space", "nasbench201", "--layers", "1"], False),
     "s4, second order": (["--search_space", "s4", "--unrolled"], True),
