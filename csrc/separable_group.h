@@ -53,7 +53,7 @@ struct Input {
     const auto rest = at::vec::fmadd(Vec<T>::loadu(scale_tangent.data() + place), xs,
                                      Vec<T>::loadu(shift_tangent.data() + place));
     const auto a = at::vec::fmadd(Vec<T>::loadu(scale.data() + place), load(tangent + i, count), rest);
-    return Vec<T>::blendv(Vec<T>(0), a, before > Vec<T>(0));
+    return Vec<T>::blendv(a, Vec<T>(0), before <= Vec<T>(0));
   }
 };
 

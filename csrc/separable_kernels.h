@@ -227,8 +227,8 @@ struct Backward {
         for (int64_t i = place; i < size; i += pattern) {
           const int64_t count = std::min(kV<T>, size - i);
           const auto xs = load(x + i, count);
-          const auto positive = input.before_relu(xs, place) > Vec<T>(0);
-          const auto h = Vec<T>::blendv(Vec<T>(0), load(from + i, count), positive);
+          const auto cut = input.before_relu(xs, place) <= Vec<T>(0);  // false for NaN, as in PyTorch
+          const auto h = Vec<T>::blendv(load(from + i, count), Vec<T>(0), cut);
           const auto before = grads.add ? load(dx + i, count) : Vec<T>(0);
           store(dx + i, at::vec::fmadd(Vec<T>::loadu(scale_of_h + place), h, before), count);
           if (!with_sums) continue;

@@ -72,7 +72,7 @@ void add_pattern(double* sums, const T* pattern, int64_t size, int64_t C) {
 // shift and their squares.
 template <typename T>
 void add_shifted_sums(T sum, T product, T shift, int64_t count, double& to_sum, double& to_product) {
-  const double s = shift, all = sum + count * s;
+  const double s = shift, all = count ? sum + count * s : sum;  // 0 s may be NaN
   to_sum += all;
   to_product += product + s * (count ? sum + all : all);
 }

@@ -342,3 +342,18 @@ def test_gradients_have_the_strides_of_their_weights(kind):
     logits = out if kind == "supernet" else out[0]
     grads = torch.autograd.grad(logits.sum(), weights, materialize_grads=True)
     assert [g.stride() for g in grads] == [w.stride() for w in weights]
+
+
+@needs_build
+def test_a_nan_reaches_the_gradients_that_it_reaches_without_the_engine(monkeypatch):
+    found = []
+    for engine in (True, False):
+        monkeypatch.setattr(fused, "engine_supports", lambda x, engine=engine: engine)
+        torch.manual_seed(0)
+        net = ldarts.Network(4, 10, 4, False, genotypes.load("LAMBDA_DARTS")).double()
+        net.to(memory_format=torch.channels_last)
+        x = images(4, 3, 16, 16)
+        x[0, 0, 3, 3] = torch.nan
+        grads = torch.autograd.grad(net(x, 0.0)[0].sum(), list(net.parameters()))
+        found.append({name: int(g.isnan().sum()) for (name, _), g in zip(net.named_parameters(), grads)})
+    assert found[0] == found[1] and 0 < sum(found[0].values())
