@@ -158,53 +158,52 @@ struct NormGradients {
 template <typename P>
 struct NormDerivatives : NormGradients<P> {
   const double *grad_scale, *grad_of_z;
-  TermWeights<P> grad_p;  // its p may be null
+  TermWeights<P> grad_p;      // its p may be null
   P *by_rstd_mean, *by_grad;  // [K, 2, C]; the latter by grad_rstd_mean
   double* by_sums;            // [M, 2, C]
 
-  LDARTS_BOTH double of_z_grad(int64_t k, int which, int64_t c) const {
+  LDARTS_BOTH double grad_of_z_of(int64_t k, int which, int64_t c) const {
     return grad_of_z && this->map.norm_of_z[k] >= 0 ? grad_of_z[(2 * k + which) * this->C + c] : 0;
   }
-  LDARTS_BOTH double by_var(int64_t k, int64_t c) const {
-    return 2 * (of_z_grad(k, 1, c) - this->mean(k, c) * of_z_grad(k, 0, c)) / this->count;
+  LDARTS_BOTH double grad_v(int64_t k, int64_t c) const {
+    return 2 * (grad_of_z_of(k, 1, c) - this->mean(k, c) * grad_of_z_of(k, 0, c)) / this->count;
   }
-  LDARTS_BOTH TwoNumbers by_gradients(int64_t k, int64_t c) const {  // R', U'
+  LDARTS_BOTH TwoNumbers grad_r_u(int64_t k, int64_t c) const {
     const double r = this->rstd(k, c);
-    return {-0.5 * r * r * r * by_var(k, c), of_z_grad(k, 0, c) / this->count};
+    return {-0.5 * r * r * r * grad_v(k, c), grad_of_z_of(k, 0, c) / this->count};
   }
-  LDARTS_BOTH double weight_grad(int64_t m, int64_t c) const { return grad_p.p ? grad_p(m, c) : 0; }
-  LDARTS_BOTH double by_centred(int64_t m, int64_t c) const {
+  LDARTS_BOTH double grad_p_of(int64_t m, int64_t c) const { return grad_p.p ? grad_p(m, c) : 0; }
+  LDARTS_BOTH double grad_centred(int64_t m, int64_t c) const {
     const int64_t k = this->map.z_of_term[m];
-    return this->rstd(k, c) * weight_grad(m, c) + this->p(m, c) * by_gradients(k, c).first;
+    return this->rstd(k, c) * grad_p_of(m, c) + this->p(m, c) * grad_r_u(k, c).first;
   }
-  LDARTS_BOTH double by_scale(int64_t m, int64_t c) const {
+  LDARTS_BOTH double grad_scale_of(int64_t m, int64_t c) const {
     const double given = grad_scale ? grad_scale[m * this->C + c] : 0;
-    return given - this->sum(m, c) * by_gradients(this->map.z_of_term[m], c).second;
+    return given - this->sum(m, c) * grad_r_u(this->map.z_of_term[m], c).second;
   }
   LDARTS_BOTH void write_of_z(int64_t k, int64_t c) const {
     const double r = this->rstd(k, c), by_r = NormGradients<P>::by_rstd_mean(k, c).first;
     const double by_v = -0.5 * r * r * r * by_r;
-    TwoNumbers found = {-1.5 * r * r * by_r * by_var(k, c), -2 * by_v * of_z_grad(k, 0, c) / this->count};
+    TwoNumbers found = {-1.5 * r * r * by_r * grad_v(k, c), -2 * by_v * grad_of_z_of(k, 0, c) / this->count};
     for (int m = 0; m < this->map.M; ++m) {
       if (this->map.z_of_term[m] != k) continue;
-      found.first += this->centred(m, c) * weight_grad(m, c) + this->p(m, c) * by_scale(m, c);
-      found.second -= this->sum(m, c) * by_centred(m, c);
+      found.first += this->centred(m, c) * grad_p_of(m, c) + this->p(m, c) * grad_scale_of(m, c);
+      found.second -= this->sum(m, c) * grad_centred(m, c);
     }
-    const TwoNumbers by = by_gradients(k, c);
+    const TwoNumbers by = grad_r_u(k, c);
     const int64_t first = 2 * k * this->C + c, second = first + this->C;
     by_rstd_mean[first] = found.first, by_rstd_mean[second] = found.second;
     by_grad[first] = by.first, by_grad[second] = by.second;
   }
   LDARTS_BOTH void write_of_term(int64_t m, int64_t c) const {
     const int64_t k = this->map.z_of_term[m];
-    const double centred = by_centred(m, c);
-    const double by_mean = by_gradients(k, c).second;
-    by_sums[2 * m * this->C + c] = -this->scale_of(m, c) * by_mean - this->mean(k, c) * centred;
+    const double centred = grad_centred(m, c), grad_u = grad_r_u(k, c).second;
+    by_sums[2 * m * this->C + c] = -this->scale_of(m, c) * grad_u - this->mean(k, c) * centred;
     by_sums[(2 * m + 1) * this->C + c] = centred;
   }
   LDARTS_BOTH double share_of_p(int64_t m, int64_t c) const {
     const int64_t k = this->map.z_of_term[m];
-    return this->centred(m, c) * by_gradients(k, c).first + this->rstd(k, c) * by_scale(m, c);
+    return this->centred(m, c) * grad_r_u(k, c).first + this->rstd(k, c) * grad_scale_of(m, c);
   }
 };
 

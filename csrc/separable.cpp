@@ -143,8 +143,8 @@ std::tuple<Tensors, at::Tensor> separable_forward(
   return {zs, sum_of_chunks(z_sums)};
 }
 
-// For the gradient by a weight [C, 1, k, k] or [C, C, 1, 1], whose numbers lie in one order in both layouts: with
-// the strides of the weight it need not be copied before an optimizer's step.
+// For the gradient by a weight [C, 1, k, k] or [C, C, 1, 1], whose numbers lie in one order in both layouts.
+// With the strides of the weight it need not be copied before an optimizer's step.
 at::Tensor empty_gradient(const at::Tensor& weight) {
   return at::empty(weight.sizes(), weight.options().memory_format(weight.suggest_memory_format()));
 }
@@ -233,12 +233,11 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
                          of_chunk(write<T>(pointwise_sums), pointwise_sums, chunk),
                          of_chunk(write<double>(tangent_sums), tangent_sums, chunk)});
         });
-    for (int64_t u = 0; u < U && need_grad_weights; ++u) {
-      grad_depthwise.push_back(empty_gradient(depthwise[u]));
-      grad_pointwise.push_back(empty_gradient(pointwise[u]));
-    }
-    if (need_grad_weights)
+    if (need_grad_weights) {
+      for (const auto& weight : depthwise) grad_depthwise.push_back(empty_gradient(weight));
+      for (const auto& weight : pointwise) grad_pointwise.push_back(empty_gradient(weight));
       finish_weights(group, depthwise_sums, pointwise_sums, grad_depthwise, grad_pointwise);
+    }
   });
   auto finish = [](const at::Tensor& sums) { return sums.defined() ? sum_of_chunks(sums) : at::empty({0}); };
   return {grad_x, finish(input_sums), grad_depthwise, grad_pointwise, tangent_z, finish(tangent_sums)};

@@ -192,16 +192,20 @@ std::vector<char> numbers(const Case& c, unsigned order) {
   const ldarts::NormGradients<A> norms{map, C, 50, rstd_mean.data, weights, M % 2 ? given.data : nullptr,
                                        grad_sums.data, scale.data, of_z.data, by_p.data};
   ldarts::launch_gradients(norms, Launch{order});
-  for (int64_t m = 0; m < M; ++m) {
-    double sum = 0, size = 0;
-    for (int64_t i = 0; i < C; ++i) {
-      const double share = norms.share_of_p(m, i);
-      sum += share, size += std::abs(share);
-      if (width > 1) check("by p", by_p, m * C + i, share);
-      check("scale", scale, m * C + i, norms.scale_of(m, i));
+  const auto check_p = [&](const char* name, const auto& of_terms, const Array<A>& found) {
+    for (int64_t m = 0; m < M; ++m) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < C; ++i) {
+        const double share = of_terms.share_of_p(m, i);
+        sum += share, size += std::abs(share);
+        if (width > 1) check(name, found, m * C + i, share);
+      }
+      expect(width > 1 || std::abs(found.data[m] - sum) <= 1e-6 * size, c, name, m, found.data[m], sum);
     }
-    expect(width > 1 || std::abs(by_p.data[m] - sum) <= 1e-6 * size, c, "by p", m, by_p.data[m], sum);
-  }
+  };
+  check_p("by p", norms, by_p);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t i = 0; i < C; ++i) check("scale", scale, m * C + i, norms.scale_of(m, i));
   for (int64_t k = 0; k < K; ++k)
     for (int64_t i = 0; i < C; ++i) {
       const auto by = norms.by_rstd_mean(k, i);
@@ -219,16 +223,7 @@ std::vector<char> numbers(const Case& c, unsigned order) {
                                          by_numbers.data, by_given.data, by_sums.data};
   derivatives.by_p = of_weights.data;
   ldarts::launch_gradients(derivatives, Launch{order});
-  for (int64_t m = 0; m < M; ++m) {
-    double sum = 0, size = 0;
-    for (int64_t i = 0; i < C; ++i) {
-      const double share = derivatives.share_of_p(m, i);
-      sum += share, size += std::abs(share);
-      if (width > 1) check("derivative by p", of_weights, m * C + i, share);
-    }
-    expect(width > 1 || std::abs(of_weights.data[m] - sum) <= 1e-6 * size, c, "derivative by p", m,
-           of_weights.data[m], sum);
-  }
+  check_p("derivative by p", derivatives, of_weights);
   Array<A> numbers_again(2 * K * C), given_again(2 * K * C);
   Array<double> sums_again(2 * M * C);
   auto again = derivatives;

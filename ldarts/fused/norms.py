@@ -53,7 +53,7 @@ class Norms:
     is ΣG and ΣG z.
 
     edges: for each the numbers of the z of its terms; has_norm: which z have one; count: pixels of a channel;
-    inner: the first z, as many, are terms of no edge; convolutions read them with these coefficients
+    inner: how many z, the first ones, are terms of no edge: convolutions read them by their coefficients
     """
 
     def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], count: int, inner: int = 0):
