@@ -96,7 +96,7 @@ def main():
     arch = Architect(net, criterion, args.arch_learning_rate, (0.5, 0.999), args.arch_weight_decay,
                      args.momentum, args.weight_decay, processes.average, amp, eps=args.arch_epsilon)
 
-    def take(x, y, valid_x, valid_y, lambda_t, method):
+    def run_step(x, y, valid_x, valid_y, lambda_t, method):
         return search_step(arch, optimizer, (x, y), (valid_x, valid_y), unrolled=args.unrolled,
                            alpha_first=args.search_space != "nasbench201", hessian=args.hessian,
                            lambda_t=lambda_t, kind=args.lambda_kind, epsilon=args.epsilon, method=method,
@@ -111,7 +111,7 @@ def main():
         if compiled_for(device.type) and layout is torch.channels_last:
             run.log(net.engine.coverage(net.searched_cells()))
         if graph:
-            take = Captured(take, net, [optimizer, arch.optimizer], run.log)
+            run_step = Captured(run_step, net, [optimizer, arch.optimizer], run.log)
         for epoch in range(run.epoch, args.epochs):
             lambda_t = args.lambda_reg * epoch / max(1, args.epochs - 1)
             cutout_prob = args.cutout_prob * epoch / max(1, args.epochs - 1)
@@ -123,7 +123,7 @@ def main():
                 if step == first or step % len(valid_batches) == 0:  # α's images, each time in a new order
                     valid = valid_batches.epoch(epoch, cutout_prob, *divmod(step, len(valid_batches)))
                 run.seed()
-                grads = take(*train, *next(valid), weight, method=method)
+                grads = run_step(*train, *next(valid), weight, method=method)
                 run.after_step(grads.loss, grads.logits, train[1], grads.clipped, Λ=grads.alignment)
             scheduler.step()
 

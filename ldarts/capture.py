@@ -34,8 +34,8 @@ class Captured:
                 self.held = self._holds(inputs, options)
             if self.failed:
                 return self.step(*inputs, **options)
-            for own, given in zip(self.inputs, inputs):
-                own.copy_(given)
+            for own, new in zip(self.inputs, inputs):
+                own.copy_(new)
             self.graph.replay()
             return self.result
 

@@ -112,7 +112,7 @@ class CellPlan(Plan):
         self.width = len(modules) if self.width is None else self.width
         if len(modules) != self.width:
             raise Unrecognised("edges of different numbers of operations")
-        found, module_terms = [], []
+        operations, module_terms = [], []
         for k, op in enumerate(modules):
             try:
                 chain = self.reader.operation(op)
@@ -125,12 +125,12 @@ class CellPlan(Plan):
                     self.eps = norm.eps if self.eps is None else self.eps
                     if norm.eps != self.eps:
                         raise Unrecognised("another eps than its neighbours'")
-                found.append(Operation(edge * self.width + k, chain, norm))
+                operations.append(Operation(edge * self.width + k, chain, norm))
             except Unrecognised as reason:
                 self._leave(op, reason)
                 module_terms.append(ModuleTerm(op, edge, k))
-        self.recognised += len(found)
-        return found, module_terms
+        self.recognised += len(operations)
+        return operations, module_terms
 
     def _candidates(self, edge: nn.Module) -> Sequence[nn.Module]:
         """The operations of an edge."""

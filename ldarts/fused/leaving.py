@@ -101,8 +101,8 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
 
 def terms_of_others(state: Tensor, edges: Sequence[Sequence[Operation]],
                     p: Tensor) -> Iterator[tuple[list[Terms], list[list[int]]]]:
-    """For each shape of results (several where the nodes of a fork differ in size): the terms of each edge with
-    operations of this shape, and the numbers of these operations on every edge."""
+    """For each shape of results (several where the nodes of a fork differ in size): the terms of each edge
+    with operations of this shape, and the numbers of these operations on every edge."""
     operations = sum(edges, [])
     readers = sum(type(op.chain[0]) is nn.ReLU for op in operations if op.chain) + 2  # two for the pixels
     results = run_chains([State(state, readers)] * len(operations), [op.chain for op in operations])

@@ -144,10 +144,10 @@ class Copies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        given = [grad.contiguous(memory_format=torch.channels_last) for grad in grads if grad is not None]
-        if len(given) == 1:
-            return given[0], None
-        return affine_sums(given, [], [], [[(k, -1, -1) for k in range(len(given))]])[0], None
+        grads = [grad.contiguous(memory_format=torch.channels_last) for grad in grads if grad is not None]
+        if len(grads) == 1:
+            return grads[0], None
+        return affine_sums(grads, [], [], [[(k, -1, -1) for k in range(len(grads))]])[0], None
 
 
 class NormalisedTerms(torch.autograd.Function):
@@ -222,10 +222,10 @@ def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):
         by_grads[e] += [(E + k, row, 2 * m), *([(E + K + k, m, -1)] if w else [])]
     rows = by_grad_sums.flatten(0, 1)
     wanted = [*by_grads, *(entries for entries in by_z if entries)]
-    found = iter(affine_sums([*grads, *zs, *(w or [])], [scale, of_z.flatten(0, 1), rows], [rows], wanted)
-                 if wanted else [])
-    by_grads = [next(found) for _ in grads]
-    return [next(found) if entries else None for entries in by_z], by_grads
+    sums = iter(affine_sums([*grads, *zs, *(w or [])], [scale, of_z.flatten(0, 1), rows], [rows], wanted)
+                if wanted else [])
+    by_grads = [next(sums) for _ in grads]
+    return [next(sums) if entries else None for entries in by_z], by_grads
 
 
 def channels_last(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:

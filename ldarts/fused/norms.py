@@ -79,8 +79,8 @@ class Norms:
         The gradient by a z is Σ scale G over its terms + of_z[0] + of_z[1] z. grad_rstd_mean: that by 1/σ and
         μ of what else reads them, or None.
         """
-        found = (compute or NormGradients.apply)(rstd_mean, p, grad_rstd_mean, sums, *self.numbers)
-        return *found, None if beta is None else sums[:, 0].to(beta.dtype)
+        gradients = (compute or NormGradients.apply)(rstd_mean, p, grad_rstd_mean, sums, *self.numbers)
+        return *gradients, None if beta is None else sums[:, 0].to(beta.dtype)
 
     def derivatives(self, inputs: Sequence[Tensor | None],
                     grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -139,20 +139,21 @@ class NormGradients(torch.autograd.Function):
 def differentiate(compute: Callable, inputs: Sequence[Tensor | None],
                   grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients by the inputs of a function, of those by its results. None: no input, no gradient."""
-    again = torch.is_grad_enabled()
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, because what one input owes to another is no part of these derivatives.
-        leaves = [None if t is None else t.view_as(t) if again and t.requires_grad
+        leaves = [None if t is None else t.view_as(t) if differentiable and t.requires_grad
                   else t.detach().requires_grad_() for t in inputs]
-        given = [(result, grad.to(result.dtype)) for result, grad in zip(compute(*leaves), grads)
+        reached = [(result, grad.to(result.dtype)) for result, grad in zip(compute(*leaves), grads)
                  if grad is not None]
         tensors = [t for t in leaves if t is not None]
-        found = [None] * len(tensors)
-        if given:
-            results, grads = zip(*given)
-            found = torch.autograd.grad(results, tensors, grads, create_graph=again, materialize_grads=True)
-    found = iter(found)
-    return [None if t is None else next(found) for t in leaves]
+        by_tensor = [None] * len(tensors)
+        if reached:
+            results, grads = zip(*reached)
+            by_tensor = torch.autograd.grad(results, tensors, grads, create_graph=differentiable,
+                                            materialize_grads=True)
+    by_tensor = iter(by_tensor)
+    return [None if t is None else next(by_tensor) for t in leaves]
 
 
 def register() -> None:

@@ -115,11 +115,11 @@ def meaning(function: Callable) -> tuple | None:
     scope, names = vars(builtins) | function.__globals__, {}
 
     def instructions(code: types.CodeType) -> list:
-        found = [*dis.get_instructions(code)]
-        names.update((i.argval, scope.get(i.argval)) for i in found
+        listed = [*dis.get_instructions(code)]
+        names.update((i.argval, scope.get(i.argval)) for i in listed
                      if i.opname == "LOAD_GLOBAL" and i.argval != "drop_path")
         return [(i.opname, instructions(i.argval) if isinstance(i.argval, types.CodeType) else i.argval)
-                for i in found]
+                for i in listed]
 
     return function.__code__.co_varnames, instructions(function.__code__), names
 

@@ -116,10 +116,10 @@ class SeparableConvolutions(torch.autograd.Function):
             grad_inner = no_sums(saved[-1], ctx.norms.inner)
         arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, rstd_mean, p, beta,
                      grad_rstd_mean, grad_inner, *saved, *grad_z, *grad_edges)
-        again = torch.is_grad_enabled()  # without a derivative to come, the plain call, which saves nothing
-        found = (SeparableConvolutionsGrad.apply(*arguments) if again
-                 else SeparableConvolutionsGrad.compute(*arguments)[0])
-        return None, None, None, *found
+        differentiable = torch.is_grad_enabled()  # else the plain call, which saves nothing
+        gradients = (SeparableConvolutionsGrad.apply(*arguments) if differentiable
+                     else SeparableConvolutionsGrad.compute(*arguments)[0])
+        return None, None, None, *gradients
 
 
 def asked_for(node: torch.autograd.graph.Node | None) -> bool:

@@ -214,12 +214,12 @@ def pair_gradients(ctx, grad, needs) -> list:
         for place, entry in ((ctx.place[p], (pairs + p, b, a)), (ctx.place[pairs + p], (p, b, -1))):
             if needs[place]:
                 wanted.setdefault(place, []).append(entry)
-    found = [None] * len(tensors)
+    by_place = [None] * len(tensors)
     if wanted and grad is not None:
         rows = [grad.flatten(0, 1)]
         for place, by_tensor in zip(wanted, affine_sums(tensors, rows, rows, list(wanted.values()))):
-            found[place] = by_tensor
-    return found
+            by_place[place] = by_tensor
+    return by_place
 
 
 def split(items: Sequence, lengths: Sequence[int]) -> list[Sequence]:

@@ -54,8 +54,8 @@ BELOW_1 = checked(float, "a number from 0 to below 1", lambda value: 0 <= value 
 INSIDE_1 = checked(float, "a number above 0 and below 1", lambda value: 0 < value < 1)
 SWITCHES = SWITCH, YES_OR_NO = "store_true", BooleanOptionalAction
 
-# Each row: a flag, its default, what it takes, its meaning. A dictionary has the defaults by the search space
-# or else the data set.
+# Each row: a flag, its default, its type or action, its meaning. A dictionary has the defaults by the search
+# space or else the data set.
 BOTH = [
     ("--data", "data", str, "folder of the data set, or its archive"),
     ("--save", None, str, "name of the run (default: search- or eval-, the time, a mark)"),
@@ -142,14 +142,14 @@ def recorded(folder: str | Path, kind: str, table: list[tuple]) -> dict[str, Any
     config, values = read_config(folder), {}
     if config["kind"] != kind:
         raise InputError(f"{folder}: not a run of this script; --resume takes one of kind {kind!r}")
-    for flag, _, takes, _ in table:
+    for flag, _, of_type, _ in table:
         value = config.get(flag[2:])
         if value is None:
             continue
         try:
-            if not isinstance(value, bool if takes in SWITCHES else (int, float, str)):
+            if not isinstance(value, bool if of_type in SWITCHES else (int, float, str)):
                 raise argparse.ArgumentTypeError("has a value of the wrong type")
-            values[flag[2:]] = value if takes in SWITCHES else takes(str(value))
+            values[flag[2:]] = value if of_type in SWITCHES else of_type(str(value))
         except (argparse.ArgumentTypeError, ValueError) as error:
             raise InputError(f"{folder}/config.json: {flag}: {error}") from error
     return values
@@ -161,14 +161,14 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
     kind: `search` or `eval`, as in the run's config.json.
     """
     parser = Parser(description=description)
-    for flag, default, takes, meaning in table:
+    for flag, default, of_type, meaning in table:
         shown = default
         if isinstance(default, dict):
             shown = ", ".join(f"{name} {value}" for name, value in default.items()).removeprefix("usual ")
         if default is not None and default is not False and "(default" not in meaning:
             meaning += f" (default {shown})"
         parser.add_argument(flag, default=None, help=meaning,
-                            **{"action" if takes in SWITCHES else "type": takes})
+                            **{"action" if of_type in SWITCHES else "type": of_type})
 
     def parse(argv: Sequence[str] | None) -> dict[str, Any]:
         return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}

@@ -72,12 +72,12 @@ def device_name(device: torch.device) -> str:
 
 def machine_facts(device: torch.device, engine: bool, graph: bool) -> dict[str, str | int | bool]:
     """What the bits of a run depend on beside its arguments. engine, graph: whether it uses them"""
-    found = {"device": device_name(device), "threads": torch.get_num_threads()}
+    facts = {"device": device_name(device), "threads": torch.get_num_threads()}
     if engine:
         hindrances = [hindrance(part) for part in dict.fromkeys(("cpu", device.type))]
         reason = next(filter(None, hindrances), "")
-        found["engine"] = f"off, the plain form runs ({reason})" if reason else "on"
-    return found | {"graph": graph} if device.type == "cuda" else found
+        facts["engine"] = f"off, the plain form runs ({reason})" if reason else "on"
+    return facts | {"graph": graph} if device.type == "cuda" else facts
 
 
 def origin(device: torch.device) -> dict[str, Any]:
