@@ -135,6 +135,13 @@ def skips_pull(search: Search) -> float:
     return pull(search, "skip_connect")
 
 
+def alpha_at_end(search: Search, operation: str) -> float:
+    """α of an operation less the mean over all operations, the mean over the edges. It starts at 0 and adds up
+    all steps of the search, where `pull` sees four batches an epoch."""
+    alpha = np.array(search["epochs"]["alphas"][-1][0]).mean(0)  # [ops]
+    return float((alpha - alpha.mean())[nasbench201.OPERATIONS.index(operation)])
+
+
 def noise_ratio(search: Search) -> float:
     """‖λ ∇Λ‖ / ‖∇L‖, the median over the last quarter of the epochs."""
     norms = zip(*(quarter(search["epochs"][name], True) for name in ("lambda_grad_norm", "loss_grad_norm")))
@@ -207,9 +214,10 @@ def findings(searches: Searches) -> str:
         return [spread(list(shares)) for last in (False, True)
                 for shares in zip(*(stage_shares(search, last) for search in of_variant.values()))]
 
-    def pulls(_, of_variant: Seeds) -> list:
-        return [spread([pull(search, operation) for search in of_variant.values()])
-                for operation in nasbench201.OPERATIONS]
+    def by_operation(of: Callable[[Search, str], float]) -> str:
+        return by_variant(list(nasbench201.OPERATIONS), lambda _, of_variant: [
+            spread([of(search, operation) for search in of_variant.values()])
+            for operation in nasbench201.OPERATIONS])
 
     seeds = sorted({seed for of_variant in searches.values() for seed in of_variant})
     text = "The regimes, plain DARTS:\n\n" + explored_table()
@@ -233,7 +241,9 @@ def findings(searches: Searches) -> str:
     text += by_variant([f"stage {stage}, {part} quarter" for part in ("first", "last")
                         for stage in (1, 2, 3)], stages)
     text += "\nOn what: the mean of ∂L/∂p over the operations less that of one, times 1000:\n\n"
-    text += by_variant(list(nasbench201.OPERATIONS), pulls)
+    text += by_operation(pull)
+    text += "\nWhere α went (not in the plan): α of an operation at the end less the mean over the operations:\n\n"
+    text += by_operation(alpha_at_end)
     return text
 
 
