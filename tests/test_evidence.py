@@ -18,7 +18,7 @@ from ldarts.runs import count_multiply_adds, count_parameters
 from ldarts.runs.arguments import DEMO
 
 ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|skip_connect~1|+|none~0|avg_pool_3x3~1|nor_conv_1x1~2|"
-TABLES = sorted(Path(__file__).parent.glob("evidence/*/tables.md"))
+TABLES = sorted(Path(__file__).parent.glob("evidence/*/[tf]*s.md"))  # tables.md, findings.md
 
 
 def run_main(monkeypatch, module, *args):
