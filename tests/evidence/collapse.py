@@ -189,7 +189,7 @@ def tests_table(rows: dict[str, list[float]], corrected: bool) -> str:
 COLUMNS: dict[str, tuple[Callable[[Search], float | None], int]] = {  # name -> (measure, digits)
     "true accuracy, %": (accuracy, 2), "skips": (skips, 1), "p of skip": (p_skip, 3),
     "1 − Σ p²": (late("gini"), 3), "Λ, training": (late("lambda_train"), 2),
-    "Λ, validation": (late("lambda_valid"), 2), "eigenvalue": (late("alpha_eigenvalue"), 1),
+    "Λ, validation": (late("lambda_valid"), 2), "eigenvalue of largest magnitude": (late("alpha_eigenvalue"), 1),
     "supernet, validation, %": (late("valid_accuracy"), 1), "‖λ∇Λ‖ / ‖∇L‖": (noise_ratio, 1),
     "processor minutes": (lambda search: search["processor_minutes"], 0),
 }
