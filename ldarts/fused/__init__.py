@@ -47,12 +47,11 @@ def engine_supports(x: Tensor) -> bool:
 
 
 class Engine:
-    """The engine's part in a network: how it computes the modules that it has met. devices: types of those on
-    which it does"""
+    """How the engine computes the modules of one network. devices: the types of device on which it does"""
 
     def __init__(self, devices: Sequence[str] = ("cpu", "cuda", "meta")):
         self.devices = devices
-        # What was read for a module's plan, and the plan, or why there is none. Checked at every use.
+        # For each module what was read of it and its plan, or why it has none. Checked at every use.
         self._plans: weakref.WeakKeyDictionary[nn.Module, tuple[Reader, Plan | str]]
         self._plans = weakref.WeakKeyDictionary()
 
@@ -74,13 +73,13 @@ class Engine:
                 plan = make_plan(module, reader)
             except Unrecognised as reason:
                 plan = name if str(reason) == name else f"{name} with {reason}"
-            except Exception as error:  # of modules of which not even the usual parts are there
+            except Exception as error:  # a module that lacks the usual parts
                 plan = f"{name}, which cannot be read ({error!r})"
             self._plans[module] = reader, plan
         return plan
 
     def coverage(self, cells: Sequence[nn.Module]) -> str:
-        """How many operations of these cells are computed by the engine; why not the first of the others.
+        """How many operations of these cells the engine computes; why the first of the others runs as it is.
 
         cells: those of a network, in training mode; blocks of other kinds do not count.
         """
@@ -94,7 +93,7 @@ class Engine:
 
 
 class Pass:
-    """run(module, *inputs) of one pass; it keeps what several modules read, the ReLU of a cell's output."""
+    """run(module, *inputs) of one pass. Keeps what several modules read: the ReLU of a cell's output."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -107,7 +106,7 @@ class Pass:
         return plan.run(self.state_of, *inputs)
 
     def state_of(self, x: Tensor) -> State:
-        """The same for the same tensor, unless it was changed in place."""
+        """The State of x: a new one for another tensor, and after a change of x in place."""
         version = 0 if x.is_inference() else x._version
         return self.states.setdefault((id(x), version), State(x))
 

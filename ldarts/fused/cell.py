@@ -26,7 +26,7 @@ class ModuleTerm(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """How an edge is computed: its recognised operations by what leaves the source, beside these."""
+    """An edge of a node, and what of it runs as its modules say; the rest is in the Leaving of its source."""
 
     source: int  # a state
     module_terms: list[ModuleTerm]
@@ -64,7 +64,7 @@ class CellPlan(Plan):
     def __init__(self, reader: Reader, blocks: Sequence[nn.Module], edges: Sequence[nn.Module],
                  sources: Sequence[Sequence[int]], outputs: Sequence[int]):
         """blocks: one for each input, before the nodes, or none; edges: node by node; sources: of each node
-        the states that its edges read; outputs: the states that are put out, side by side"""
+        the states that its edges read; outputs: the states whose concatenation is the cell's output"""
         self.reader, self.recognised, self.refusals = reader, 0, []
         self.edges, self.width = len(edges), None  # the shape of p
         self.eps: float | None = None  # of all norms behind operations

@@ -36,8 +36,8 @@ def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2
                      edges: Sequence[Sequence[int]], p: Tensor, beta: Tensor | None = None) -> list[Terms]:
     """-> for each edge the terms p ẑ_k + beta, k from `edges`; p, beta: see scale_shift_of.
 
-    norms: the batch norms that z_k stands before, all with the same result; none: the term is p z_k. Moves
-    their running statistics, as BatchNorm2d does in training.
+    norms: the batch norms behind z_k, which all give the same ẑ_k; none: the term is p z_k. Moves their
+    running statistics, as BatchNorm2d does in training.
     """
     behind = Norms(edges, [bool(of_z) for of_z in norms], pixels(z[0]))
     eps = next((of_z[0].eps for of_z in norms if of_z), 0.0)

@@ -1,6 +1,7 @@
 """Batch norms behind the terms of a sum: arithmetic on numbers per channel, in float64.
 
-The two operators of csrc/norms.cpp. What a gradient of a gradient needs is left to autograd.
+The operators of csrc/norms.cpp compute statistics, gradients and derivatives of these gradients; autograd
+computes higher derivatives, from norm_gradients_ref.
 """
 import functools
 from functools import partial
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 
 def constant(numbers: tuple[float, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
     """A tensor of numbers on the device of another. Made once: a CUDA graph has no copies to the device."""
-    make = _constant if is_plain(like) else _constant.__wrapped__
-    return make(numbers, dtype, like.device)
+    return cached_unless_traced(_constant, like)(numbers, dtype, like.device)
 
 
 def ones(count: int, like: Tensor) -> Tensor:
@@ -24,13 +24,12 @@ def ones(count: int, like: Tensor) -> Tensor:
 def membership(rows: tuple[int, ...], count: int, like: Tensor) -> Tensor:
     """[count, len(rows)] in float64: 1 in row r and column i where rows[i] is r. A product with it adds up
     what belongs to each r, always in one order. Made once."""
-    make = _membership if is_plain(like) else _membership.__wrapped__
-    return make(rows, count, like.device)
+    return cached_unless_traced(_membership, like)(rows, count, like.device)
 
 
-def is_plain(t: Tensor) -> bool:
-    """Not a tensor of a trace, whose constants are of that trace alone."""
-    return type(t) in (Tensor, nn.Parameter)
+def cached_unless_traced(cached: Callable, like: Tensor) -> Callable:
+    """The function; without its cache for a tensor of a trace, whose constants belong to that trace."""
+    return cached if type(like) in (Tensor, nn.Parameter) else cached.__wrapped__
 
 
 @functools.cache
@@ -53,7 +52,7 @@ class Norms:
     is ΣG and ΣG z.
 
     edges: for each the numbers of the z of its terms; has_norm: which z have one; count: pixels of a channel;
-    inner: how many z, the first ones, are terms of no edge: convolutions read them by their coefficients
+    inner: how many z, the first ones, are terms of no edge: convolutions read shift + scale z of them
     """
 
     def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], count: int, inner: int = 0):

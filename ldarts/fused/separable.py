@@ -13,7 +13,7 @@ z otherwise,
     ∂L/∂P = Z (D a)ᵀ     ∂L/∂D = (Pᵀ Z) ⋆ a     ∂L/∂x = s · 1[s x + b > 0] · Dᵀ Pᵀ Z
 
 z is linear in each of a, D and P, so a derivative of these is the same computation with one of them replaced
-by its tangent. Tests hold all this, gradients of gradients included, to its plain form in operations.py.
+by its tangent. Tests compare all this, second derivatives included, with the plain form in operations.py.
 """
 from typing import NamedTuple, Sequence
 
@@ -182,7 +182,7 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         w = w_sums = by_affine = by_x = by_depthwise = by_pointwise = None
 
         def add_pass(tangent, affine, depthwise, pointwise, with_input):
-            """Those of one summand of z', with a, D or P replaced by its tangent."""
+            """The gradients of one summand of z': a, D or P replaced by its tangent. Adds to w and by_x."""
             nonlocal w, w_sums, by_x
             found_x, sums, *of_weights, found_w, found_sums = torch.ops.ldarts.separable_backward(
                 x, tangent, affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, of_terms, of_z,
@@ -191,7 +191,7 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
             by_x = add_lists(by_x, found_x or None)
             return sums, *of_weights
 
-        if v_affine is not None or any(t is not None for t in v_x):  # a: gradients by D and P, and s
+        if v_affine is not None or any(t is not None for t in v_x):  # a replaced: by D, P, s
             tangents = affine if v_affine is None else torch.cat([affine, v_affine], 1)
             sums, by_depthwise, by_pointwise = add_pass(zeros_for_none(v_x, x), tangents, depthwise,
                                                         pointwise, affine is not None)
@@ -203,7 +203,7 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
             weights = [depthwise, pointwise]
             weights[replaced] = zeros_for_none(v_weights, weights[replaced])
             sums, found_depthwise, found_pointwise = add_pass([], affine, *weights, True)
-            if replaced == 0:  # D, whose tangent has no gradient
+            if replaced == 0:  # D replaced: no gradient by D
                 by_pointwise = add_lists(by_pointwise, found_pointwise)
             else:
                 by_depthwise = add_lists(by_depthwise, found_depthwise)
