@@ -34,7 +34,8 @@ def measure_cells(arch, probes, kind):
 
     probes: "train" and "valid" -> batches of that half. On each half Λ, its mean over the batches. On the
     second, whose gradient moves α, by the mean of g_l over the batches: the share of each cell in it, from
-    input to output; and of each operation the mean of ∂L/∂p over cells and edges: p of the lowest grows.
+    input to output; and of each operation the mean of ∂L/∂p over cells and edges: a step raises p where it is
+    lowest.
     """
     values, net = {}, arch.net
     for half, batches in probes.items():

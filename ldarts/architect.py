@@ -29,8 +29,8 @@ class Architect:
     net: the supernet; criterion: (logits, y) -> scalar loss; lr, betas, weight_decay, eps: of Adam on α;
     w_momentum, w_weight_decay: those of the SGD on w, which the unrolled step imitates; average: tensors ->
     their means over the processes. A gradient is averaged before anything that is not linear in it: results,
-    loss included, are those of the global batch (logits: of the process). amp: the dtype to which autocast
-    lowers the passes that no difference is taken of.
+    loss included, are those of the global batch (logits: of the process). amp: the dtype of autocast, which
+    is off in the passes of a finite difference.
 
     No method changes a weight, a buffer or a momentum, but lambda_grads, a training pass, moves running
     statistics once. Weights that do not require a gradient stay as they are and are left out of all lists;
@@ -130,8 +130,8 @@ class Architect:
                      lambda_t: Tensor | float | None = None) -> WeightGrads:
         """lambda_grads with the logits of the training pass; method None: ∇_w L alone, without Λ.
 
-        lambda_t: dw is ∇_w (L − lambda_t Λ) and d_lambda None, which saves `exact` the gradients by w of its
-        first backward pass.
+        With lambda_t, dw is ∇_w (L − lambda_t Λ) and d_lambda is None; the first backward pass of `exact`
+        then needs no gradients by w.
         """
         w, p = self.weights, self.cell_leaves()
         method = method if w else None
@@ -310,7 +310,8 @@ def gradients(outputs: Tensor | Sequence[Tensor], tensors: Sequence[Tensor],
 
 def central_difference(gradient: Callable[[Tensor], Sequence[Tensor]], epsilon: float,
                        length: Tensor) -> list[Tensor]:
-    """[gradient(r) − gradient(−r)] / 2r with r = epsilon / length, of the vector along which r moves."""
+    """[gradient(r) − gradient(−r)] / 2r with r = epsilon / length. gradient(r): that at x + r v, of any x
+    and v; length: ‖v‖"""
     r = epsilon / length.clamp_min(torch.finfo(length.dtype).tiny)  # the vector may be 0
     return torch._foreach_div(torch._foreach_sub(gradient(r), gradient(-r)), 2 * r)
 

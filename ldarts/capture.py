@@ -80,10 +80,10 @@ class Captured:
         random_numbers = torch.cuda.get_rng_state(device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a capture that fails does not leave its own
+        with torch.cuda.stream(stream):  # torch.cuda.graph does not leave its stream if a capture fails
             for _ in range(3):  # libraries choose and load their kernels, which a capture may not do
                 self.step(*self.inputs, **options)
-            with torch.no_grad():  # as if nothing had been
+            with torch.no_grad():  # undo these steps
                 for t in self._state():
                     t.copy_(before[id(t)]) if id(t) in before else t.zero_()
             if torch.equal(torch.cuda.get_rng_state(device), random_numbers):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 
 class Processes:
-    """rank of this process among `world`, by torchrun's environment; joins the group on construction.
+    """`rank`, this process's number, and `world`, how many there are, by torchrun's environment.
 
-    Tensors on the CPU travel by gloo, also beside NCCL: what the hosts agree on does not wait for a GPU.
+    The constructor joins their group. Tensors on the CPU are exchanged by gloo, also where those on GPUs use
+    NCCL, so that an agreement between hosts does not wait for a GPU.
     """
 
     def __init__(self, device: torch.device):
@@ -24,7 +25,7 @@ class Processes:
             torch.cuda.set_device(device)
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            # The time is for a rank that hangs: one that dies shows at once.
+            # The timeout is for a rank that hangs; one that dies is noticed at once.
             dist.init_process_group(backend, timeout=timedelta(minutes=10))
 
     def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:

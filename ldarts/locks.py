@@ -20,7 +20,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # the latter over some of NFS
+        except (BlockingIOError, PermissionError) as error:  # PermissionError: on some NFS file systems
             file.seek(0)
             used = f"{path.parent} is in use by {file.read(100).strip() or 'another process'}"
             if not wait:

@@ -35,7 +35,7 @@ class MixedOp(nn.Module):
 
 
 class Cell(nn.Module):
-    """A DARTS cell: two inputs, four nodes, output [N, 4 * C, H, W]."""
+    """A DARTS cell: two inputs, four nodes, output [N, 4 * C, H, W]; a reduction cell halves H and W."""
 
     def __init__(self, primitives: Sequence[Sequence[str]], C_prev_prev: int, C_prev: int, C: int,
                  reduction: bool, reduction_prev: bool, steps: int = 4, multiplier: int = 4):
@@ -155,7 +155,7 @@ class SearchNetwork(nn.Module):
         return [p[cell.reduction] for cell in self.searched_cells()]
 
     def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
-        """x [N, 3, H, W] -> logits [N, num_classes], with `cell_weights` in the place of cell_weights()."""
+        """x [N, 3, H, W] -> logits [N, num_classes]. cell_weights: p of each searched cell; None: of α"""
         weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
         run = self.engine.runner(x)  # the door to the engine: run(module, *inputs) is module(*inputs)
         before = x = run(self.stem, x)
@@ -168,7 +168,7 @@ class SearchNetwork(nn.Module):
                 x = cell(x)
         return self.classifier(self.lastact(x).mean((2, 3)))
 
-    def genotype(self) -> "Genotype | str":
+    def genotype(self) -> Genotype | str:
         """The strongest operation but `none` of the two strongest edges into each node; in nasbench201 the
         strongest of every edge, as the benchmark's arch string."""
         p = [F.softmax(alpha.detach(), dim=-1).tolist() for alpha in self.arch_parameters()]

@@ -1,8 +1,8 @@
 """The true accuracy of every NAS-Bench-201 cell: its test accuracy after full training, from a table.
 
 nasbench201.npz beside this file has the array `accuracy`, uint16 [15625, 3]: hundredths of a percent after
-200 epochs, the mean over the benchmark's seeds. The number of a cell's row, written in base 5, has the cell's
-operations as digits, by their places in OPERATIONS, in the order of edges 1<-0, 2<-0, 2<-1, 3<-0, 3<-1, 3<-2.
+200 epochs, the mean over the benchmark's seeds. The number of a cell's row, written in base 5, has a digit of
+each edge, in the order 1<-0, 2<-0, 2<-1, 3<-0, 3<-1, 3<-2: the place of the edge's operation in OPERATIONS.
 
 Source: the topology space of NATS-Bench (Dong et al., 2021, the successor of Dong and Yang, "NAS-Bench-201",
 ICLR 2020), from the table in the public repository v-tao/nats-bench-landscape.

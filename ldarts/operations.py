@@ -77,7 +77,7 @@ class FactorizedReduce(nn.Module):
 
 
 class Zero(nn.Module):
-    """`none`: no connection. Mixed sums leave it out rather than call it."""
+    """`none`: no connection. The engine leaves it out of its sums."""
 
     def __init__(self, stride: int):
         super().__init__()

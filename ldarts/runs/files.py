@@ -51,8 +51,8 @@ def resume_flag(folder: Path) -> str:
 
 
 def script_path(name: str) -> str:
-    """A script as it is called where this process was started, quoted for a shell: it lies beside the script
-    that was started or, where another program runs, beside this package."""
+    """A script's path for a command line, quoted for a shell: it lies beside the script that was started or,
+    if another program was, beside this package."""
     beside = Path(sys.argv[0]).parent / name
     return quote(str(beside if beside.is_file() else os.path.relpath(Path(__file__).parents[2] / name)))
 

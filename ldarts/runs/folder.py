@@ -190,7 +190,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in EXIT_STATUS:
                 former = signal.signal(number, handle)
-                at_end.callback(signal.signal, number, former or signal.SIG_DFL)  # None: it was not Python's
+                at_end.callback(signal.signal, number, former or signal.SIG_DFL)  # None: C code had set it
 
     def _write_metrics(self) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in self.history))

@@ -43,9 +43,9 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 def summary(paths: list[str], with_unfinished: bool = False) -> str:
     """The protocol's table: mean ± standard deviation over the seeds, at the last epoch.
 
-    Accuracy is validation accuracy of a search, test accuracy of an evaluation. An evaluation of a run folder
-    shows that search's time, Λ and, in nasbench201, true accuracy on the set that was searched and p-value
-    (see better_than_random).
+    Accuracy is validation accuracy of a search, test accuracy of an evaluation. An evaluation whose --arch is
+    the folder of a search also shows that search's time and Λ and, in nasbench201, true accuracy on the set
+    that was searched and p-value (see better_than_random).
     Unfinished runs are named below the table and left out, unless `with_unfinished`.
     """
     rows, progress = [], {}  # how far unfinished runs have come
