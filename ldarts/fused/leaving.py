@@ -129,7 +129,7 @@ def widths_of(edges: Sequence[Sequence]) -> list[int]:
 
 
 class State:
-    """A tensor [N, C, H, W], and what chains that begin with it have in common."""
+    """A tensor [N, C, H, W], and what links that read it have in common."""
 
     def __init__(self, x: Tensor, readers: int = 0):
         """readers: unless 0, how often relu(x) is read at most; its gradients are then added up at once"""
@@ -146,8 +146,8 @@ class State:
         """What the two convolutions of a FactorizedReduce read."""
         return next(self.relus)[:, :, ::2, ::2].clone(), next(self.relus)[:, :, 1::2, 1::2].clone()
 
-    def first(self, link: Link) -> Tensor:
-        """link(x)"""
+    def apply(self, link: Link, before: Link | None = None) -> Tensor:
+        """link(x). before: the link whose result x is"""
         if type(link) is nn.ReLU:
             return next(self.relus)
         if type(link) is Halves:
@@ -157,18 +157,22 @@ class State:
             if key not in self.pools:
                 self.pools[key] = link(self.x)
             return self.pools[key]
-        return apply(link, self.x)
+        if type(link) is nn.BatchNorm2d:
+            return normalise([self.x], [link])[0]
+        if is_1x1(link, 1) and type(before) is not nn.Conv2d:  # a separable convolution is cuDNN's
+            return conv_1x1(self.x, link.weight)
+        return link(self.x)
 
 
 def run_chains(states: Sequence[State], chains: Sequence[Sequence[Link]]) -> list[Tensor]:
     """Each chain's result from its state. Norms that several chains have come to are computed together."""
-    values = [state.first(chain[0]) if chain else state.x for state, chain in zip(states, chains)]
+    values = [state.apply(chain[0]) if chain else state.x for state, chain in zip(states, chains)]
     places = [1] * len(chains)
     while True:
         waiting: dict[tuple, list[int]] = {}  # for a norm, by what norms computed together have in common
         for i, chain in enumerate(chains):
             while places[i] < len(chain) and type(chain[places[i]]) is not nn.BatchNorm2d:
-                values[i] = apply(chain[places[i]], values[i], chain[places[i] - 1])
+                values[i] = State(values[i]).apply(chain[places[i]], chain[places[i] - 1])
                 places[i] += 1
             if places[i] < len(chain):
                 key = values[i].shape, values[i].dtype, chain[places[i]].eps
@@ -180,19 +184,6 @@ def run_chains(states: Sequence[State], chains: Sequence[Sequence[Link]]) -> lis
             for i, result in zip(together, results):
                 values[i] = result
                 places[i] += 1
-
-
-def apply(link: Link, x: Tensor, before: Link | None = None) -> Tensor:
-    """link(x), x the result of the link before."""
-    if type(link) is nn.ReLU:
-        return relu(x)
-    if type(link) is nn.BatchNorm2d:
-        return normalise([x], [link])[0]
-    if type(link) is Halves:
-        return State(x).first(link)
-    if is_1x1(link, 1) and type(before) is not nn.Conv2d:  # a separable convolution is cuDNN's
-        return conv_1x1(x, link.weight)
-    return link(x)
 
 
 class ReLU(torch.autograd.Function):
