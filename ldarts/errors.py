@@ -1,4 +1,4 @@
-"""What the scripts print as one line: errors, and where long work is."""
+"""What the scripts print as one line: errors, and the progress of long work."""
 import importlib.util
 import os
 import sys

@@ -13,7 +13,7 @@ from .errors import InputError
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Within it this process has the lock. wait: until another process ends, else that raises InputError.
+    """Within it this process has the lock. wait: wait for another process that has it, else raise InputError.
 
     Some file systems (of NFS, of Lustre) have no locks: a warning says so, and the process goes on.
     """
