@@ -4,6 +4,7 @@ A row is a change of a network that the engine has computed before, so that the 
 network is then computed by the engine and as it is written, in training and evaluation.
 """
 import gc
+import runpy
 import types
 import weakref
 from functools import partial
@@ -13,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import ldarts
 from ldarts import fused, genotypes, model, model_search
 from ldarts.architect import search_step
-from ldarts.fused import compiled_for
+from ldarts.fused import compiled_for, recognise
 from ldarts.fused.normalised_sum import normalise
 from ldarts.operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
 from ldarts.spaces import SPACES
@@ -112,6 +114,17 @@ class ActivatedCell(model_search.Cell):
         return torch.tanh(super().forward(s0, s1, weights))
 
 
+class DoublingWeight(nn.Parameter):
+    """Twice its values in convolutions, as a quantised weight stands for others."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.conv2d:
+            x, weight, *others = args
+            return function(x, 2 * weight.as_subclass(torch.Tensor), *others, **kwargs or {})
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
 def another_kernel(conv):
     return conv_like(conv, 7, padding=3) if conv.kernel_size == (3, 3) and conv.groups > 1 else conv
 
@@ -134,6 +147,18 @@ def share_norms(net):
     for edge in every(net, model_search.MixedOp):
         if isinstance(edge._ops[0], FactorizedReduce):
             edge._ops[0].bn = edge._ops[1].op[7]
+
+
+def share_a_norm_with_an_own_operation(net):
+    """Which the cell runs before the node of the recognised one."""
+    norm = net.cells[0]._ops[5]._ops[2].op[7]
+    net.cells[0]._ops[0]._ops[2] = nn.Sequential(nn.Tanh(), nn.Conv2d(4, 4, 1, bias=False), norm).double()
+
+
+def three_as_stride(net):
+    for module in net.cells[-1].modules():
+        if getattr(module, "stride", None) in (2, (2, 2)):
+            module.stride = 3 if module.stride == 2 else (3, 3)
 
 
 def hook_outputs(net):
@@ -181,6 +206,11 @@ def add_dropout(net, place):
 
 def replace_an_edge(net):
     net.cells[0]._ops[3] = DropPathEdge(4, 1, ["skip_connect", "sep_conv_3x3"]).double()
+
+
+def of_one_channel(net):
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(4, 1, 3, 1, 1, bias=False),
+                         nn.BatchNorm2d(1, affine=isinstance(net, ldarts.Network))).double()
 
 
 def replace_an_operation(net):
@@ -277,6 +307,12 @@ CHANGES = {  # what a fork does -> the space, the change
         some([m for m in every(net, nn.BatchNorm2d) if m.num_features == 4]),
         weight=nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]).double()))),
     "one norm for several operations": ("s2", share_norms),
+    "one norm for an own operation, too": ("s3", share_a_norm_with_an_own_operation),
+    "weights of an own type": ("s3", lambda net: [setattr(m, "weight", DoublingWeight(m.weight.data))
+                                                  for m in some(every(net, nn.Conv2d))]),
+    "a stride of three": ("s4", three_as_stride),
+    "an operation of one channel": ("s3", lambda net: net.cells[0]._ops[1]._ops.__setitem__(
+        2, of_one_channel(net))),
     "fewer nodes": ("s3", lambda net: set_all(net.cells[:1], _steps=3)),
     "integers as settings": ("s3", lambda net: set_all([op.op[5] for op in every(net, SepConv)], stride=1)),
     "another edge": ("s2", replace_an_edge),
@@ -313,6 +349,8 @@ DERIVED_CHANGES = {  # of a derived network -> the cell, the change
     "other outputs": ("DARTS", lambda net: set_all(net.cells, concat=(5, 4, 3, 2))),
     "a node of more channels": ("DARTS", lambda net: resize_a_node(net, 8, 1, (2, 3, 4))),
     "a node of half the size": ("DARTS", lambda net: resize_a_node(net, 4, 2, (3, 4, 5, 3))),
+    "an operation of one channel": ("DARTS", lambda net: net.cells[0]._ops.__setitem__(
+        0, of_one_channel(net))),
     "another stem": ("DARTS", lambda net: net.stem.append(nn.Hardtanh())),
 }
 
@@ -388,7 +426,8 @@ def test_a_fork_computes_what_its_modules_say(space, change, request, monkeypatc
 
 @needs_build
 @pytest.mark.parametrize("owner, name", [(model_search.MixedOp, "forward"), (model_search.Cell, "forward"),
-                                         (SepConv, "forward"), (nn.ReLU, "forward")], ids=str)
+                                         (SepConv, "forward"), (nn.ReLU, "forward"),
+                                         (nn.Conv2d, "__call__")], ids=str)
 def test_an_edited_class_runs_as_it_is_written(owner, name, monkeypatch):
     net = changed_network("s3", lambda net: None)
     x, original = images(3), getattr(owner, name)
@@ -398,6 +437,49 @@ def test_an_edited_class_runs_as_it_is_written(owner, name, monkeypatch):
     assert not torch.allclose(before, found)
     monkeypatch.setattr(fused, "engine_supports", lambda x: False)
     torch.testing.assert_close(found, net(x), rtol=1e-9, atol=1e-9)
+
+
+def first_cell_twice(net, x, how):
+    """The gradient by a weight of the stem, whose output is read by a cell in another mode of autograd, too."""
+    run, p = net.engine.runner(x), net.cell_weights()[0].detach()
+    if how == "gradients asked for later":
+        freeze([net.stem])
+    s, cell = run(net.stem, x), net.cells[0]
+    with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(how, torch.enable_grad)():
+        y = checkpoint(run, cell, s, s, p, use_reentrant=False) if how == "checkpoint" else run(cell, s, s, p)
+    if how == "gradients asked for later":
+        s.requires_grad_()
+    y = run(cell, s, s, p) + (y if how == "checkpoint" else 0)
+    source = s if how == "gradients asked for later" else net.stem[0].weight
+    return torch.autograd.grad(y.square().sum(), source)
+
+
+@needs_build
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "checkpoint", "gradients asked for later"])
+def test_a_state_that_is_read_in_several_modes_has_the_gradient_of_each(how, monkeypatch):
+    found = first_cell_twice(changed_network("s3", lambda net: None), images(3), how)
+    monkeypatch.setattr(fused, "engine_supports", lambda x: False)
+    torch.testing.assert_close(found, first_cell_twice(changed_network("s3", lambda net: None), images(3), how),
+                               rtol=1e-8, atol=1e-9)
+
+
+@needs_build
+@pytest.mark.parametrize("channels", [1, 5, 24])
+def test_an_affine_norm_of_other_channels_is_refused(channels):
+    norm, x = nn.BatchNorm2d(channels, track_running_stats=False).double(), state(12)
+    for run in (lambda: norm(x), lambda: normalise([x], [norm])):
+        with pytest.raises(RuntimeError, match="channels|12"):
+            run()
+
+
+def test_what_was_replaced_in_pytorch_before_the_import_shuts_the_engine(monkeypatch):
+    def read():
+        names = runpy.run_path(recognise.__file__)
+        return names["pytorch"]() == names["AS_IMPORTED"]
+
+    assert read()
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: F.leaky_relu(x, 0.3))
+    assert not read()
 
 
 def state(channels, images=3, pixels=8):
@@ -449,6 +531,7 @@ def test_one_image_of_one_pixel_has_no_statistics():
 def test_the_engine_says_what_it_leaves_to_the_modules():
     net = changed_network("s3", lambda net: None)
     cells = net.searched_cells()  # three, of 14 edges with two operations and `none`
+    cells[0].edges = 14  # a fork's own attribute
     assert net.engine.coverage(cells) == "84 of 84 operations run in the engine"
     handle = every(net, SepConv)[0].register_forward_hook(lambda *_: None)
     assert net.engine.coverage(cells) == ("83 of 84 operations run in the engine; "

@@ -62,7 +62,7 @@ class Engine:
         """run, for one pass of a network that reads x: run(module, *inputs) is module(*inputs), computed by
         the engine where it recognises the module."""
         supported = isinstance(x, Tensor) and x.device.type in self.devices and engine_supports(x)
-        return Pass(self) if supported else run_plainly
+        return Pass(self, x.device.type) if supported else run_plainly
 
     def plan_of(self, module: nn.Module) -> Plan | str:
         """How a module is computed, or why it runs as it is. Made again when the module has changed."""
@@ -95,25 +95,33 @@ class Engine:
 class Pass:
     """run(module, *inputs) of one pass. Keeps what several modules read: the ReLU of a cell's output."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.states: dict[tuple[int, int], State] = {}
+    def __init__(self, engine: Engine, device: str):
+        """device: the type of those on which it was asked whether the engine computes"""
+        self.engine, self.device = engine, device
+        self.states: dict[tuple, State] = {}
 
     def __call__(self, module: nn.Module, *inputs: Any) -> Tensor:
         plan = self.engine.plan_of(module) if module.training else None
-        if not isinstance(plan, Plan) or not plan.fits(*inputs):
+        devices = {x.device for x in inputs if isinstance(x, Tensor)}
+        if (not isinstance(plan, Plan) or [device.type for device in devices] != [self.device]
+                or not plan.fits(*inputs)):
             return module(*inputs)
         return plan.run(self.state_of, *inputs)
 
     def state_of(self, x: Tensor) -> State:
-        """The State of x: a new one for another tensor, and after a change of x in place."""
+        """The State of x: a new one for another tensor, after a change of x in place, and where autograd does
+        other things with what is computed from x: no gradients, or a checkpoint, which computes again."""
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return State(x)
         version = 0 if x.is_inference() else x._version
-        return self.states.setdefault((id(x), version), State(x))
+        modes = x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return self.states.setdefault((id(x), version, *modes), State(x))
 
 
 def count_operations(cell: nn.Module) -> int:
     """All but `none`, on the edges of a cell of model_search or model; 0 for other modules."""
-    of_attributes = getattr(cell, "_ops", getattr(cell, "edges", {}).values())
+    by_name = getattr(cell, "edges", None)
+    of_attributes = getattr(cell, "_ops", by_name.values() if isinstance(by_name, nn.ModuleDict) else ())
     edges = cell if isinstance(cell, nn.ModuleList) else of_attributes
     of_edges = (edge if isinstance(edge, nn.ModuleList) else getattr(edge, "_ops", [edge]) for edge in edges)
     return sum(not isinstance(op, Zero) for ops in of_edges for op in ops)

@@ -66,6 +66,7 @@ class CellPlan(Plan):
         """blocks: one for each input, before the nodes, or none; edges: node by node; sources: of each node
         the states that its edges read; outputs: the states whose concatenation is the cell's output"""
         self.reader, self.recognised, self.refusals = reader, 0, []
+        self.left: list[nn.Module] = []  # those that run as they are
         self.edges, self.width = len(edges), None  # the shape of p
         self.eps: float | None = None  # of all norms behind operations
         self.preprocess = [self._chain_of(block) for block in blocks]
@@ -87,7 +88,7 @@ class CellPlan(Plan):
                 empty = empty and not operations and not module_terms
             if empty:
                 raise Unrecognised("a node of `none` alone")
-        if shares_norms(leaving, self.preprocess):
+        if shares_norms(leaving, self.preprocess, self.left):
             raise Unrecognised("a norm used twice, whose running statistics depend on the order")
         if any(len(sum(of_state, [])) > MOST_TERMS for of_state in leaving):
             raise Unrecognised(f"more than {MOST_TERMS} operations that leave one state")
@@ -144,6 +145,7 @@ class CellPlan(Plan):
         name, why = type(module).__name__, str(reason)
         if any(getattr(part, "inplace", False) for part in module.modules()):
             raise Unrecognised(f"{name}, which may change a state in place")
+        self.left.append(module)
         self.refusals.append(name if why == name else f"{name} with {why}")
 
     def fits(self, *inputs: Tensor) -> bool:
@@ -188,7 +190,7 @@ class CellPlan(Plan):
                 if drop is not None and of_edge:
                     factor = x.new_ones(len(x), 1, 1, 1)
                     factors.append((drop(factor) if dropped else factor).flatten())
-            node_output = add_up(terms, others, torch.stack(factors) if factors else None)
+            node_output = add_up(terms, others, factors)
             states.append(node_output.contiguous(memory_format=torch.channels_last))
         states = [states[j] for j in self.outputs]
         return states[0] if len(states) == 1 else concat(*states)
@@ -228,17 +230,25 @@ def module_term(term: ModuleTerm, x: Tensor, p: Tensor) -> Tensor:
     return term.module(x, p) if term.operation is None else p[term.operation] * term.module(x)
 
 
-def add_up(terms: Sequence[Terms], others: Sequence[Tensor], factors: Tensor | None = None) -> Tensor:
-    """factors: of the terms, see node_sum"""
-    parts = [*([node_sum(terms, factors)] if terms else []), *others]
+def add_up(terms: Sequence[Terms], others: Sequence[Tensor], factors: Sequence[Tensor] = ()) -> Tensor:
+    """factors: of the terms of each edge, see node_sum; or none"""
+    alike: dict[tuple, list[int]] = {}  # edges of one shape and dtype; PyTorch broadcasts the rest
+    for k, of_edge in enumerate(terms):
+        alike.setdefault((of_edge.placeholder.shape, of_edge.placeholder.dtype), []).append(k)
+    parts = [node_sum([terms[k] for k in edges], [factors[k] for k in edges] if factors else None)
+             for edges in alike.values()]
+    parts += others
     return sum(parts[1:], parts[0])
 
 
-def shares_norms(leaving: Sequence[Sequence[Sequence[Operation]]], chains: Sequence[Sequence[Link]]) -> bool:
+def shares_norms(leaving: Sequence[Sequence[Sequence[Operation]]], chains: Sequence[Sequence[Link]],
+                 left: Sequence[nn.Module]) -> bool:
+    """Whether a norm is in two recognised chains, or in one and in a module that runs as it is."""
     operations = [op for of_state in leaving for edge in of_state for op in edge]
     all_chains = [*chains, *([*op.chain, op.norm] for op in operations)]
     norms = [id(link) for chain in all_chains for link in chain if type(link) is nn.BatchNorm2d]
-    return len(norms) > len(set(norms))
+    elsewhere = {id(part) for module in left for part in module.modules()}
+    return len(norms) > len(set(norms)) or not elsewhere.isdisjoint(norms)
 
 
 def make_plan(module: nn.Module, reader: Reader) -> Plan:
@@ -249,7 +259,7 @@ def make_plan(module: nn.Module, reader: Reader) -> Plan:
         if kind == "cell":
             last = 2 + module._steps
             return CellPlan(reader, blocks, [*edges.values()], [range(2 + i) for i in range(module._steps)],
-                            range(last - module._multiplier, last))
+                            range(max(0, last - module._multiplier), last))
         sources = [module.sources[k : k + 2] for k in range(0, len(edges), 2)]
         return DerivedPlan(reader, blocks, [*edges.values()], sources, module.concat,
                            drop_path_of(type(module)))

@@ -101,16 +101,16 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
 
 def terms_of_others(state: Tensor, edges: Sequence[Sequence[Operation]],
                     p: Tensor) -> Iterator[tuple[list[Terms], list[list[int]]]]:
-    """For each shape of results (several where the nodes of a fork differ in size): the terms of each edge
-    with operations of this shape, and the numbers of these operations on every edge."""
+    """For each shape and dtype of results (several in some forks): the terms of each edge with such
+    operations, and the numbers of these operations on every edge."""
     operations = sum(edges, [])
     readers = sum(type(op.chain[0]) is nn.ReLU for op in operations if op.chain) + 2  # two for the pixels
     results = run_chains([State(state, readers)] * len(operations), [op.chain for op in operations])
-    numbers, shapes = iter(range(len(operations))), [z.shape for z in results]
+    numbers, kinds = iter(range(len(operations))), [(z.shape, z.dtype) for z in results]
     numbered = [[next(numbers) for _ in edge] for edge in edges]
-    for shape in dict.fromkeys(shapes):
-        of_shape = [[k for k in edge if shapes[k] == shape] for edge in numbered]
-        chosen = sum(of_shape, [])
+    for kind in dict.fromkeys(kinds):
+        of_kind = [[k for k in edge if kinds[k] == kind] for edge in numbered]
+        chosen = sum(of_kind, [])
         places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm, in their order
         place_of = {k: places.setdefault((id(results[k]), operations[k].norm is None), len(places))
                     for k in chosen}
@@ -118,10 +118,10 @@ def terms_of_others(state: Tensor, edges: Sequence[Sequence[Operation]],
         norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
         for k in chosen:
             norms[place_of[k]] += [] if operations[k].norm is None else [operations[k].norm]
-        of_edges = [[place_of[k] for k in edge] for edge in of_shape if edge]
+        of_edges = [[place_of[k] for k in edge] for edge in of_kind if edge]
         its_p = p if len(chosen) == len(operations) else torch.stack([p[k] for k in chosen])
         scale_shift = scale_shift_of([operations[k].norm for k in chosen], its_p)
-        yield normalised_terms([*zs.values()], norms, of_edges, *scale_shift), of_shape
+        yield normalised_terms([*zs.values()], norms, of_edges, *scale_shift), of_kind
 
 
 def widths_of(edges: Sequence[Sequence]) -> list[int]:

@@ -57,10 +57,10 @@ def terms_of_edges(placeholders: Sequence[Tensor], z: Sequence[Sequence[Tensor]]
     return [Terms(*edge) for edge in zip(placeholders, z, of_edges)]
 
 
-def node_sum(terms: Sequence[Terms], factors: Tensor | None = None) -> Tensor:
+def node_sum(terms: Sequence[Terms], factors: Sequence[Tensor] | None = None) -> Tensor:
     """The sum of the terms of all edges, in one pass over them. factors: by which each image of an edge is
-    multiplied, [edges, N], or None"""
-    return NodeSum.apply(terms, factors, *[t.placeholder for t in terms])
+    multiplied, for each edge [N], or None"""
+    return NodeSum.apply(terms, torch.stack(factors) if factors else None, *[t.placeholder for t in terms])
 
 
 def normalise(z: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> list[Tensor]:

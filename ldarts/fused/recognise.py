@@ -32,11 +32,12 @@ SETTINGS_OF = {of_type: itemgetter(*names) for of_type, names in SETTINGS.items(
 def pytorch() -> list[Callable]:
     """What PyTorch calls in a pass, as it is now: somebody may have replaced a part of it."""
     return [nn.Module.__call__, nn.Module._call_impl, nn.Sequential.forward, nn.Conv2d._conv_forward,
-            *(of_type.forward for of_type in SETTINGS),
-            F.relu, F.conv2d, F.batch_norm, F.avg_pool2d, F.max_pool2d]
+            *(function for of_type in SETTINGS for function in (of_type.__call__, of_type.forward)),
+            F.relu, F.conv2d, F.batch_norm, F.avg_pool2d, F.max_pool2d, torch.cat]
 
 
-AS_IMPORTED = pytorch()
+# Without what was replaced before: then `pytorch` never returns this.
+AS_IMPORTED = [function for function in pytorch() if str(function.__module__).startswith("torch")]
 
 
 # The forwards that the engine computes in another way.
@@ -229,7 +230,7 @@ def contents(module: nn.Module) -> tuple[Any, ...]:
     """What the engine's result depends on, but for the values of parameters and buffers."""
     own, of_type = module.__dict__, type(module)
     parameters = own["_parameters"]
-    shapes = parameters and [None if p is None else p.shape for p in parameters.values()]
+    shapes = parameters and [None if p is None else (type(p), p.shape) for p in parameters.values()]
     if of_type in SETTINGS_OF:
         return (of_type, len(own), "forward" in own, own["training"], is_hooked(own), shapes,
                 SETTINGS_OF[of_type](own))
@@ -248,11 +249,14 @@ def is_hooked(attributes: dict[str, Any]) -> bool:
 def check_leaf(module: nn.Module) -> None:
     """Raises Unrecognised for settings of which the engine does not know what they do."""
     of_type = type(module)
+    if not {type(p) for p in module.parameters(recurse=False)} <= {nn.Parameter, Tensor}:
+        raise Unrecognised("a weight of another type")
     if of_type is nn.ReLU and module.inplace:
         raise Unrecognised("an in-place ReLU")
     if of_type is nn.BatchNorm2d:
         if module.momentum is None or not module.training:
-            raise Unrecognised("a BatchNorm2d " + ("in eval()" if module.momentum else "of momentum None"))
+            raise Unrecognised("a BatchNorm2d " + ("in eval()" if module.momentum is not None
+                                                   else "of momentum None"))
         if not (module.weight is None) == (module.bias is None) == (not module.affine):
             raise Unrecognised("a BatchNorm2d of another scale or shift")
     if of_type in (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d) and not keeps_size(module):

@@ -56,7 +56,8 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
         return False
     C, no_bias = depthwise.in_channels, depthwise.bias is None and pointwise.bias is None
     square = all(len(set(getattr(depthwise, name))) == 1 for name in ("kernel_size", "stride", "dilation"))
-    return (no_bias and square and C == depthwise.groups == depthwise.out_channels == pointwise.out_channels
+    return (no_bias and square and depthwise.stride[0] in (1, 2)
+            and C == depthwise.groups == depthwise.out_channels == pointwise.out_channels
             and depthwise.padding_mode == "zeros" and (first or depthwise.stride == (1, 1))
             and pointwise.kernel_size == pointwise.stride == (1, 1) and pointwise.groups == 1
             and depthwise.weight.shape == (C, 1, *depthwise.kernel_size)
