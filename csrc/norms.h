@@ -1,7 +1,7 @@
 #pragma once
 // What follows from sums per channel, for the batch norms behind some z: their statistics, and the gradients
-// through them. Plain pointers, for the CPU (norms.cpp) and for CUDA (sums_kernels.cuh). All in float64: a
-// difference below loses (μ/σ)² units of 1e-16.
+// through them. Plain pointers, for the CPU (norms.cpp) and for CUDA (sums_kernels.cuh). Computed in float64: a
+// difference below loses (μ/σ)² units of 1e-16. On CUDA r, μ and the coefficients are kept in the type of p.
 //
 // A term m is p_m (z - μ) r + β_m of one of K tensors z [N, C, H, W], k = z_of_term[m], with r = 1/σ and μ of
 // its batch norm, or 1 and 0 where it has none. p_m is one number, or, as the γ of a norm, one for each
@@ -73,19 +73,20 @@ struct NormStatistics {
   LDARTS_BOTH Moments moments_of(int64_t k, int64_t c) const {
     if (map.norm_of_z[k] < 0) return {0, 0, 1};
     const double* sums = z_sums + 2 * map.norm_of_z[k] * C + c;
-    const double mean = sums[0] / count, found = sums[C] / count - mean * mean, var = found < 0 ? 0 : found;
+    const double mean = sums[0] / count, rounded = sums[C] / count - mean * mean;
+    const double var = rounded < 0 ? 0 : rounded;  // NaN stays NaN
     return {mean, var, 1 / sqrt(var + eps)};
   }
   LDARTS_BOTH void of_z(int64_t k, int64_t c) const {
-    const Moments found = moments_of(k, c);
-    rstd_mean[2 * k * C + c] = found.rstd;
-    rstd_mean[(2 * k + 1) * C + c] = moments[2 * k * C + c] = found.mean;
-    moments[(2 * k + 1) * C + c] = found.var * count / (count > 1 ? count - 1 : 1);
+    const Moments of_k = moments_of(k, c);
+    rstd_mean[2 * k * C + c] = of_k.rstd;
+    rstd_mean[(2 * k + 1) * C + c] = moments[2 * k * C + c] = of_k.mean;
+    moments[(2 * k + 1) * C + c] = of_k.var * count / (count > 1 ? count - 1 : 1);
   }
   LDARTS_BOTH void of_term(int64_t m, int64_t c) const {
-    const Moments found = moments_of(map.z_of_term[m], c);
-    const double scale = p(m, c) * found.rstd;
-    coefficients[2 * m * C + c] = (beta ? beta[m * C + c] : 0) - scale * found.mean;
+    const Moments of_k = moments_of(map.z_of_term[m], c);
+    const double scale = p(m, c) * of_k.rstd;
+    coefficients[2 * m * C + c] = (beta ? beta[m * C + c] : 0) - scale * of_k.mean;
     coefficients[(2 * m + 1) * C + c] = scale;
   }
 };
@@ -112,7 +113,7 @@ struct NormGradients {
   LDARTS_BOTH double scale_of(int64_t m, int64_t c) const { return p(m, c) * rstd(map.z_of_term[m], c); }
 
   // by r: grad_r + Σ_m p (B - μ A),  by μ: grad_μ - Σ_m p r A    over the terms m of the z
-  LDARTS_BOTH TwoNumbers by_rstd_mean(int64_t k, int64_t c) const {
+  LDARTS_BOTH TwoNumbers by_rstd_mean_of(int64_t k, int64_t c) const {
     TwoNumbers by = {0, 0};
     if (grad_rstd_mean) by = {grad_rstd_mean[2 * k * C + c], grad_rstd_mean[(2 * k + 1) * C + c]};
     for (int m = 0; m < map.M; ++m) {
@@ -128,14 +129,14 @@ struct NormGradients {
   //     by z: Σ_m p r G + of_z[0] + of_z[1] z     [N, C, H, W], over the terms m of the z
   //     of_z = (by_μ - 2 μ by_v) / n, 2 by_v / n  the gradients by S1 and, twice, by S2; 0 without a norm
   LDARTS_BOTH void write_of_z(int64_t k, int64_t c) const {
-    TwoNumbers found = {0, 0};
+    TwoNumbers by_sums = {0, 0};
     if (map.norm_of_z[k] >= 0) {
-      const TwoNumbers by = by_rstd_mean(k, c);
+      const TwoNumbers by = by_rstd_mean_of(k, c);
       const double r = rstd(k, c), by_var = -0.5 * r * r * r * by.first;
-      found = {(by.second - 2 * mean(k, c) * by_var) / count, 2 * by_var / count};
+      by_sums = {(by.second - 2 * mean(k, c) * by_var) / count, 2 * by_var / count};
     }
-    of_z[2 * k * C + c] = found.first;
-    of_z[(2 * k + 1) * C + c] = found.second;
+    of_z[2 * k * C + c] = by_sums.first;
+    of_z[(2 * k + 1) * C + c] = by_sums.second;
   }
   LDARTS_BOTH void write_of_term(int64_t m, int64_t c) const { scale[m * C + c] = scale_of(m, c); }
 
@@ -147,7 +148,7 @@ struct NormGradients {
 
 // The derivative of NormGradients: the gradients by its inputs, from those by its results, scale' [M, C],
 // of_z' [K, 2, C] and p' (as p), of which any may be null: 0. With the names from above, R and U are
-// by_rstd_mean, V = -r³/2 R is by_v and D = B - μ A is centred. Where z has a norm (else U' = V' = R' = 0),
+// by_rstd_mean_of, V = -r³/2 R is by_v and D = B - μ A is centred. Where z has a norm (else U' = V' = R' = 0),
 //
 //     U' = of_z'[0] / n,   V' = 2 (of_z'[1] - μ of_z'[0]) / n,   R' = -r³/2 V'
 //
@@ -178,22 +179,22 @@ struct NormDerivatives : NormGradients<P> {
     return this->rstd(k, c) * grad_p_of(m, c) + this->p(m, c) * grad_r_u(k, c).first;
   }
   LDARTS_BOTH double grad_scale_of(int64_t m, int64_t c) const {
-    const double given = grad_scale ? grad_scale[m * this->C + c] : 0;
-    return given - this->sum(m, c) * grad_r_u(this->map.z_of_term[m], c).second;
+    const double by_scale = grad_scale ? grad_scale[m * this->C + c] : 0;
+    return by_scale - this->sum(m, c) * grad_r_u(this->map.z_of_term[m], c).second;
   }
   LDARTS_BOTH void write_of_z(int64_t k, int64_t c) const {
-    const double r = this->rstd(k, c), by_r = NormGradients<P>::by_rstd_mean(k, c).first;
+    const double r = this->rstd(k, c), by_r = this->by_rstd_mean_of(k, c).first;
     const double by_v = -0.5 * r * r * r * by_r;
-    TwoNumbers found = {-1.5 * r * r * by_r * grad_v(k, c), -2 * by_v * grad_of_z_of(k, 0, c) / this->count};
+    TwoNumbers by = {-1.5 * r * r * by_r * grad_v(k, c), -2 * by_v * grad_of_z_of(k, 0, c) / this->count};
     for (int m = 0; m < this->map.M; ++m) {
       if (this->map.z_of_term[m] != k) continue;
-      found.first += this->centred(m, c) * grad_p_of(m, c) + this->p(m, c) * grad_scale_of(m, c);
-      found.second -= this->sum(m, c) * grad_centred(m, c);
+      by.first += this->centred(m, c) * grad_p_of(m, c) + this->p(m, c) * grad_scale_of(m, c);
+      by.second -= this->sum(m, c) * grad_centred(m, c);
     }
-    const TwoNumbers by = grad_r_u(k, c);
+    const TwoNumbers of_grad = grad_r_u(k, c);
     const int64_t first = 2 * k * this->C + c, second = first + this->C;
-    by_rstd_mean[first] = found.first, by_rstd_mean[second] = found.second;
-    by_grad[first] = by.first, by_grad[second] = by.second;
+    by_rstd_mean[first] = by.first, by_rstd_mean[second] = by.second;
+    by_grad[first] = of_grad.first, by_grad[second] = of_grad.second;
   }
   LDARTS_BOTH void write_of_term(int64_t m, int64_t c) const {
     const int64_t k = this->map.z_of_term[m];

@@ -1,6 +1,6 @@
 // The operators of a group of separable convolutions on the CPU: all pairs of a depthwise and a pointwise
 // convolution that leave one state, in one call. Formulas and kernels: separable_kernels.h; gradients:
-// ldarts/separable.py.
+// ldarts/fused/separable.py.
 //
 // Images are dealt to chunks with a sum each, whatever the number of threads: the same bits always.
 #include "separable_kernels.h"

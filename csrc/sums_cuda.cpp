@@ -2,6 +2,7 @@
 // on the device; nothing here waits for it.
 #include "sums_cuda.h"
 #include "checks.h"
+#include "norms_operators.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -15,15 +16,12 @@
 #include <cuda_fp16.h>
 #include <torch/library.h>
 
-#include <optional>
-#include <tuple>
 #include <vector>
 
 namespace ldarts {
 namespace {
 
 using Tensors = std::vector<at::Tensor>;
-using MaybeTensor = std::optional<at::Tensor>;
 
 template <typename T> struct OnDevice { using type = T; };
 template <> struct OnDevice<at::BFloat16> { using type = __nv_bfloat16; };
@@ -46,15 +44,6 @@ int64_t most_blocks() {
 
 template <typename T>
 SumKernels<T> kernels() { return {c10::cuda::getCurrentCUDAStream(), most_blocks()}; }
-template <typename P>
-NormKernels<P> norm_kernels() { return {c10::cuda::getCurrentCUDAStream()}; }
-
-template <typename T>
-const T* read(const at::Tensor& t) {
-  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr;
-}
-template <typename T>
-T* write(const at::Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
 template <typename T>
 std::vector<const T*> pointers(const Tensors& tensors) {
@@ -126,89 +115,36 @@ Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shif
   return outs;
 }
 
-// p is [M] or [M, C].
-template <typename P>
-TermWeights<P> weights_of(const at::Tensor& p) { return {read<P>(p), p.dim() == 1 ? 1 : p.size(1)}; }
+struct Cuda {
+  using Guard = c10::cuda::CUDAGuard;
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
-    const at::Tensor& z_sums, at::IntArrayRef has_norm, const at::Tensor& p, const MaybeTensor& beta,
-    at::IntArrayRef z_of_term, int64_t count, double eps) {
-  const c10::cuda::CUDAGuard guard(p.device());
-  const int64_t C = z_sums.size(2);
-  const auto map = term_map(z_of_term, has_norm);
-  const auto weights = p.to(at::toOpMathType(p.scalar_type())).contiguous(), sums = z_sums.contiguous();
-  const auto shifts = beta ? beta->to(weights.scalar_type()).contiguous() : at::Tensor();
-  const auto rstd_mean = at::empty({map.K, 2, C}, weights.options()), moments = at::empty_like(rstd_mean);
-  const auto coefficients = at::empty({map.M, 2, C}, weights.options());
-  AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "norm_statistics", [&] {
-    using P = scalar_t;
-    norm_kernels<P>().statistics({map, C, count, eps, read<double>(sums), weights_of<P>(weights),
-                                  read<P>(shifts), write<P>(rstd_mean), write<P>(moments),
-                                  write<P>(coefficients)});
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return {rstd_mean, moments, coefficients};
-}
+  static at::ScalarType type_for(const at::Tensor& p) { return at::toOpMathType(p.scalar_type()); }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
-    const at::Tensor& rstd_mean, const at::Tensor& p, const MaybeTensor& grad_rstd_mean,
-    const at::Tensor& grad_sums, at::IntArrayRef z_of_term, at::IntArrayRef has_norm, int64_t count) {
-  const c10::cuda::CUDAGuard guard(p.device());
-  const int64_t C = rstd_mean.size(2);
-  const auto map = term_map(z_of_term, has_norm);
-  const auto numbers = rstd_mean.contiguous(), sums = grad_sums.contiguous();
-  const auto dtype = numbers.scalar_type();
-  const auto weights = p.to(dtype).contiguous();
-  const auto by_rstd_mean = grad_rstd_mean ? grad_rstd_mean->to(dtype).contiguous() : at::Tensor();
-  const auto scale = at::empty({map.M, C}, numbers.options()), of_z = at::empty_like(numbers);
-  const auto by_p = at::empty(p.sizes(), numbers.options());
-  AT_DISPATCH_FLOATING_TYPES(dtype, "norm_gradients", [&] {
-    using P = scalar_t;
-    norm_kernels<P>().gradients({map, C, count, read<P>(numbers), weights_of<P>(weights),
-                                 read<P>(by_rstd_mean), read<double>(sums), write<P>(scale), write<P>(of_z),
-                                 write<P>(by_p)});
+  template <typename P>
+  static void run(const NormStatistics<P>& norms) {
+    NormKernels<P>{c10::cuda::getCurrentCUDAStream()}.statistics(norms);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return {scale, of_z, by_p.to(p.scalar_type())};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_derivatives(
-    const at::Tensor& rstd_mean, const at::Tensor& p, const MaybeTensor& grad_rstd_mean,
-    const at::Tensor& grad_sums, const MaybeTensor& grad_scale, const MaybeTensor& grad_of_z,
-    const MaybeTensor& grad_p, at::IntArrayRef z_of_term, at::IntArrayRef has_norm, int64_t count) {
-  const c10::cuda::CUDAGuard guard(p.device());
-  const auto map = term_map(z_of_term, has_norm);
-  const auto dense = [](const MaybeTensor& t, at::ScalarType dtype) {
-    return t ? t->to(dtype).contiguous() : at::Tensor();
-  };
-  const auto dtype = rstd_mean.scalar_type();
-  const auto numbers = rstd_mean.contiguous(), sums = grad_sums.contiguous();
-  const auto weights = p.to(dtype).contiguous();
-  const auto by_rstd_mean = dense(grad_rstd_mean, dtype), by_weights = dense(grad_p, dtype);
-  const auto by_scale = dense(grad_scale, at::kDouble), by_of_z = dense(grad_of_z, at::kDouble);
-  const auto found = at::empty_like(numbers), found_grad = at::empty_like(numbers);
-  const auto found_sums = at::empty_like(sums), found_p = at::empty(p.sizes(), numbers.options());
-  AT_DISPATCH_FLOATING_TYPES(dtype, "norm_derivatives", [&] {
-    using P = scalar_t;
-    const auto of_terms = weights_of<P>(weights);
-    norm_kernels<P>().derivatives(
-        {{map, numbers.size(2), count, read<P>(numbers), of_terms, read<P>(by_rstd_mean), read<double>(sums),
-          nullptr, nullptr, write<P>(found_p)},
-         read<double>(by_scale), read<double>(by_of_z), {read<P>(by_weights), of_terms.width},
-         write<P>(found), write<P>(found_grad), write<double>(found_sums)});
+  }
+  template <typename P>
+  static void run(const NormGradients<P>& norms) {
+    NormKernels<P>{c10::cuda::getCurrentCUDAStream()}.gradients(norms);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return {found, found_p.to(p.scalar_type()), found_grad, found_sums};
-}
+  }
+  template <typename P>
+  static void run(const NormDerivatives<P>& norms) {
+    NormKernels<P>{c10::cuda::getCurrentCUDAStream()}.derivatives(norms);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(ldarts, CUDA, m) {
   m.impl("affine_sums", affine_sums);
   m.impl("channel_sums", channel_sums);
-  m.impl("norm_statistics", norm_statistics);
-  m.impl("norm_gradients", norm_gradients);
-  m.impl("norm_derivatives", norm_derivatives);
+  m.impl("norm_statistics", norm_statistics<Cuda>);
+  m.impl("norm_gradients", norm_gradients<Cuda>);
+  m.impl("norm_derivatives", norm_derivatives<Cuda>);
 }
 
 }  // namespace ldarts

@@ -208,7 +208,7 @@ std::vector<char> numbers(const Case& c, unsigned order) {
     for (int64_t i = 0; i < C; ++i) check("scale", scale, m * C + i, norms.scale_of(m, i));
   for (int64_t k = 0; k < K; ++k)
     for (int64_t i = 0; i < C; ++i) {
-      const auto by = norms.by_rstd_mean(k, i);
+      const auto by = norms.by_rstd_mean_of(k, i);
       const double r = norms.rstd(k, i), by_var = has_norm[k] ? -0.5 * r * r * r * by.first : 0;
       const double shift = has_norm[k] ? by.second - 2 * norms.mean(k, i) * by_var : 0;
       check("by sum", of_z, 2 * k * C + i, shift / 50),

@@ -172,8 +172,8 @@ def test_the_processor_is_that_of_the_key(monkeypatch):
 
 
 @pytest.mark.parametrize("changed, parts", [
-    ("norms.cpp", {"cpu"}), ("mixed_sum_kernels.cuh", {"cuda"}), ("mixed_sum_cuda.cpp", {"cuda"}),
-    ("checks.cpp", {"cpu", "cuda"})])
+    ("norms.cpp", {"cpu"}), ("sums_kernels.cuh", {"cuda"}), ("sums_cuda.cpp", {"cuda"}),
+    ("norms_operators.h", {"cpu", "cuda"}), ("checks.cpp", {"cpu", "cuda"})])
 def test_a_changed_source_is_another_build(tmp_path, monkeypatch, changed, parts):
     shutil.copytree(CSRC, tmp_path / "csrc")
     before = {part: build.file_name(part) for part in ("cpu", "cuda")}

@@ -68,8 +68,6 @@ class Norms:
         each channel; beta: [terms, C] or None, 0 -> of each z 1/σ and μ, mean and unbiased variance
         [z, 2, C]; of each term its coefficients. Not differentiable."""
         z_of_term, has_norm, count = self.numbers
-        if p.dim() == 2 and p.shape[1] != sums.shape[2]:
-            raise RuntimeError(f"ldarts: a batch norm of {p.shape[1]} channels behind {sums.shape[2]}")
         return torch.ops.ldarts.norm_statistics(sums, has_norm, p, beta, z_of_term, count, eps)
 
     def gradients(self, rstd_mean: Tensor, p: Tensor, beta: Tensor | None, grad_rstd_mean: Tensor | None,
