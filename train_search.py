@@ -1,6 +1,6 @@
 """Search for a cell with Λ-DARTS.
 
-    python train_search.py --unrolled --lambda_reg 0.125                # CIFAR-10, the published settings
+    python train_search.py --unrolled --lambda_reg 0.125                # CIFAR-10, second order
     python train_search.py --dataset synthetic --init_channels 4 --layers 5 --epochs 3  # no download, minutes
     python train_search.py --search_space s2 --dataset svhn             # λ and ε as published for SVHN
     python train_search.py --lambda_reg 0                               # plain DARTS
