@@ -126,6 +126,7 @@ def main():
                 run.seed()
                 grads = run_step(*train, *next(valid), weight, method=method)
                 run.after_step(grads.loss, grads.logits, train[1], grads.clipped, Λ=grads.alignment)
+            grads = None  # a graph that is captured anew takes the memory of the one before
             scheduler.step()
 
             run.seed()
@@ -163,6 +164,7 @@ def main():
             if args.plot and run.writes:
                 visualize.draw_run(run.path)
         report(run, net.genotype(), args)
+    run_step = None  # NCCL waits for the end of the graphs that use it
     processes.close()
 
 
@@ -184,4 +186,5 @@ def report(run, genotype, args):
 
 
 if __name__ == "__main__":
-    script(main, "a smaller --batch_size or --init_channels, --lambda_grad central, another --memory_format")
+    script(main, "a smaller --batch_size or --init_channels, --lambda_grad central, --no-graph, another "
+           "--memory_format")

@@ -313,7 +313,26 @@ def central_difference(gradient: Callable[[Tensor], Sequence[Tensor]], epsilon: 
     """[gradient(r) − gradient(−r)] / 2r with r = epsilon / length. gradient(r): that at x + r v, of any x
     and v; length: ‖v‖"""
     r = epsilon / length.clamp_min(torch.finfo(length.dtype).tiny)  # the vector may be 0
-    return torch._foreach_div(torch._foreach_sub(gradient(r), gradient(-r)), 2 * r)
+    with full_float32():
+        return torch._foreach_div(torch._foreach_sub(gradient(r), gradient(-r)), 2 * r)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within, float32 on a GPU is not TF32, in which PyTorch computes convolutions by default: its 10 bits
+    are fewer than a difference over ε₀ = 1e-4 needs, which would be that of two rounding errors."""
+    switches = [(torch.backends.cudnn, "allow_tf32", False), (torch.backends.cuda.matmul, "allow_tf32", False)]
+    if hasattr(torch.backends.cudnn, "conv"):  # since PyTorch 2.9, where the old switches refuse to be mixed
+        switches = [(of, "fp32_precision", "ieee") for of in (torch.backends.cudnn.conv,
+                                                              torch.backends.cuda.matmul)]
+    before = [getattr(of, name) for of, name, _ in switches]
+    for of, name, value in switches:
+        setattr(of, name, value)
+    try:
+        yield
+    finally:
+        for (of, name, _), value in zip(switches, before):
+            setattr(of, name, value)
 
 
 def moved(tensors: Sequence[Tensor], r: float | Tensor, vector: Sequence[Tensor]) -> list[Tensor]:

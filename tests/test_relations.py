@@ -4,11 +4,13 @@ float64 and in every space.
 Gradients can be right while the training is not: one in another memory layout than its weight, stepped by a
 fused optimizer, moves the wrong weights.
 """
+import contextlib
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ldarts
 from ldarts import genotypes, spaces
@@ -119,3 +121,37 @@ def test_gradients_have_the_layout_of_their_parameters(space, layout):
             found[f"Λ, {method}"] = arch.lambda_grads(batch, "cosine", 1e-4, method)[2], arch.weights
     for name, (grads, parameters) in found.items():
         assert [grad.stride() for grad in grads] == [p.stride() for p in parameters], name
+
+
+class Tf32(TorchDispatchMode):
+    """Convolutions as a GPU computes them by default: of operands that are rounded to 10 bits."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        convolutions = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
+        if function.overloadpacket in convolutions and torch.backends.cudnn.conv.fp32_precision == "tf32":
+            args = [((arg.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+                    if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return function(*args, **kwargs or {})
+
+
+def test_tf32_does_not_reach_the_passes_of_a_difference(monkeypatch):
+    """Else they differ by their rounding errors."""
+    monkeypatch.setattr("ldarts.fused.engine_supports", lambda x: False)
+    torch.manual_seed(0)
+    net = ldarts.SearchNetwork(4, 10, 4, "s2")
+    arch = ldarts.Architect(net, F.cross_entropy)
+    batch = torch.randn(8, 3, 16, 16), torch.arange(8)
+
+    def by_w():
+        return torch.cat([t.flatten() for t in arch.lambda_grads(batch, "cosine", 1e-4, "central")[2]])
+
+    expected = by_w()
+    with Tf32():
+        found = by_w()
+        monkeypatch.setattr("ldarts.architect.full_float32", contextlib.nullcontext)
+        unguarded = by_w()
+    cosines = [float(F.cosine_similarity(expected, other, 0)) for other in (found, unguarded)]
+    print(f"\ncosine with float32: {cosines[0]:.3f}, in TF32 {cosines[1]:.3f}, "
+          f"length {float(unguarded.norm() / expected.norm()):.1f}")
+    assert cosines[0] > 0.99 and cosines[1] < 0.2
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"

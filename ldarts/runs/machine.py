@@ -62,6 +62,7 @@ def set_deterministic() -> None:
     """Only algorithms that give the same bits on every run; an operation without one raises RuntimeError."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for every new tensor
     torch.backends.cudnn.benchmark = False
 
 
