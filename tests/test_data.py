@@ -114,6 +114,7 @@ def test_eval_batches_are_in_order_and_complete():
     torch.testing.assert_close(back, source.images.float(), rtol=0, atol=1e-3)
     (_, y), = data.eval_batches(source, torch.tensor([5, 3]), 16)
     assert y.tolist() == [5, 3]
+    assert list(data.eval_batches(source, torch.arange(40)[40:], 16)) == []  # more processes than images
 
 
 def test_batches_refuse_what_cannot_be_filled_or_divided():

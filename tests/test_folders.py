@@ -1,4 +1,7 @@
 """Folders of images: their classes and kinds, what else lies there, batches, and runs on them."""
+import multiprocessing
+import os
+import random
 import shutil
 import subprocess
 import sys
@@ -10,7 +13,7 @@ from test_evidence import refused, run_main
 import train_eval
 from ldarts import InputError, runs
 from ldarts.data import FolderBatches, folder_batches
-from ldarts.data.folders import ImageFolder
+from ldarts.data.folders import ImageFolder, random_box
 
 image = pytest.importorskip("PIL.Image")
 
@@ -136,9 +139,23 @@ def test_imagenet_batches_depend_on_seed_and_epoch_alone(imagenet):
     assert not torch.equal(first[0][0], batches(1, 0, 1)[0][0])
     tested = batches(0, 0, 0, train=False)
     assert [len(y) for _, y in tested] == [4, 2]
+    assert [len(y) for _, y in batches(0, 0, 0, train=False, rank=1, world=2)] == [2]  # no part of the last
     assert torch.cat([y for _, y in tested]).tolist() == [0, 0, 0, 1, 1, 1]
     bright = torch.stack([x.mean() for x in torch.cat([x for x, _ in tested])])
     assert bright[:3].max() < bright[3:].min()  # images and labels stay together
+    assert random_box(9000, 9, random.Random(0)) == (4494, 0, 4506, 9)  # of a long image always the middle
+
+
+def test_signals_to_the_group_of_a_run_spare_its_workers_which_end_with_it(imagenet):
+    batches = FolderBatches(imagenet / "train", 1, 0, train=True, device=torch.device("cpu"), workers=1)
+    before, epoch = multiprocessing.active_children(), batches.epoch()
+    next(epoch)
+    worker, = set(multiprocessing.active_children()) - set(before)
+    assert os.getpgid(worker.pid) != os.getpgrp()
+    worker.terminate()  # as the end of a program does
+    worker.join(5)
+    assert worker.exitcode == 0
+    epoch.close()
 
 
 @pytest.mark.parametrize("size, reason", [("4m", "unable to allocate shared memory"), ("4k", "No space")])

@@ -182,4 +182,5 @@ def eval_batches(data: ImageSet, indices: Tensor | None, batch_size: int, *, dty
     normalize = Normalize(data.mean, data.std, dtype, data.images.device)
     indices = torch.arange(len(data.labels)) if indices is None else indices
     for index in indices.to(data.images.device).split(batch_size):
-        yield normalize(data.images[index]).contiguous(memory_format=memory_format), data.labels[index]
+        if len(index):  # of no images, split makes one empty part
+            yield normalize(data.images[index]).contiguous(memory_format=memory_format), data.labels[index]

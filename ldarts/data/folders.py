@@ -142,11 +142,18 @@ def random_box(width: int, height: int, draw: random.Random) -> tuple[int, int, 
         ratio = np.exp(draw.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
+            left, top = draw.randint(0, width - w), draw.randint(0, height - h)
             break
     else:  # a very long image: its middle
         w, h = min(width, height * 4 // 3), min(height, width * 4 // 3)
-    left, top = draw.randint(0, width - w), draw.randint(0, height - h)
+        left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def leave_group(worker: int) -> None:
+    """Out of the process group, which gets the signals of torchrun and of a terminal: the run needs its
+    workers to finish a step and ends them itself, by SIGTERM, which they must not ignore."""
+    os.setpgid(0, 0)
 
 
 class FolderBatches:
@@ -172,9 +179,10 @@ class FolderBatches:
         if self.images.train:
             order = order[torch.randperm(len(order), generator=generator_of(self.seed, "imagenet", epoch))]
             order = order[: len(self) * self.batch_size]
-        batches = [[(epoch, i) for i in part.tolist()[self.share]]
-                   for part in order.split(self.batch_size)[start:]]
+        shares = [part[self.share].tolist() for part in order.split(self.batch_size)[start:]]
+        batches = [[(epoch, i) for i in share] for share in shares if share]  # a test's last may be empty
         loader = torch.utils.data.DataLoader(self.images, batch_sampler=batches, num_workers=self.workers,
+                                             worker_init_fn=leave_group,
                                              pin_memory=self.device.type == "cuda")
         try:
             for x, y in loader:
