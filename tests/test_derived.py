@@ -163,12 +163,14 @@ def test_the_truth_is_that_of_the_searched_set(dataset, column, shown, tmp_path,
         file.write_text(json.dumps(json.loads(file.read_text()) | true) + "\n")
     write_run(tmp_path / "runs/e", 0, 50.0, kind="eval", arch="runs/n0", dataset="cifar10")
     write_run(tmp_path / "runs/s", 0, 30.0, search_space="s3")
-    run_main(monkeypatch, runs, "runs/n0", "runs/n1", "runs/e", "runs/s")
+    write_run(tmp_path / "runs/e1", 1, 52.0, kind="eval", arch="runs/n0", dataset="cifar10")
+    run_main(monkeypatch, runs, "runs/n0", "runs/n0/", "runs/n1", "runs/e", "runs/e1", "runs/s")
     printed, (first, second) = capsys.readouterr().out, [truth[column] for truth in truths]
     ranks = [1 + int((table[:, column] > accuracy).sum()) for accuracy in (first, second)]
     chance, chances = (f"{nasbench201.better_than_random(some):.2g}" for some in (ranks[:1], ranks))
     assert f"| 0.25 ± 0.00 | {runs.spread([first, second])} on {shown} | {chances} |" in printed
     assert f"| 0.25 | {first:.2f} on {shown} | {chance} |" in printed and "| 0.25 | – | – |" in printed
+    assert "| 2 | 51.00 ± 1.41 | – | – | 1.50 | 0.25 |" in printed  # two evaluations of one search
     assert float(chances) == pytest.approx(0.02, rel=0.1)
     pytest.importorskip("matplotlib")
     figures = []

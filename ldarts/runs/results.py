@@ -2,6 +2,7 @@
 import os
 import statistics
 import sys
+from pathlib import Path
 from typing import Any, Iterator
 
 from ..errors import InputError
@@ -45,7 +46,7 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
 
     Accuracy is validation accuracy of a search, test accuracy of an evaluation. An evaluation whose --arch is
     the folder of a search also shows that search's time and Λ and, in nasbench201, true accuracy on the set
-    that was searched and p-value (see better_than_random).
+    that was searched and p-value (see better_than_random); several evaluations of a search count it once.
     Unfinished runs are named below the table and left out, unless `with_unfinished`.
     """
     rows, progress = [], {}  # how far unfinished runs have come
@@ -55,14 +56,16 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
             progress[path] = so_far
         return not so_far or with_unfinished and len(read_metrics(path)) > 0
 
-    def values_of(path: str) -> dict[str, Any]:
+    def values_of(path: str, counted: set[Path]) -> dict[str, Any]:
         config, metrics = read_run(path)
         values = {"accuracy, %": metrics[-1].get("test_accuracy", metrics[-1].get("valid_accuracy"))}
         values |= {f"{name.replace('_', '-')}, M": config[name] / 1e6
                    for name in ("parameters", "multiply_adds") if name in config}
         if config["kind"] == "eval":
             search, config = search_of(config["arch"])
-            metrics = read_metrics(search) if config and counts(str(search)) else []
+            is_new = search.resolve() not in counted
+            counted.add(search.resolve())
+            metrics = read_metrics(search) if config and is_new and counts(str(search)) else []
         if metrics:
             last, judge = metrics[-1], searched_set(config.get("dataset"))
             values |= {"search, min": sum(line["seconds"] for line in metrics) / 60, "judge": judge,
@@ -70,7 +73,8 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
         return values
 
     for name, group in grouped(paths).items():
-        runs = [values_of(path) for path in group if counts(path)]
+        counted = set()
+        runs = [values_of(path, counted) for path in group if counts(path)]
         columns = [[run[column] for run in runs if run.get(column) is not None] for column in COLUMNS]
         left = sum(path in progress for path in group)
         seeds = f"{len(runs)} ({left} unfinished {'in' if with_unfinished else 'left out'})"
@@ -114,6 +118,7 @@ def main() -> None:
                         help="print the search with the highest validation accuracy at its end instead")
     parser.add_argument("--unfinished", action="store_true", help="include unfinished runs in the table")
     args = parser.parse_args()
-    if not (paths := [*readable(args.runs)]):
+    by_folder = {os.path.realpath(path): path for path in args.runs}  # runs/a and runs/a/ are one
+    if not (paths := [*readable([*by_folder.values()])]):
         raise InputError("none of these is a run: a run is a folder runs/<name>")
     print(best_search(paths) if args.best else summary(paths, args.unfinished).rstrip("\n"))
