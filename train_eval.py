@@ -118,12 +118,14 @@ def main():
                 total = loss
                 if logits_aux is not None:
                     total = loss + args.auxiliary_weight * smoothed(logits_aux.float(), y)
+                weights = [p for p in net.parameters() if p.requires_grad]
                 # Behind noise or `none`, weights may not reach the logits: their gradient is 0.
-                grads = torch.autograd.grad(total, list(net.parameters()), materialize_grads=True)
+                grads = torch.autograd.grad(total, weights, materialize_grads=True)
                 loss, *grads = processes.average([loss.detach(), *grads])
-                for p, grad in zip(net.parameters(), grads):
+                optimizer.zero_grad()  # of weights that were frozen since the last step
+                for p, grad in zip(weights, grads):
                     p.grad = grad
-                nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+                nn.utils.clip_grad_norm_(weights, args.grad_clip)
                 optimizer.step()
                 run.after_step(loss, logits, y)
             scheduler.step()

@@ -55,10 +55,11 @@ def measure_alphas(net, dataset):
     """What α says: values for a line of metrics.jsonl; skip connections are those of the normal cell."""
     genotype, alphas = net.genotype(), net.arch_parameters()
     in_201 = isinstance(genotype, str)
-    p = torch.cat([torch.softmax(alpha.detach(), -1) for alpha in alphas])
+    by_type = [torch.softmax(alpha.detach(), -1) for alpha in alphas]  # p [edges, ops], of any number of ops
+    entropy = torch.cat([torch.special.entr(p).sum(-1) for p in by_type])
+    gini = torch.cat([1 - p.square().sum(-1) for p in by_type])  # 0 where p is saturated
     truth = nasbench201.look_up(genotype, dataset)._asdict() if in_201 else {}
-    return {"entropy": float(torch.special.entr(p).sum(-1).mean()),
-            "gini": float((1 - p.square().sum(-1)).mean()),  # 1 − Σ p²: 0 where p is saturated
+    return {"entropy": float(entropy.mean()), "gini": float(gini.mean()),
             "skip_connections": str(genotype if in_201 else genotype.normal).count("skip_connect"),
             "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in alphas],
             **{f"true_{name}": accuracy for name, accuracy in truth.items()}}
@@ -141,12 +142,13 @@ def main():
                 probes = {half: islice(batches.epoch(args.epochs + epoch, cutout_prob), args.probe_batches)
                           for half, batches in (("train", train_batches), ("valid", valid_batches))}
             of_cells = measure_cells(arch, probes, args.lambda_kind) if normal_cells > 1 else {}
+            share = for_alpha[processes.rank :: processes.world]
             if args.eigenvalue:
-                probe = next(eval_batches(train_set, for_alpha, args.batch_size, memory_format=layout))
+                images = args.batch_size // processes.world
+                probe = next(eval_batches(train_set, share, images, memory_format=layout))
                 of_cells["alpha_eigenvalue"] = arch.alpha_eigenvalue(probe)
             net.eval()
             processes.take_from_first(net.buffers())
-            share = for_alpha[processes.rank :: processes.world]
             batches = eval_batches(train_set, share, args.batch_size, memory_format=layout)
             valid_loss, valid_accuracy = evaluate(net, criterion, batches, processes)
             values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,

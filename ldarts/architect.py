@@ -66,6 +66,7 @@ class Architect:
 
     def step(self, grads: Sequence[Tensor]) -> None:
         """One step of Adam along the gradients of alpha_grads."""
+        self.optimizer.zero_grad()  # of an α that was frozen since the last step
         for alpha, grad in zip(self.alphas, grads, strict=True):
             alpha.grad = grad
         self.optimizer.step()
@@ -191,11 +192,11 @@ class Architect:
 
     def gradient_norms(self, batch: Batch, kind: str, epsilon: float,
                        method: str | None) -> tuple[Tensor, Tensor]:
-        """‖∇_w L‖ and ‖∇_w Λ‖ (method None: 0) on one batch, by the passes of a step, changing nothing."""
+        """‖∇_w L‖ and ‖∇_w Λ‖ (not computed: 0) on one batch, by the passes of a step, changing nothing."""
         with self.kept(grad=True):
             grads = self.weight_grads(batch, kind, epsilon, method)
         norm = nn.utils.get_total_norm(grads.dw)
-        return norm, nn.utils.get_total_norm(grads.d_lambda) if method else torch.zeros_like(norm)
+        return norm, nn.utils.get_total_norm(grads.d_lambda) if grads.d_lambda else torch.zeros_like(norm)
 
     def alpha_eigenvalue(self, batch: Batch, iterations: int = 20, tolerance: float = 0.01) -> float:
         """The eigenvalue of ∂²L/∂α² on one batch that is largest in magnitude, which grows when a search
@@ -210,7 +211,7 @@ class Architect:
             product, value = torch.randn_like(gradient), 0.0
             for _ in range(iterations):
                 v = product / product.norm()
-                product = flat(gradients(gradient, alphas, v, retain_graph=True))
+                product = flat(self.average(gradients(gradient, alphas, v, retain_graph=True)))
                 before, value = value, float(v @ product)
                 if abs(value - before) < tolerance * abs(value):
                     break
@@ -293,6 +294,7 @@ def weight_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch,
                 kind: str, epsilon: float, method: str | None, grad_clip: float) -> WeightGrads:
     """The step of w alone, which minimises L_train - λ_t Λ. method: how ∇Λ is computed, None: without Λ"""
     grads = arch.weight_grads(train, kind, epsilon, method, lambda_t)
+    optimizer.zero_grad()  # of weights that were frozen since the last step
     for p, grad in zip(arch.weights, grads.dw):
         p.grad = grad
     norm = nn.utils.clip_grad_norm_(arch.weights, grad_clip)

@@ -15,9 +15,9 @@ class Captured:
     step: from tensors to any structure of tensors, without waiting for the device; it changes nothing but the
     parameters and buffers of `net` and the state of `optimizers`, which starts as zeros. Numbers that change
     from call to call are inputs; learning rates are read from the optimizers. A graph holds addresses and
-    numbers: if one has changed since the capture (a tensor was replaced, inputs have another shape, an option
-    or a momentum another value) the step is captured again. warn: called once, with a line, if a capture
-    fails; from then on step runs without a graph. Each call's result overwrites the one before.
+    numbers: if one has changed since the capture (a tensor was replaced or frozen, inputs have another shape,
+    an option or a momentum another value) the step is captured again. warn: called once, with a line, if a
+    capture fails; from then on step runs without a graph. Each call's result overwrites the one before.
     """
 
     def __init__(self, step: Callable[..., Any], net: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
@@ -58,10 +58,11 @@ class Captured:
                 group |= numbers
 
     def _holds(self, inputs: Sequence[Tensor], options: dict[str, Any]) -> tuple:
-        """The addresses and numbers that a graph captured now would hold."""
+        """The addresses and numbers that a graph captured now would hold, and what is frozen."""
         groups = [{name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
                   for optimizer in self.optimizers for group in optimizer.param_groups]
-        return [t.data_ptr() for t in self._state()], groups, options, [(t.shape, t.dtype) for t in inputs]
+        state = [(t.data_ptr(), t.requires_grad) for t in self._state()]
+        return state, groups, options, [(t.shape, t.dtype) for t in inputs]
 
     def _state(self) -> list[Tensor]:
         """The tensors that a step may change."""

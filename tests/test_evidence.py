@@ -54,6 +54,9 @@ def test_norms_of_both_gradients_leave_the_net_alone():
     norms = [torch.cat([d.flatten() for d in grads]).norm() for grads in (dw, d_lambda)]
     torch.testing.assert_close(found, tuple(norms))
     torch.testing.assert_close(without, (norms[0], torch.zeros_like(norms[0])))
+    for p in net.weight_parameters():
+        p.requires_grad_(False)
+    assert [float(norm) for norm in arch.gradient_norms(double(batch()), "cosine", 1e-4, "central")] == [0, 0]
 
 
 def test_the_eigenvalue_is_that_of_the_whole_hessian():
@@ -66,6 +69,8 @@ def test_the_eigenvalue_is_that_of_the_whole_hessian():
     found = arch.alpha_eigenvalue(double(batch()), iterations=30, tolerance=0.0)
     assert torch.equal(torch.get_rng_state(), before)
     assert found == pytest.approx(float(eigenvalues[eigenvalues.abs().argmax()]), rel=0.05)
+    arch.average = lambda tensors: [2 * t for t in tensors]
+    assert arch.alpha_eigenvalue(double(batch()), 30, 0.0) == pytest.approx(2 * found)
 
 
 def drawn(monkeypatch, draw, *what) -> list:

@@ -4,6 +4,7 @@ A row is a change of a network that the engine has computed before, so that the 
 network is then computed by the engine and as it is written, in training and evaluation.
 """
 import gc
+import math
 import runpy
 import types
 import weakref
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import ldarts
+import train_search
 from ldarts import fused, genotypes, model, model_search
 from ldarts.architect import search_step
 from ldarts.fused import compiled_for, recognise
@@ -648,10 +650,15 @@ def test_an_architect_of_a_changed_network(change):
     norm = torch.nn.utils.get_total_norm
     assert norm([a - b for a, b in zip(central[of_lambda], exact[of_lambda])]) < 1e-4 * norm(exact[of_lambda])
     assert norm(central[: of_lambda.start]) < 30 * norm(exact[: of_lambda.start])
-    search_step(arch, optimizer, train, valid, unrolled=True, alpha_first=True, lambda_t=0.1, kind="cosine",
-                epsilon=1e-4, method="exact", grad_clip=5.0)
+    step = partial(search_step, arch, optimizer, train, valid, unrolled=True, alpha_first=True, lambda_t=0.1,
+                   kind="cosine", epsilon=1e-4, method="exact", grad_clip=5.0)
+    step()
     assert torch.equal(net.stem[0].weight, stem) == (change == "frozen stem")
     assert [p.requires_grad for p in net.stem.parameters()] == 3 * [change != "frozen stem"]
+    frozen = [net.arch_parameters()[0], *net.cells.parameters()]
+    before = [p.requires_grad_(False).clone() for p in frozen]  # in the middle of a search
+    step()
+    assert all(map(torch.equal, frozen, before))
 
 
 def test_alignment_of_gradients_that_are_zero():
@@ -668,6 +675,14 @@ def test_weights_without_alpha_say_that_alpha_is_kept():
     state = {name: t for name, t in net.state_dict().items() if "alpha" not in name}
     with pytest.warns(UserWarning, match="without alphas_normal and alphas_reduce: α stays"):
         net.load_state_dict(state)
+
+
+def test_types_of_cells_may_have_different_operations(monkeypatch):
+    pairs, triples = (("skip_connect", "sep_conv_3x3"),) * 14, (("none", "noise", "skip_connect"),) * 14
+    monkeypatch.setitem(ldarts.spaces.SPACES, "own", ldarts.spaces.Space(pairs, triples))
+    values = train_search.measure_alphas(ldarts.SearchNetwork(2, 10, 4, "own"), "cifar10")
+    assert values["entropy"] == pytest.approx((math.log(2) + math.log(3)) / 2, rel=1e-3)
+    assert values["gini"] == pytest.approx((1 / 2 + 2 / 3) / 2, rel=1e-3)
 
 
 def test_edges_of_unequal_length_and_dropped_paths_are_refused(monkeypatch):

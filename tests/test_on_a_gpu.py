@@ -160,6 +160,7 @@ def captured_steps():
               "the learning rate after that": set_w(lr=0.03125),
               "the weights": replace_weights, "running statistics": replace_statistics,
               "the momentum": set_w(momentum=0.5), "Adam's betas": set_alpha(betas=(0.25, 0.9)),
+              "a frozen stem": lambda search: search.net.stem.requires_grad_(False),
               "without Λ": lambda search: None, "a smaller batch": lambda search: None}
     plain, captured = Search(False), Search(True)
     for i, (event, change) in enumerate(events.items()):

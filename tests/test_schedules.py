@@ -64,6 +64,7 @@ class TwoBiases(nn.Module):
     def __init__(self, *args):
         super().__init__()
         self.main, self.auxiliary = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(10))
+        self.frozen = nn.Parameter(torch.zeros(10))  # after the first step
 
     def forward(self, x, drop_path_prob=0.0):
         self.drop_path_prob = drop_path_prob
@@ -172,6 +173,8 @@ def test_a_cell_is_trained_as_published(flags, epochs, batch_size, wanted, run, 
         def step(self):
             net = nets[0]
             main, auxiliary = net.main.grad[0].item(), net.auxiliary.grad[0].item()
+            assert (net.frozen.grad is None) == bool(rows)
+            net.frozen.requires_grad_(False)
             rows.append((self.param_groups[0]["lr"], net.drop_path_prob, 1 + main / 0.9, auxiliary / main))
 
     def build(*args):
