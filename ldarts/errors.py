@@ -28,8 +28,9 @@ def require(module: str, purpose: str, package: str = "") -> None:
 
 
 def script(main: Callable[[], None], less_memory: str = "smaller batches") -> None:
-    """Run a script's main. InputError and a lack of memory are one line on standard error and exit status 2,
-    NotFinite is one line and exit status 3. less_memory: the remedy that is printed for a lack of memory
+    """Run a script's main. InputError, a lack of memory and an OSError that names a file are one line on
+    standard error and exit status 2, NotFinite is one line and exit status 3. less_memory: the remedy that is
+    printed for a lack of memory
 
     Characters that the terminal's encoding lacks, such as Λ in ASCII, are printed as escapes.
     """
@@ -39,9 +40,9 @@ def script(main: Callable[[], None], less_memory: str = "smaller batches") -> No
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, NotFinite, RuntimeError, MemoryError) as error:
+    except (InputError, NotFinite, OSError, RuntimeError, MemoryError) as error:
         message = str(error)
-        if not isinstance(error, (InputError, NotFinite)):
+        if not isinstance(error, (InputError, NotFinite)) and not getattr(error, "filename", None):
             if not (reason := out_of_memory(error)):
                 raise
             message = f"out of memory ({reason}); use {less_memory}"

@@ -103,11 +103,21 @@ def test_a_cell_of_another_space_is_trained_large_on_svhn_too(tmp_path, monkeypa
 def test_the_cell_of_an_unfinished_search_is_said_to_be_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs/s", 0, 20.0, epochs=50)
-    for arch in ("runs/s", "runs/s/genotype.json"):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for arch in ("runs/s", "runs/s/genotype.json", "~/runs/s"):
         monkeypatch.setattr(sys, "argv", ["x", "--arch", arch])
         args, _, remarks = runs.parse_eval_args()
         assert "runs/s is an unfinished search, 1 of 50 epochs" in remarks[0]
-        assert args.arch == str(tmp_path / arch)  # where a table of runs finds the search from every folder
+        # Where a table of runs finds the search from every folder.
+        assert args.arch == str(tmp_path / arch.removeprefix("~/"))
+
+
+def test_an_evaluation_that_was_stopped_before_it_wrote_its_cell_is_resumed(tmp_path, monkeypatch):
+    write_run(tmp_path / "e", 0, 20.0, kind="eval", arch="DARTS_V1")
+    monkeypatch.setattr(sys, "argv", ["x", "--resume", str(tmp_path / "e")])
+    assert runs.parse_eval_args()[1] == PUBLISHED["c10_s2_lambdadarts_corr"]  # that of the run
+    (tmp_path / "e/genotype.json").unlink()
+    assert runs.parse_eval_args()[1] == PUBLISHED["DARTS_V1"]
 
 
 def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
@@ -349,7 +359,7 @@ def test_multiply_adds_are_those_of_the_images(size, flags, images, tmp_path, mo
     lambda: torch.empty(2**50, dtype=torch.uint8), lambda: bytearray(2**60),
     lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))])
 @pytest.mark.parametrize("hidden", [False, True])
-def test_no_memory_is_one_line_that_says_what_to_lessen(fail, hidden, monkeypatch, capsys):
+def test_no_memory_and_no_file_are_one_line_but_a_bug_is_not(fail, hidden, monkeypatch, capsys):
     def main():
         try:
             fail()
@@ -362,5 +372,9 @@ def test_no_memory_is_one_line_that_says_what_to_lessen(fail, hidden, monkeypatc
     message, = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and message.startswith("error: out of memory (")
     assert message.endswith("); use a smaller --batch_size")
+    with pytest.raises(SystemExit) as stopped:
+        runs.script(lambda: Path("nowhere/x").mkdir())
+    message, = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and message == "error: [Errno 2] No such file or directory: 'nowhere/x'"
     with pytest.raises(RuntimeError, match="a bug"):
         runs.script(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))

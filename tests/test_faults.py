@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -316,6 +317,27 @@ def test_a_read_only_folder(stopped, small_disk, whole, forks, figures):
     figures["disk faults"] += 2
 
 
+def test_a_mount_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def sync_files(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", sync_files)
+    runs.write_atomically(tmp_path / "log.txt", lambda path: path.write_text("log"))
+    assert (tmp_path / "log.txt").read_text() == "log"
+
+
+def test_a_run_that_could_not_begin_is_not_advised_to_resume(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    for remedy in ("start again", f"--resume {tmp_path}"):
+        with pytest.raises(InputError, match=f"correct that, then {remedy}$"):
+            runs.write_atomically(tmp_path / "log.txt", lambda path: path.write_text("log"))
+        (tmp_path / "config.json").write_text("{}")
+
+
 # ---- two processes, values that are not finite, other arguments
 
 def test_a_second_process_on_a_run_is_refused_until_the_first_is_dead(stopped, whole, folder, forks, figures):
@@ -358,6 +380,7 @@ def test_a_loss_that_is_not_finite(value, options, last, folder, forks, figures)
     assert forks.finish(process) == 3
     message, = [line for line in printed(folder).splitlines() if line.startswith("error")]
     assert "the loss is not finite at step 2 of epoch 1" in message and "Traceback" not in printed(folder)
+    assert "checkpoint.pt is kept from before it, but --resume repeats the same steps: start again" in message
     assert reached(folder) == last
     assert_finite(folder)
     resume(forks, folder, "train_search.py")  # the fault was not the run's

@@ -41,6 +41,7 @@ def absolute(path: str) -> str:
 
 def cell_name(name: str) -> str:
     """--arch: a path that exists, as an absolute one."""
+    name = os.path.expanduser(name)  # in --arch=~/x the shell does not
     return absolute(name) if os.path.exists(name) and name not in genotypes.PUBLISHED else name
 
 
@@ -239,7 +240,9 @@ def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str, list[str]]:
         _, genotype = read_trained(args.evaluate, args.arch)
     else:
         args.arch = args.arch or "LAMBDA_DARTS"
-        genotype = genotypes.load(args.resume or args.arch)  # a run's folder holds its genotype
+        # A run's folder holds its genotype, unless the run was stopped before it was written.
+        in_run = args.resume and Path(args.resume, "genotype.json").exists()
+        genotype = genotypes.load(args.resume if in_run else args.arch)
     folder, search = search_of(args.arch)
     if search and not (args.resume or args.evaluate) and (so_far := unfinished(folder)):
         remarks.append(f"warning: {folder} is an unfinished search, {so_far}: this is its cell so far; to "

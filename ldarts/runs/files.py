@@ -32,7 +32,8 @@ def write_atomically(path: Path, write: Callable[[Path], None], previous: Path |
             os.replace(path, previous)
         os.replace(partial, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # so that the new name survives a power cut
+        with contextlib.suppress(OSError):  # some mounts of CIFS and FUSE can't
+            os.fsync(folder)  # so that the new name survives a power cut
         os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -41,8 +42,9 @@ def write_atomically(path: Path, write: Callable[[Path], None], previous: Path |
 
 
 def not_written(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror}); "
-                      f"correct that, then {resume_flag(path.parent)}")
+    begun = os.path.exists(path.parent / "config.json")
+    remedy = resume_flag(path.parent) if begun else "start again"
+    return InputError(f"{path}: cannot be written ({error.strerror}); correct that, then {remedy}")
 
 
 def resume_flag(folder: Path) -> str:

@@ -201,11 +201,11 @@ class Run:
                 raise self._not_finite(f"{name} is not finite at", step)
 
     def _not_finite(self, what: str, step: int) -> NotFinite:
-        remedy = f"the checkpoint before it is kept: {resume_flag(self.path)}"
-        if not (self.path / CHECKPOINT).exists():
-            remedy = ("there is no checkpoint before it: start again with another --save and a smaller "
-                      "--learning_rate")
-        return NotFinite(f"{what} step {step} of epoch {self.epoch}; {remedy}")
+        before = "there is no checkpoint before it"
+        if (self.path / CHECKPOINT).exists():
+            before = f"{self.path / CHECKPOINT} is kept from before it, but --resume repeats the same steps"
+        return NotFinite(f"{what} step {step} of epoch {self.epoch}; {before}: start again with another "
+                         "--save and a smaller --learning_rate")
 
     def _pace(self) -> str:
         seconds = (time.perf_counter() - self.started) / self.steps_taken
