@@ -65,6 +65,8 @@ class Processes:
 
 def _as_one(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> list[Tensor]:
     """The tensors after `exchange` of all their numbers, as one flat tensor, in place."""
+    if not tensors:
+        return []
     flat = torch.cat([t.reshape(-1) for t in tensors])
     exchange(flat)
     return [part.view(t.shape) for t, part in zip(tensors, flat.split([t.numel() for t in tensors]))]

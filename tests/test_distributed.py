@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import ranks
 from ldarts import layer_alignment
+from ldarts.distributed import Processes
 from test_archives import packed_cifar10
 from test_faults import COMMON, EVAL, assert_same_bits, printed, reached, write_images
 
@@ -138,6 +139,13 @@ def test_a_gradient_is_the_mean_of_those_of_the_ranks(name, computed, serial):
         assert relative(alone, serial[name]) > 1e-2  # the other rank's images matter
 
 
+def test_nothing_is_exchanged_of_no_tensors():
+    processes = Processes(torch.device("cpu"))
+    processes.world = 2
+    assert processes.average([]) == []
+    processes.take_from_first([torch.zeros(1, dtype=torch.int64)])
+
+
 # ---- the scripts
 
 def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
@@ -154,7 +162,7 @@ def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
     alone = images / "alone"
     shutil.copytree(folder, alone)
     assert forks.finish(forks.start(alone, "train_search.py", "--resume", "runs/one")) == 2
-    assert "written by 2 processes, not 1; continue it with --nproc_per_node=2" in printed(alone)
+    assert "written by 2 processes, not 1; continue it with 2 over all nodes" in printed(alone)
     resumed = pair(forks, folder, "train_search.py", "--resume", "runs/one")
     assert [forks.finish(process) for process in undisturbed + resumed] == [0] * 4, printed(folder)
     assert_same_bits(folder, whole)

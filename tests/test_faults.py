@@ -484,6 +484,12 @@ def test_another_number_of_processes_is_named(resumable):
         resumable(sealed(resumable.state | {"processes": 3}))
 
 
+def test_processes_with_checkpoints_of_different_steps_do_not_go_on(resumable, monkeypatch):
+    monkeypatch.setattr(Processes, "largest", lambda self, *values: [value + 1 for value in values])
+    with pytest.raises(InputError, match="of different steps; it must be one folder on a file system"):
+        resumable(sealed(resumable.state))
+
+
 def test_checkpoints_of_other_content(resumable):
     for changed in ({"model": {}}, {"model": 1}, {"model": {"weight": "x", "bias": torch.zeros(3)}},
                     {"epoch": "x"}, {"step": []}, {"seconds": None}, {"history": 3},

@@ -68,6 +68,10 @@ class Run:
                 self._lock_folder(at_end)
             if self.args.resume:
                 self._resume()
+                position = [self.epoch, self.step, -self.epoch, -self.step]
+                if self.processes.largest(*position) != position:
+                    raise InputError(f"{self.path}: the processes found checkpoints of different steps; "
+                                     "it must be one folder on a file system that all of them share")
             else:
                 config = vars(self.args) | {"kind": self.kind, "processes": self.processes.world}
                 config |= origin(self.processes.device) | self.facts
@@ -240,7 +244,7 @@ class Run:
         try:
             if (world := state["processes"]) != self.processes.world:
                 raise InputError(f"{where}: written by {world} processes, not {self.processes.world}; "
-                                 f"continue it with --nproc_per_node={world}")
+                                 f"continue it with {world} over all nodes")
             if (data := state["data"]) != self.data:
                 raise InputError(f"{where}: the run was started on {described(data)}, --data "
                                  f"{self.args.data} holds {described(self.data)}; give the same images")
