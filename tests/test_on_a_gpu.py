@@ -385,7 +385,7 @@ def test_the_second_gpu_by_its_number(gpu, folder):
     path = succeed(gpu, folder("run"), "train_search.py", *IN_201, "--device", "cuda:1", "--epochs", "1",
                    engine=True)
     assert "on cuda:1" in printed(path)
-    assert "machine: device pretended GPU, threads 1, engine on, graph True" in printed(path)
+    assert ", device pretended GPU, threads 1, engine on, graph True" in printed(path)
 
 
 def pair(gpu, folder, *argv, **options):

@@ -73,7 +73,7 @@ def device_name(device: torch.device) -> str:
 
 def machine_facts(device: torch.device, engine: bool, graph: bool) -> dict[str, str | int | bool]:
     """What the bits of a run depend on beside its arguments. engine, graph: whether it uses them"""
-    facts = {"device": device_name(device), "threads": torch.get_num_threads()}
+    facts = {"PyTorch": torch.__version__, "device": device_name(device), "threads": torch.get_num_threads()}
     if engine:
         hindrances = [hindrance(part) for part in dict.fromkeys(("cpu", device.type))]
         reason = next(filter(None, hindrances), "")
