@@ -107,11 +107,10 @@ def rgb(image):
 
 
 def centre(image):
-    """The centre, 224x224, of an image whose shorter side is resized to 256."""
-    width, height = image.size
-    scale = 256 / min(width, height)
-    image = image.resize((max(256, round(width * scale)), max(256, round(height * scale))), 2)  # 2: bilinear
-    left, top = ((side - 224) // 2 for side in image.size)
+    """The centre, 224x224, of an image whose shorter side is resized to 256; rounded as torchvision does."""
+    shorter = min(image.size)
+    image = image.resize([256 * side // shorter for side in image.size], 2)  # 2: bilinear
+    left, top = (round((side - 224) / 2) for side in image.size)
     return image.crop((left, top, left + 224, top + 224))
 
 
@@ -187,7 +186,7 @@ class FolderBatches:
         try:
             for x, y in loader:
                 x = x.to(self.device, memory_format=self.memory_format, non_blocking=True)
-                yield x, y.to(self.device)
+                yield x, y.to(self.device, non_blocking=True)
         except (InputError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]  # a worker's message is its traceback
             if isinstance(error, InputError):
