@@ -24,7 +24,8 @@ from ldarts.runs import (Run, amp_dtype, check_images, count_multiply_adds, coun
 
 
 def imagenet_rate(epoch, args):
-    """ImageNet's rate as a share of --learning_rate: linear, flatter in the last 5 epochs, as in Λ-DARTS's code."""
+    """ImageNet's rate as a share of --learning_rate: linear, flatter in the last 5 epochs, as in the code of
+    Λ-DARTS."""
     if epoch < args.warmup_epochs and args.batch_size > 256:
         return (epoch + 1) / args.warmup_epochs
     left, steep = args.epochs - epoch, max(1, args.epochs - 5)
