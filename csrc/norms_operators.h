@@ -42,7 +42,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
   const int64_t C = z_sums.size(2);
   TORCH_CHECK(p.dim() == 1 || p.size(1) == C, "ldarts: a batch norm of ", p.size(-1), " channels behind ", C);
   const auto map = term_map(z_of_term, has_norm);
-  const auto weights = dense(p, Device::type_for(p)), sums = z_sums.contiguous();
+  const auto weights = dense(p, Device::type_for(p)), sums = dense(z_sums, at::kDouble);
   const auto shifts = dense(beta, weights.scalar_type());
   const auto rstd_mean = at::empty({map.K, 2, C}, weights.options()), moments = at::empty_like(rstd_mean);
   const auto coefficients = at::empty({map.M, 2, C}, weights.options());
@@ -63,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
   const typename Device::Guard guard(p.device());
   const int64_t C = rstd_mean.size(2);
   const auto map = term_map(z_of_term, has_norm);
-  const auto numbers = rstd_mean.contiguous(), sums = grad_sums.contiguous();
+  const auto numbers = rstd_mean.contiguous(), sums = dense(grad_sums, at::kDouble);
   const auto dtype = numbers.scalar_type();
   const auto weights = dense(p, dtype), by_rstd_mean = dense(grad_rstd_mean, dtype);
   const auto scale = at::empty({map.M, C}, numbers.options()), of_z = at::empty_like(numbers);
@@ -85,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_derivatives(
     const MaybeTensor& grad_p, at::IntArrayRef z_of_term, at::IntArrayRef has_norm, int64_t count) {
   const typename Device::Guard guard(p.device());
   const auto map = term_map(z_of_term, has_norm);
-  const auto numbers = rstd_mean.contiguous(), sums = grad_sums.contiguous();
+  const auto numbers = rstd_mean.contiguous(), sums = dense(grad_sums, at::kDouble);
   const auto dtype = numbers.scalar_type();
   const auto weights = dense(p, dtype), of_p = dense(grad_p, dtype), of_numbers = dense(grad_rstd_mean, dtype);
   const auto of_scale = dense(grad_scale, at::kDouble), of_z = dense(grad_of_z, at::kDouble);

@@ -1,5 +1,5 @@
 """`Architect`: the gradients by α, and the gradient of Λ by the weights; `search_step`: a step along them."""
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
@@ -294,7 +294,8 @@ def weight_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch,
                 kind: str, epsilon: float, method: str | None, grad_clip: float) -> WeightGrads:
     """The step of w alone, which minimises L_train - λ_t Λ. method: how ∇Λ is computed, None: without Λ"""
     grads = arch.weight_grads(train, kind, epsilon, method, lambda_t)
-    optimizer.zero_grad()  # of weights that were frozen since the last step
+    for p in arch._weights:  # also of those that were frozen since the last step
+        p.grad = None
     for p, grad in zip(arch.weights, grads.dw):
         p.grad = grad
     norm = nn.utils.clip_grad_norm_(arch.weights, grad_clip)
@@ -321,20 +322,20 @@ def central_difference(gradient: Callable[[Tensor], Sequence[Tensor]], epsilon: 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within, float32 on a GPU is not TF32, in which PyTorch computes convolutions by default: its 10 bits
-    are fewer than a difference over ε₀ = 1e-4 needs, which would be that of two rounding errors."""
-    switches = [(torch.backends.cudnn, "allow_tf32", False), (torch.backends.cuda.matmul, "allow_tf32", False)]
-    if hasattr(torch.backends.cudnn, "conv"):  # since PyTorch 2.9, where the old switches refuse to be mixed
-        switches = [(of, "fp32_precision", "ieee") for of in (torch.backends.cudnn.conv,
-                                                              torch.backends.cuda.matmul)]
-    before = [getattr(of, name) for of, name, _ in switches]
-    for of, name, value in switches:
-        setattr(of, name, value)
+    """Within, convolutions of float32 on a GPU are not computed in TF32, PyTorch's default: its 10 bits are
+    fewer than a difference over ε₀ = 1e-4 needs, which would be that of two rounding errors."""
+    cudnn, before = torch.backends.cudnn, []
+    off = [(cudnn, "allow_tf32", False), *((of, "fp32_precision", "ieee") for of in (cudnn.conv, cudnn.rnn))]
+    for switch, name, _ in off:
+        with suppress(RuntimeError):  # the first, the old one, can't be read where the others say otherwise
+            before.append((switch, name, getattr(switch, name)))
+    for switch, name, value in off:
+        setattr(switch, name, value)
     try:
         yield
     finally:
-        for (of, name, _), value in zip(switches, before):
-            setattr(of, name, value)
+        for switch, name, value in before:
+            setattr(switch, name, value)
 
 
 def moved(tensors: Sequence[Tensor], r: float | Tensor, vector: Sequence[Tensor]) -> list[Tensor]:

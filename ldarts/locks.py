@@ -18,6 +18,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     Some file systems (of NFS, of Lustre) have no locks: a warning says so, and the process goes on.
     """
     with open(path, "a+") as file:
+        os.register_at_fork(after_in_child=file.close)  # or a worker would keep the lock of a killed process
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # PermissionError: on some NFS file systems

@@ -162,7 +162,7 @@ def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
     alone = images / "alone"
     shutil.copytree(folder, alone)
     assert forks.finish(forks.start(alone, "train_search.py", "--resume", "runs/one")) == 2
-    assert "written by 2 processes, not 1; continue it with 2 over all nodes" in printed(alone)
+    assert "written by 2 processes, not 1; start 2 of them with torchrun" in printed(alone)
     resumed = pair(forks, folder, "train_search.py", "--resume", "runs/one")
     assert [forks.finish(process) for process in undisturbed + resumed] == [0] * 4, printed(folder)
     assert_same_bits(folder, whole)

@@ -28,6 +28,7 @@ import train_search
 from ldarts import InputError, genotypes, runs
 from ldarts.data.archives import SOURCES, locate, read_cifar
 from ldarts.distributed import Processes
+from ldarts.locks import locked
 from ldarts.runs.files import CHECKPOINT, PREVIOUS, SEAL, load_checkpoint
 from test_archives import Exploit, python2_pickle, write_cifar10
 
@@ -332,7 +333,7 @@ def test_a_mount_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch):
 
 def test_a_run_that_could_not_begin_is_not_advised_to_resume(tmp_path):
     (tmp_path / "log.txt").mkdir()
-    for remedy in ("start again", f"--resume {tmp_path}"):
+    for remedy in ("start again with another --save", f"--resume {tmp_path}"):
         with pytest.raises(InputError, match=f"correct that, then {remedy}$"):
             runs.write_atomically(tmp_path / "log.txt", lambda path: path.write_text("log"))
         (tmp_path / "config.json").write_text("{}")
@@ -488,9 +489,13 @@ def test_another_number_of_processes_is_named(resumable):
 
 
 def test_processes_with_checkpoints_of_different_steps_do_not_go_on(resumable, monkeypatch):
-    monkeypatch.setattr(Processes, "largest", lambda self, *values: [value + 1 for value in values])
-    with pytest.raises(InputError, match="of different steps; it must be one folder on a file system"):
-        resumable(sealed(resumable.state))
+    epoch, step = resumable.state["epoch"], resumable.state["step"]
+    for other in ((epoch, step + 1), (epoch + 1, step), (epoch, step - 1), (epoch - 1, step)):
+        peer = [*other, *(-value for value in other)]
+        monkeypatch.setattr(Processes, "largest", lambda self, *values: [
+            max(pair) for pair in zip(values, peer)] if len(values) == 4 else list(values))
+        with pytest.raises(InputError, match="of different steps; it must be one folder on a file system"):
+            resumable(sealed(resumable.state))
 
 
 def test_checkpoints_of_other_content(resumable):
@@ -598,3 +603,21 @@ def test_mutated_genotypes_and_configs_raise_nothing_but_input_error(tmp_path, m
                 refusals += 1
         assert refusals > 25
         figures["mutated files"] += 250
+
+
+def test_a_forked_process_does_not_keep_a_lock(tmp_path):
+    """As a worker that outlives a killed run for some seconds."""
+    ready, says_ready = os.pipe()
+    with locked(tmp_path / "lock", wait=False):
+        child = os.fork()
+        if not child:
+            os.write(says_ready, b".")
+            time.sleep(60)
+            os._exit(0)
+    os.read(ready, 1)
+    try:
+        with locked(tmp_path / "lock", wait=False):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

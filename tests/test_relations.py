@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ldarts
 from ldarts import genotypes, spaces
-from ldarts.architect import METHODS, search_step
+from ldarts.architect import METHODS, full_float32, search_step
 from ldarts.fused import compiled_for, run_plainly
 
 SPACES = [space for space in spaces.SPACES if space != "s5"]  # the same as darts
@@ -154,4 +154,20 @@ def test_tf32_does_not_reach_the_passes_of_a_difference(monkeypatch):
     print(f"\ncosine with float32: {cosines[0]:.3f}, in TF32 {cosines[1]:.3f}, "
           f"length {float(unguarded.norm() / expected.norm()):.1f}")
     assert cosines[0] > 0.99 and cosines[1] < 0.2
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def test_the_switches_of_tf32_can_be_read_and_are_put_back():
+    cudnn = torch.backends.cudnn
+    with full_float32():
+        assert not cudnn.allow_tf32 and cudnn.conv.fp32_precision == "ieee"
+        with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # reads them all
+            pass
+    assert cudnn.allow_tf32 and cudnn.conv.fp32_precision == cudnn.rnn.fp32_precision == "tf32"
+    try:
+        cudnn.conv.fp32_precision = "ieee"  # which makes the old switch unreadable
+        with full_float32():
+            assert not cudnn.allow_tf32
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+    finally:
+        cudnn.conv.fp32_precision = "tf32"
+        cudnn.allow_tf32 = True

@@ -193,8 +193,10 @@ class FolderBatches:
                 raise InputError(reason.removeprefix("ldarts.errors.InputError: ")) from error
             if not self.workers or not (isinstance(error, OSError) or any(map(str(error).count, NO_WORKERS))):
                 raise
-            raise InputError(f"--workers {self.workers}: {reason}; use --workers 0, or enlarge /dev/shm, "
-                             "through which workers pass images") from error
+            remedy = "use --workers 0, or enlarge /dev/shm, through which workers pass images"
+            if "Terminated" in reason:  # by a signal that was sent to each process of a job
+                remedy = "continue the run with --resume"
+            raise InputError(f"--workers {self.workers}: {reason}; {remedy}") from error
 
 
 def folder_batches(root: str, parts: Sequence[str], batch_size: int, seed: int, *, rank: int = 0,

@@ -38,12 +38,17 @@ def engine_supports(x: Tensor) -> bool:
     engine's operators instead of PyTorch's: use LDARTS_FUSED=off with it.
     """
     return (isinstance(x, Tensor) and not isinstance(x, FakeTensor) and compiled_for(x.device.type)
-            and not _has_any_global_hook() and pytorch() == AS_IMPORTED
+            and is_unwatched()
             and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
             and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and torch._C._functorch.peek_interpreter_stack() is None
             and torch.autograd.forward_ad._current_level < 0
             and not (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")))
+
+
+def is_unwatched() -> bool:
+    """Whether nobody has replaced a part of PyTorch that a pass calls, or hooked all modules."""
+    return pytorch() == AS_IMPORTED and not _has_any_global_hook()
 
 
 class Engine:
@@ -85,6 +90,8 @@ class Engine:
         """
         cells = [cell for cell in cells if count_operations(cell)]
         recognised, operations, refusals = 0, sum(map(count_operations, cells)), []
+        if not is_unwatched():
+            return f"0 of {operations} operations run in the engine; PyTorch is patched or has a global hook"
         for plan in map(self.plan_of, cells):
             recognised += plan.recognised if isinstance(plan, CellPlan) else 0
             refusals += plan.refusals if isinstance(plan, CellPlan) else [plan]

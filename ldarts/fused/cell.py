@@ -259,7 +259,7 @@ def make_plan(module: nn.Module, reader: Reader) -> Plan:
         if kind == "cell":
             last = 2 + module._steps
             return CellPlan(reader, blocks, [*edges.values()], [range(2 + i) for i in range(module._steps)],
-                            range(max(0, last - module._multiplier), last))
+                            range(last)[-module._multiplier :])
         sources = [module.sources[k : k + 2] for k in range(0, len(edges), 2)]
         return DerivedPlan(reader, blocks, [*edges.values()], sources, module.concat,
                            drop_path_of(type(module)))

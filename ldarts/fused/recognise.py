@@ -36,8 +36,14 @@ def pytorch() -> list[Callable]:
             F.relu, F.conv2d, F.batch_norm, F.avg_pool2d, F.max_pool2d, torch.cat]
 
 
-# Without what was replaced before: then `pytorch` never returns this.
-AS_IMPORTED = [function for function in pytorch() if str(function.__module__).startswith("torch")]
+def is_pytorchs(function: Callable) -> bool:
+    """Whether a function is PyTorch's own: by its file, or where it is compiled by its module."""
+    if code := getattr(function, "__code__", None):
+        return code.co_filename.startswith(torch.__path__[0])
+    return str(function.__module__).split(".")[0] == "torch"
+
+
+AS_IMPORTED = [*filter(is_pytorchs, pytorch())]  # never what `pytorch` returns if a part was replaced before
 
 
 # The forwards that the engine computes in another way.

@@ -43,7 +43,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], previous: Path |
 
 def not_written(path: Path, error: OSError) -> InputError:
     begun = os.path.exists(path.parent / "config.json")
-    remedy = resume_flag(path.parent) if begun else "start again"
+    remedy = resume_flag(path.parent) if begun else "start again with another --save"
     return InputError(f"{path}: cannot be written ({error.strerror}); correct that, then {remedy}")
 
 

@@ -228,8 +228,8 @@ class Run:
     def _log_machine(self, now: dict[str, str | int | bool]) -> None:
         self.log("machine: " + ", ".join(f"{name} {value}" for name, value in now.items()))
         before = read_config(self.path).get("machine", now)
-        if changes := [f"{name} {before.get(name)}, now {now.get(name)}" for name in before | now
-                       if before.get(name) != now.get(name)]:
+        if changes := [f"{name} {value}, now {now.get(name)}" for name, value in before.items()
+                       if value != now.get(name)]:
             self.log(f"warning: the bits will differ from an uninterrupted run's: {'; '.join(changes)}")
 
     def _resume(self) -> None:
@@ -244,7 +244,7 @@ class Run:
         try:
             if (world := state["processes"]) != self.processes.world:
                 raise InputError(f"{where}: written by {world} processes, not {self.processes.world}; "
-                                 f"continue it with {world} over all nodes")
+                                 f"start {world} of them with torchrun")
             if (data := state["data"]) != self.data:
                 raise InputError(f"{where}: the run was started on {described(data)}, --data "
                                  f"{self.args.data} holds {described(self.data)}; give the same images")
