@@ -1,7 +1,7 @@
 #pragma once
 // What follows from sums per channel, for the batch norms behind some z: their statistics, and the gradients
-// through them. Plain pointers, for the CPU (norms.cpp) and for CUDA (sums_kernels.cuh). Computed in float64: a
-// difference below loses (μ/σ)² units of 1e-16. On CUDA r, μ and the coefficients are kept in the type of p.
+// through them. Plain pointers, for the CPU (norms.cpp) and for CUDA (sums_kernels.cuh). Computed in float64,
+// because a difference below loses (μ/σ)² units of 1e-16; CUDA keeps r, μ and the coefficients in p's type.
 //
 // A term m is p_m (z - μ) r + β_m of one of K tensors z [N, C, H, W], k = z_of_term[m], with r = 1/σ and μ of
 // its batch norm, or 1 and 0 where it has none. p_m is one number, or, as the γ of a norm, one for each
@@ -148,7 +148,7 @@ struct NormGradients {
 
 // The derivative of NormGradients: the gradients by its inputs, from those by its results, scale' [M, C],
 // of_z' [K, 2, C] and p' (as p), of which any may be null: 0. With the names from above, R and U are
-// by_rstd_mean_of, V = -r³/2 R is by_v and D = B - μ A is centred. Where z has a norm (else U' = V' = R' = 0),
+// by_rstd_mean_of, V = -r³/2 R is by_v, D = B - μ A is centred. Where z has a norm (else U' = V' = R' = 0),
 //
 //     U' = of_z'[0] / n,   V' = 2 (of_z'[1] - μ of_z'[0]) / n,   R' = -r³/2 V'
 //

@@ -33,7 +33,7 @@ inline at::Tensor dense(const MaybeTensor& t, at::ScalarType dtype) {
 template <typename P>
 TermWeights<P> weights_of(const at::Tensor& p) { return {read<P>(p), p.dim() == 1 ? 1 : p.size(1)}; }
 
-// -> rstd_mean [K, 2, C], moments [K, 2, C], coefficients [M, 2, C]. z_sums: of those z that have a norm alone.
+// -> rstd_mean [K, 2, C], moments [K, 2, C], coefficients [M, 2, C]. z_sums: of the z that have a norm alone.
 template <typename Device>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
     const at::Tensor& z_sums, at::IntArrayRef has_norm, const at::Tensor& p, const MaybeTensor& beta,
@@ -87,7 +87,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_derivatives(
   const auto map = term_map(z_of_term, has_norm);
   const auto numbers = rstd_mean.contiguous(), sums = dense(grad_sums, at::kDouble);
   const auto dtype = numbers.scalar_type();
-  const auto weights = dense(p, dtype), of_p = dense(grad_p, dtype), of_numbers = dense(grad_rstd_mean, dtype);
+  const auto weights = dense(p, dtype), of_p = dense(grad_p, dtype);
+  const auto of_numbers = dense(grad_rstd_mean, dtype);
   const auto of_scale = dense(grad_scale, at::kDouble), of_z = dense(grad_of_z, at::kDouble);
   const auto by_numbers = at::empty_like(numbers), by_grad = at::empty_like(numbers);
   const auto by_sums = at::empty_like(sums), by_p = at::empty(p.sizes(), numbers.options());

@@ -294,8 +294,8 @@ def weight_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch,
                 kind: str, epsilon: float, method: str | None, grad_clip: float) -> WeightGrads:
     """The step of w alone, which minimises L_train - λ_t Λ. method: how ∇Λ is computed, None: without Λ"""
     grads = arch.weight_grads(train, kind, epsilon, method, lambda_t)
-    for p in arch._weights:  # also of those that were frozen since the last step
-        p.grad = None
+    for p in arch._weights:
+        p.grad = None  # also of one that was frozen since the last step
     for p, grad in zip(arch.weights, grads.dw):
         p.grad = grad
     norm = nn.utils.clip_grad_norm_(arch.weights, grad_clip)

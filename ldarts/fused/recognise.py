@@ -7,6 +7,7 @@ through a chain is recognised by its code, that of the functions below: an edite
 import builtins
 import dis
 import functools
+import os
 import types
 import weakref
 from operator import itemgetter
@@ -39,7 +40,7 @@ def pytorch() -> list[Callable]:
 def is_pytorchs(function: Callable) -> bool:
     """Whether a function is PyTorch's own: by its file, or where it is compiled by its module."""
     if code := getattr(function, "__code__", None):
-        return code.co_filename.startswith(torch.__path__[0])
+        return code.co_filename.startswith(torch.__path__[0] + os.sep)
     return str(function.__module__).split(".")[0] == "torch"
 
 
