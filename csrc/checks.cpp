@@ -67,8 +67,8 @@ static int64_t count_rows(const char* what, at::TensorList tensors, int64_t& num
   int64_t rows = 0;
   for (const auto& t : tensors) {
     const int64_t width = t.dim() == 2 ? t.size(1) : 1;
-    TORCH_CHECK_VALUE(t.dim() == 1 || t.dim() == 2, "affine_sums: ", what, " have shape ", t.sizes(),
-                      ", expected [rows] or [rows, C]");
+    TORCH_CHECK_VALUE(t.dim() == 1 || (t.dim() == 2 && width > 0), "affine_sums: ", what, " have shape ",
+                      t.sizes(), ", expected [rows] or [rows, C]");
     if (numbers == 0) numbers = width;
     TORCH_CHECK_VALUE(width == numbers, "affine_sums: ", what, " have ", width, " numbers a row, expected ",
                       numbers);
@@ -99,6 +99,10 @@ Entries::Entries(at::TensorList terms, at::TensorList scales, at::TensorList shi
                       shift_rows);
   numbers = std::max<int64_t>(1, width);
   const at::Tensor& first = terms[0];
+  for (const auto& rows_of : {scales, shifts})
+    for (const at::Tensor& t : rows_of)
+      TORCH_CHECK_VALUE(t.device() == first.device(), "affine_sums: scales or shifts have device ",
+                        t.device(), ", expected ", first.device());
   if (numbers > 1 && first.dim() == 4 && numbers == first.size(0) * first.size(1)) images = first.size(0);
   for (const auto& t : terms) {
     TORCH_CHECK_VALUE(numbers == 1 || (t.dim() == 4 && t.size(1) * images == numbers),

@@ -43,7 +43,11 @@ TermMap term_map(const Numbers& z_of_term, const Numbers& has_norm) {
                                 "computes without them");
   TermMap map{{}, {}, static_cast<int>(has_norm.size()), static_cast<int>(z_of_term.size())};
   int16_t norms = 0;
-  for (int m = 0; m < map.M; ++m) map.z_of_term[m] = static_cast<int16_t>(z_of_term[m]);
+  for (int m = 0; m < map.M; ++m) {
+    if (z_of_term[m] < 0 || z_of_term[m] >= map.K)
+      throw std::invalid_argument("normalised sums: a term of a z that is not given");
+    map.z_of_term[m] = static_cast<int16_t>(z_of_term[m]);
+  }
   for (int k = 0; k < map.K; ++k) map.norm_of_z[k] = has_norm[k] ? norms++ : -1;
   return map;
 }

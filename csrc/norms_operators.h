@@ -41,6 +41,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
   const typename Device::Guard guard(p.device());
   const int64_t C = z_sums.size(2);
   TORCH_CHECK(p.dim() == 1 || p.size(1) == C, "ldarts: a batch norm of ", p.size(-1), " channels behind ", C);
+  TORCH_CHECK(p.size(0) == static_cast<int64_t>(z_of_term.size()), "ldarts: ", p.size(0), " rows of p for ",
+              z_of_term.size(), " terms");
   const auto map = term_map(z_of_term, has_norm);
   const auto weights = dense(p, Device::type_for(p)), sums = dense(z_sums, at::kDouble);
   const auto shifts = dense(beta, weights.scalar_type());

@@ -39,7 +39,7 @@ struct ChannelSumsArgs {
 // What is summed is x (y - s) and x, and where x is y (x - s)² and x - s, with s the first pixel of y:
 // products stay as small as the deviations from a mean far from 0, which norms.h subtracts. Sums of kRun
 // pixels are of type Acc<T>, those of the sums float64. With float32 they are off by at most kRun 2^-24
-// Σ |x (y - s)|: the variance of z by a part of 1e-6 (1 + (s - μ)²/σ²) at most, however far μ is from 0.
+// Σ |x (y - s)|: the variance of z by a part of 3e-6 (1 + (s - μ)²/σ²) at most, however far μ is from 0.
 template <typename T, int L>
 __global__ void __launch_bounds__(kThreads)
     channel_sums_kernel(const __grid_constant__ ChannelSumsArgs<T> a) {

@@ -15,8 +15,9 @@ class Captured:
     step: from tensors to any structure of tensors, without waiting for the device; it changes nothing but the
     parameters and buffers of `net` and the state of `optimizers`, which starts as zeros. Numbers that change
     from call to call are inputs; learning rates are read from the optimizers. A graph holds addresses and
-    numbers: if one has changed since the capture (a tensor was replaced or frozen, inputs have another shape,
-    an option or a momentum another value) the step is captured again. warn: called once, with a line, if a
+    numbers: if one has changed since the capture (a weight was frozen, its data replaced, inputs have another
+    shape, an option or a momentum another value) the step is captured again. No parameter or buffer of net
+    may become another object. warn: called once, with a line, if a
     capture fails; from then on step runs without a graph. Each call's result overwrites the one before.
     """
 

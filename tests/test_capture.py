@@ -15,9 +15,15 @@ def test_passes_in_bf16_point_where_float64_does():
     torch.manual_seed(0)
     net = ldarts.SearchNetwork(8, 10, 8, "s2").to(memory_format=torch.channels_last)
     x, y = torch.randn(32, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(32) % 10
-    found = {}
+    found, autocast = {}, {}
     for name, dtype, amp in (("float64", torch.float64, None), ("bf16", torch.float32, torch.bfloat16)):
-        arch = ldarts.Architect(copy.deepcopy(net).to(dtype), F.cross_entropy, amp=amp)
+        passes = autocast[name] = []  # whether each is one of mixed precision
+
+        def criterion(logits, y):
+            passes.append(torch.is_autocast_enabled("cpu"))
+            return F.cross_entropy(logits, y)
+
+        arch = ldarts.Architect(copy.deepcopy(net).to(dtype), criterion, amp=amp)
         batch = x.to(dtype), y
         _, dw, exact, value = arch.lambda_grads(batch, "cosine", 0.0, "exact")
         central = arch.lambda_grads(batch, "cosine", 1e-2, "central")[2]
@@ -27,6 +33,9 @@ def test_passes_in_bf16_point_where_float64_does():
     cosines = [float(F.cosine_similarity(a, b, 0)) for a, b in zip(found["float64"][0], found["bf16"][0])]
     print("bf16 against float64: cosine of the gradients by α {:.4f}, of ∇L {:.4f}, of ∇Λ exact {:.4f}, "
           "central {:.4f}".format(*cosines), f"Λ {found['bf16'][1]:+.4f} against {found['float64'][1]:+.4f}")
+    exact_pass, *central_passes, alpha_pass = autocast["bf16"]
+    assert exact_pass and alpha_pass and central_passes == [True, False, False]
+    assert not any(autocast["float64"])
     # Rounding differs with the number of threads: by 0.05.
     assert all(c > least for c, least in zip(cosines, (0.8, 0.7, 0.45, 0.3)))
     assert abs(found["bf16"][1] - found["float64"][1]) < 0.15

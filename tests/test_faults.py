@@ -483,6 +483,20 @@ def resumable(tmp_path):
     return attempt
 
 
+def test_a_checkpoint_is_written_when_its_minutes_are_over(resumable, tmp_path, monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
+    args = argparse.Namespace(resume=str(tmp_path / "one"), save=None, epochs=1, report_freq=9, seed=0,
+                              checkpoint_minutes=1)
+    parts = {"model": torch.nn.Linear(2, 2)}
+    with runs.Run("search", args, Processes(torch.device("cpu")), parts, 9, []) as run:
+        saved = []
+        monkeypatch.setattr(run, "save", lambda: saved.append(run.step))
+        for seconds[0] in (59.0, 61.0):
+            run.after_step(torch.ones(()), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
+    assert saved == [run.step]
+
+
 def test_another_number_of_processes_is_named(resumable):
     with pytest.raises(InputError, match="by 3 processes, not 1"):
         resumable(sealed(resumable.state | {"processes": 3}))

@@ -649,11 +649,12 @@ def test_an_architect_of_a_changed_network(change):
         for b, before in zip(net.buffers(), buffers):
             b.data.copy_(before)
         result += arch.lambda_grads(train, "cosine", 1e-7, method)[2]
-    # The published radius of the second order crosses kinks: compare its direction, and Λ's gradient exactly.
+    # The published radius of the second order crosses kinks. Its length is compared, which other random
+    # numbers in the two passes would make far too large.
     of_lambda = slice(len(net.arch_parameters()), None)
     norm = torch.nn.utils.get_total_norm
     assert norm([a - b for a, b in zip(central[of_lambda], exact[of_lambda])]) < 1e-4 * norm(exact[of_lambda])
-    assert norm(central[: of_lambda.start]) < 30 * norm(exact[: of_lambda.start])
+    assert 0.5 < norm(central[: of_lambda.start]) / norm(exact[: of_lambda.start]) < 30
     step = partial(search_step, arch, optimizer, train, valid, unrolled=True, alpha_first=True, lambda_t=0.1,
                    kind="cosine", epsilon=1e-4, method="exact", grad_clip=5.0)
     step()

@@ -77,6 +77,13 @@ def test_opcheck(device):
     entries = [0, 1, 2, 0], [0, 3, -1, 2], [1, -1, -1, 0], [3, 1]  # z, scales, shifts; of sums of 3 and of 1
     torch.library.opcheck(ops.affine_sums.default, (images, [rows[:2], rows[2:]], [rows[:2]], *entries))
     torch.library.opcheck(ops.channel_sums.default, (images, [images[0], images[2], images[1]]))
+    sums, p = torch.rand(2, 2, 3, device=device) + 1, torch.rand(3, device=device)
+    has_norm, z_of_term = [1, 1], [0, 1, 1]
+    statistics = sums, has_norm, p, None, z_of_term, 4, 1e-5
+    torch.library.opcheck(ops.norm_statistics.default, statistics)
+    rstd_mean, *_ = ops.norm_statistics(*statistics)
+    gradients = rstd_mean, p, None, sums.double(), z_of_term, has_norm, 4
+    torch.library.opcheck(ops.norm_gradients.default, gradients)
 
 
 @needs_build
@@ -115,12 +122,26 @@ def test_the_two_sums_are_each_other_s_derivative(device):
 @pytest.mark.parametrize("change, message", [
     ({"entries": [2]}, "1 sums of 2 entries; 1 z"), ({"z_of_entry": [3]}, "entry 0 is of z 3"),
     ({"scales": [torch.ones(2, 4)]}, r"expected \[N, 4, H, W\]"), ({"entries": [0, 1]}, "has no entry"),
-    ({"shifts": [torch.ones(1, 2)]}, "2 numbers a row, expected 3")], ids=str)
+    ({"shifts": [torch.ones(1, 2)]}, "2 numbers a row, expected 3"),
+    ({"scales": [torch.ones(1, 0)]}, r"expected \[rows\] or \[rows, C\]")], ids=str)
 def test_wrong_entries_are_named(change, message):
     arguments = {"z": [torch.ones(2, 3, 2, 2)], "scales": [torch.ones(1, 3)], "shifts": [], "z_of_entry": [0],
                  "scale_of_entry": [0], "shift_of_entry": [-1], "entries": [1]} | change
     with pytest.raises(ValueError, match=message):
         torch.ops.ldarts.affine_sums(**arguments)
+
+
+@needs_build
+def test_a_transformed_sum_is_that_of_the_reference():
+    """torch.func and forward mode, for which the operators have no rules."""
+    weights, terms = sample((2, 3, 2, 2), 3, torch.float64)
+    for transform in (lambda f: torch.func.jvp(f, (weights,), (weights,))[1],
+                      lambda f: torch.func.jacrev(f)(weights),
+                      lambda f: torch.func.grad(lambda w: f(w).square().sum())(weights),
+                      lambda f: torch.func.vmap(f)(torch.stack([weights, 2 * weights]))):
+        found, expected = (transform(lambda w, f=f: f(w, terms)) for f in (mixed_sum, mixed_sum_ref))
+        torch.testing.assert_close(found, expected)
+        assert float(found.abs().max()) > 0
 
 
 @needs_build
@@ -174,12 +195,15 @@ def mismatches():
     """(name, weights, terms, message)"""
     weights, terms = sample((2, 4, 3, 3), 3, torch.float32)
     other = {"shape": terms[2][:, :, :2].contiguous(), "dtype": terms[2].double(),
-             "memory format": terms[2].contiguous(memory_format=torch.channels_last)}
+             "device": terms[2].to("meta"), "memory format": terms[2].contiguous(memory_format=torch.channels_last)}
     for name, term in other.items():
         yield name, weights, [*terms[:2], term], f"term 2 has {name}"
     yield "a slice", weights, [t[:, :, :, ::2] for t in terms], "term 0 has memory format"
     yield "too few weights", weights[:2], terms, r"weights have shape \[2\], expected \[3\]"
     yield "narrow weights", weights.half(), terms, "weights have dtype"
+    yield "whole numbers", weights, [t.long() for t in terms], "term 0 has dtype"
+    yield "complex weights", weights.cfloat(), terms, "weights have dtype"
+    yield "weights elsewhere", weights.to("meta"), terms, "weights have device meta"
     yield "no terms", weights[:0], [], "at least one term"
 
 

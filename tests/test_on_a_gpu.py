@@ -265,7 +265,9 @@ def test_default_flags_in_bf16_with_all_that_is_drawn(script, gpu, folder):
     argv = argv if script == "train_search.py" else [*TRAIN, "--arch", CONVS]
     path = succeed(gpu, folder("run"), script, *argv, "--amp", "bf16")
     assert len(metrics(path)) == 2
-    assert not drawn or script == "train_eval.py" or list((path / "runs/one").glob("*.p*"))
+    if script == "train_search.py":
+        files = {"--plot": "*.png", "--tensorboard": "events*"}
+        assert all(list((path / "runs/one").rglob(files[flag])) for flag in drawn)
 
 
 # ---- runs that are continued
@@ -362,6 +364,7 @@ def test_no_step_between_two_reports_waits_for_the_device(script, flags, gpu, fo
     succeed_together(gpu, *runs, engine=True)
     counts = [waits(path) for path, *_ in runs]
     assert counts[0] == counts[1]
+    assert ("read back", "save_checkpoint") in {(what, place.split()[1]) for what, place in counts[0]}
     functions = {place.split()[1] for what, place in counts[0] if what == "read back"}
     assert functions <= set.union(*READ_BACK.values())
     print("\n".join(f"{what} {count} times: {place}" for (what, place), count in counts[0].items()))

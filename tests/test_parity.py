@@ -1,4 +1,7 @@
-"""The mathematics, in float64, against arrays computed by the published code."""
+"""The mathematics, in float64, against arrays computed by the published code (tests/golden/README.md).
+
+In the default layout the plain form computes, in channels-last the engine.
+"""
 import json
 
 import pytest
@@ -7,9 +10,12 @@ import torch.nn.functional as F
 
 import ldarts
 from conftest import GOLDEN
+from ldarts.fused import compiled_for, engine_supports
 from ldarts.runs import count_parameters
 
 CASES = ["s5_cosine", "s2_sign_unrolled"]
+LAYOUTS = {"plain": torch.contiguous_format, "engine": torch.channels_last}
+DOUBLE, SINGLE = 1e-10, 1e-7  # bounds for what is stored in float64 and for what is stored in float32
 KINDS = {"corr": "cosine", "signcorr": "sign"}
 
 
@@ -22,7 +28,8 @@ def relative(found, expected):
 
 def supernet(case):
     c = case.config
-    net = ldarts.SearchNetwork(c["C"], c["num_classes"], c["layers"], c["space"]).double()
+    net = ldarts.SearchNetwork(c["C"], c["num_classes"], c["layers"], c["space"])
+    net.to(torch.float64, memory_format=case.layout)
     state = case.group("state")
     alphas = {"alphas_normal": case["alphas_normal"], "alphas_reduce": case["alphas_reduce"]}
     missing, unexpected = net.load_state_dict(state | alphas, strict=False)
@@ -34,7 +41,7 @@ def supernet(case):
 
 
 def batch(case, stream, step=0):
-    return case[f"x_{stream}"][step], case[f"y_{stream}"][step]
+    return case[f"x_{stream}"][step].contiguous(memory_format=case.layout), case[f"y_{stream}"][step]
 
 
 def named(net, tensors):
@@ -44,22 +51,31 @@ def named(net, tensors):
 
 
 def compare(net, tensors, expected, tolerance):
-    found = named(net, tensors)
-    assert set(found) == set(expected)
-    assert relative([found[k] for k in expected], list(expected.values())) < tolerance
+    """Each tensor by itself: the gradients of biases and pointwise convolutions are far below the largest."""
+    by_name = named(net, tensors)
+    assert set(by_name) == set(expected)
+    errors = {name: relative(by_name[name], tensor) for name, tensor in expected.items()}
+    assert max(errors.values()) < tolerance, max(errors, key=errors.get)
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=[(name, layout) for name in CASES for layout in LAYOUTS], ids="-".join)
 def case(request, golden):
-    return golden(request.param)
+    name, layout = request.param
+    return with_layout(golden(name), LAYOUTS[layout])
+
+
+def with_layout(case, layout):
+    case.layout = layout
+    return case
 
 
 def test_logits_and_loss(case):
     net, _ = supernet(case)
     x, y = batch(case, "train")
+    assert engine_supports(x) == compiled_for("cpu")  # unless LDARTS_FUSED=off
     logits = net(x)
-    assert relative(logits, case["logits"]) < 1e-8
-    assert relative(F.cross_entropy(logits, y), case["loss"]) < 1e-8
+    assert relative(logits, case["logits"]) < DOUBLE
+    assert relative(F.cross_entropy(logits, y), case["loss"]) < DOUBLE
 
 
 @pytest.mark.parametrize("unrolled", [False, True])
@@ -69,7 +85,7 @@ def test_alpha_gradients(case, unrolled):
                              unrolled)
     order = "second" if unrolled else "first"
     for g, which in zip(found, ("normal", "reduce")):
-        assert relative(g, case[f"dalpha_{order}_{which}"]) < 1e-8
+        assert relative(g, case[f"dalpha_{order}_{which}"]) < DOUBLE
 
 
 def test_layer_gradients_alignment_and_direction(case):
@@ -79,15 +95,15 @@ def test_layer_gradients_alignment_and_direction(case):
     grads = torch.autograd.grad(F.cross_entropy(net(x, p), y), p)
     for which, reduction in (("normal", False), ("reduce", True)):
         found = torch.stack([g.flatten() for g, cell in zip(grads, net.cells) if cell.reduction == reduction])
-        assert relative(found, case[f"layer_grads_{which}"]) < 1e-8
+        assert relative(found, case[f"layer_grads_{which}"]) < DOUBLE
     value, _ = arch.alignment(grads, "cosine")
-    assert relative(value, case["alignment_normal"]) < 1e-8
+    assert relative(value, case["alignment_normal"]) < DOUBLE
     for prefix, kind in KINDS.items():
         _, u = arch.alignment(grads, kind)
         assert [d is None for d in u] == [cell.reduction for cell in net.cells]
         u = torch.stack([d for d in u if d is not None])
-        assert relative(u, case[f"{prefix}/direction_normal"]) < 1e-8
-        assert relative(case.config["epsilon_0"] / u.norm(), case[f"{prefix}/epsilon"]) < 1e-8
+        assert relative(u, case[f"{prefix}/direction_normal"]) < DOUBLE
+        assert relative(case.config["epsilon_0"] / u.norm(), case[f"{prefix}/epsilon"]) < DOUBLE
 
 
 @pytest.mark.parametrize("prefix", KINDS)
@@ -95,9 +111,9 @@ def test_lambda_gradient(case, prefix):
     net, arch = supernet(case)
     loss, dw, d_lambda, _ = arch.lambda_grads(
         batch(case, "train"), KINDS[prefix], case.config["epsilon_0"], "central")
-    assert relative(loss, case["loss"]) < 1e-8
-    compare(net, dw, case.group("dweight"), 1e-6)  # stored in float32
-    compare(net, d_lambda, case.group(f"{prefix}/alignment_grad"), 1e-5)
+    assert relative(loss, case["loss"]) < DOUBLE
+    compare(net, dw, case.group("dweight"), SINGLE)
+    compare(net, d_lambda, case.group(f"{prefix}/alignment_grad"), SINGLE)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "sign"])
@@ -108,8 +124,8 @@ def test_exact_equals_central_at_a_small_radius(case, kind):
     assert relative(central, exact) < 1e-5
 
 
-def test_exact_second_order_equals_central_at_a_small_radius(case, monkeypatch):
-    """The published radius crosses kinks of the ReLUs; at a thousandth of it both products agree."""
+def test_exact_second_order_equals_a_difference_at_a_small_radius(case):
+    """The published radius crosses kinks of the ReLUs; 1e-7, in float64, does not."""
     net, arch = supernet(case)
     arguments = batch(case, "train"), batch(case, "valid"), case.config["learning_rate"], None, True
     first = arch.alpha_grads(*arguments[:-1], False)
@@ -156,12 +172,12 @@ def run_steps(case, lambda_sign=1, alpha_first=True, unrolled=None):
     return (relative(torch.stack(losses), case["steps/loss"]),
             max(relative(torch.stack([a[k] for a in alphas]), case[f"steps/alphas_{which}"])
                 for k, which in enumerate(("normal", "reduce"))),
-            relative([weights[k] for k in final], list(final.values())))
+            max(relative(weights[k], tensor) for k, tensor in final.items()))
 
 
 def test_three_steps(case):
     loss, alphas, weights = run_steps(case)
-    assert loss < 1e-5 and alphas < 1e-8 * 1e3 and weights < 1e-5
+    assert loss < DOUBLE and alphas < DOUBLE and weights < SINGLE
 
 
 @pytest.mark.parametrize("changed, what, least", [
@@ -169,42 +185,49 @@ def test_three_steps(case):
     ids=str)
 def test_three_steps_notice_what_is_changed(changed, what, least, golden):
     """Another sign of Λ in the weights; w before α, and the first order, in α."""
-    assert run_steps(golden("s2_sign_unrolled"), **changed)[what] > least
+    case = with_layout(golden("s2_sign_unrolled"), torch.contiguous_format)
+    assert run_steps(case, **changed)[what] > least
 
 
-def test_nasbench201(golden):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nasbench201(layout, golden):
     case = golden("nb201_cosine")
     c = case.config
-    net = ldarts.SearchNetwork(c["C"], 10, c["N"], "nasbench201").double()
+    net = ldarts.SearchNetwork(c["C"], 10, c["N"], "nasbench201")
+    net.to(torch.float64, memory_format=LAYOUTS[layout])
     net.load_state_dict(case.group("state"), strict=False)
     assert relative(net.arch_parameters()[0], case.group("state")["arch_parameters"]) == 0
     assert list(net.cells[0].edges) == list(c["edge_order"])
     arch = ldarts.Architect(net, F.cross_entropy)
-    train = case["x_train"], case["y_train"]
-    assert relative(net(train[0]), case["logits"]) < 1e-8
-    assert relative(arch.alpha_grads(train, train, 0.0, None, False), [case["dalpha_first"]]) < 1e-8
+    train = case["x_train"].contiguous(memory_format=LAYOUTS[layout]), case["y_train"]
+    assert relative(net(train[0]), case["logits"]) < DOUBLE
+    assert relative(arch.alpha_grads(train, train, 0.0, None, False), [case["dalpha_first"]]) < DOUBLE
     p = arch.cell_leaves()
     grads = torch.autograd.grad(F.cross_entropy(net(train[0], p), train[1]), p)
-    assert relative([g.flatten() for g in grads], [g for g in case["layer_grads"]]) < 1e-8
+    assert relative([g.flatten() for g in grads], [g for g in case["layer_grads"]]) < DOUBLE
     value, u = arch.alignment(grads, "cosine")
-    assert relative(value, case["alignment"]) < 1e-8 and relative(list(u), list(case["direction"])) < 1e-8
+    assert relative(value, case["alignment"]) < DOUBLE and relative(list(u), list(case["direction"])) < DOUBLE
+    assert relative(c["epsilon_0"] / torch.stack(u).norm(), case["epsilon"]) < DOUBLE
     loss, _, d_lambda, _ = arch.lambda_grads(train, "cosine", c["epsilon_0"], "central")
-    assert relative(loss, case["loss"]) < 1e-8
-    compare(net, d_lambda, case.group("alignment_grad"), 1e-5)
+    assert relative(loss, case["loss"]) < DOUBLE
+    compare(net, d_lambda, case.group("alignment_grad"), SINGLE)
     assert net.genotype() == str(case.arrays["genotype"])
 
 
-def test_derived_network(golden):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_derived_network(layout, golden):
     case = golden("eval_corr3")
     c = case.config
     net = ldarts.Network(c["C"], c["num_classes"], c["layers"], c["auxiliary"],
                          ldarts.genotypes.load(c["genotype"]))
     state = case.group("state")
-    net.double().load_state_dict(state)  # strict: the original's keys, all of them and no other
+    net.to(torch.float64, memory_format=LAYOUTS[layout])
+    net.load_state_dict(state)  # strict: the original's keys, all of them and no other
     assert list(net.state_dict()) == list(state)
-    assert relative(net.eval()(case["x"])[0], case["logits_eval"]) < 1e-8
-    logits, aux = net.train()(case["x"])
-    assert relative(logits, case["logits_train"]) < 1e-8 and relative(aux, case["logits_aux"]) < 1e-8
+    x = case["x"].contiguous(memory_format=LAYOUTS[layout])
+    assert relative(net.eval()(x)[0], case["logits_eval"]) < DOUBLE
+    logits, aux = net.train()(x)
+    assert relative(logits, case["logits_train"]) < DOUBLE and relative(aux, case["logits_aux"]) < DOUBLE
 
 
 def test_published_cells_and_their_parameter_counts(golden):

@@ -8,7 +8,7 @@ from torch import nn
 
 import train_eval
 import train_search
-from ldarts import Architect, data
+from ldarts import Architect, SearchNetwork, data, runs
 from ldarts.data import ImageSet
 from ldarts.runs import Run
 
@@ -78,6 +78,7 @@ def run(tmp_path, monkeypatch):
     cutouts, epoch_of = [], data.Batches.epoch
 
     def epoch(batches, epoch, cutout_prob=1.0, *args, **options):
+        assert batches.augment and batches.cutout_length in (0, 16)
         if batches.tag == "train":
             cutouts[epoch:] = [cutout_prob if batches.cutout_length else 0]
         return epoch_of(batches, epoch, cutout_prob, *args, **options)
@@ -89,8 +90,12 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(data.Batches, "epoch", epoch)
     monkeypatch.setattr(Run, "save", lambda run: None)
     monkeypatch.setattr(Run, "_write_metrics", lambda run: None)
+    def evaluate(net, *args):
+        assert not getattr(net, "training", False)
+        return 1.0, 10.0
+
     for script in (train_search, train_eval):
-        monkeypatch.setattr(script, "evaluate", lambda *args: (1.0, 10.0))
+        monkeypatch.setattr(script, "evaluate", evaluate)
         monkeypatch.setattr(script, "load", load)
         monkeypatch.setattr(script, "check_images", lambda *args: None)
 
@@ -108,13 +113,44 @@ def assert_rows(rows, cutouts, epochs, wanted):
         assert rows[epoch][0] == pytest.approx(row[0], rel=1e-4), epoch
 
 
+def settings(optimizer):
+    names = {"momentum", "betas", "weight_decay"} & {*optimizer.defaults}
+    return {name: optimizer.param_groups[0][name] for name in names} | (
+        {"eps": optimizer.defaults["eps"]} if "eps" in optimizer.defaults else {})
+
+
+@pytest.mark.parametrize("parse, flags, published", [
+    ("search", "", {"init_channels": 16, "layers": 8, "train_portion": 0.5, "cutout": False}),
+    ("search", "--search_space nasbench201", {"init_channels": 16, "layers": 5, "train_portion": 0.5}),
+    ("eval", "", {"init_channels": 36, "layers": 20, "auxiliary": True, "cutout": True}),
+    ("eval", "--dataset imagenet", {"init_channels": 48, "layers": 14, "auxiliary": True})])
+def test_the_published_size_is_the_default(parse, flags, published, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", *flags.split()])
+    args = runs.parse_search_args() if parse == "search" else runs.parse_eval_args()[0]
+    assert published == {name: getattr(args, name) for name in published}
+
+
+@pytest.mark.parametrize("space", ["darts", "nasbench201"])
+def test_alpha_starts_as_published(space):
+    values = torch.cat([SearchNetwork(2, 10, 1, space).arch_parameters()[0].detach().flatten()
+                        for _ in range(30)])
+    assert float(values.std()) == pytest.approx(1e-3, rel=0.1) and abs(float(values.mean())) < 1e-4
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("name, epochs, batch_size, wanted", [(k, *v) for k, v in SEARCH.items()], ids=SEARCH)
 def test_a_search_trains_as_published(name, epochs, batch_size, wanted, run, monkeypatch):
     rows = []
 
     def search_step(arch, optimizer, train, valid, *, lambda_t, epsilon, **options):
-        assert len(train[1]) == len(valid[1]) == batch_size
+        assert len(train[1]) == len(valid[1]) == batch_size and arch.net.training
+        assert options == {"unrolled": name == "svhn", "alpha_first": name != "nasbench201",
+                           "hessian": "exact" if name == "svhn" else "central",
+                           "kind": "sign" if name == "svhn" else "cosine",
+                           "method": ("exact" if name == "svhn" else "central") if lambda_t else None,
+                           "grad_clip": 5.0}
+        assert settings(optimizer) == {"momentum": 0.9, "weight_decay": 3e-4}
+        assert settings(arch.optimizer) == {"betas": (0.5, 0.999), "weight_decay": 1e-3, "eps": 1e-8}
         rates = (part.param_groups[0]["lr"] for part in (optimizer, arch.optimizer))
         rows.append((*rates, float(lambda_t), epsilon))
         return SimpleNamespace(loss=torch.ones(()), logits=torch.zeros(batch_size, 10),
@@ -124,7 +160,8 @@ def test_a_search_trains_as_published(name, epochs, batch_size, wanted, run, mon
     monkeypatch.setattr(train_search, "measure_cells", lambda *args: {})
     monkeypatch.setattr(Architect, "gradient_norms", lambda *args: (1.0, 0.0))
     cell = "--search_space nasbench201" if name == "nasbench201" else f"--dataset {name} --search_space s2"
-    cutouts = run(train_search, f"{cell} --init_channels 2 --layers 4 --cutout")
+    changed = "--unrolled --hessian exact --lambda_grad exact --lambda_kind sign" if name == "svhn" else ""
+    cutouts = run(train_search, f"{cell} --init_channels 2 --layers 4 --cutout {changed}")
     assert_rows(rows, cutouts, epochs, wanted)
 
 
@@ -173,7 +210,9 @@ def test_a_cell_is_trained_as_published(flags, epochs, batch_size, wanted, run, 
         def step(self):
             net = nets[0]
             main, auxiliary = net.main.grad[0].item(), net.auxiliary.grad[0].item()
-            assert (net.frozen.grad is None) == bool(rows)
+            assert (net.frozen.grad is None) == bool(rows) and net.training
+            decay = 3e-5 if flags.startswith("imagenet") else 3e-4
+            assert settings(self) == {"momentum": 0.9, "weight_decay": decay}
             net.frozen.requires_grad_(False)
             rows.append((self.param_groups[0]["lr"], net.drop_path_prob, 1 + main / 0.9, auxiliary / main))
 

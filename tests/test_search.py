@@ -4,11 +4,12 @@ import torch
 import torch.nn.functional as F
 
 import ldarts
-from ldarts import genotypes, spaces
+import train_search
+from ldarts import genotypes, nasbench201, spaces
 from ldarts.alignment import cell_shares
 from ldarts.architect import METHODS, search_step
 from ldarts.model_search import derive
-from ldarts.operations import OPS
+from ldarts.operations import OPS, drop_path
 
 
 def batch(seed=1, n=4):
@@ -143,6 +144,38 @@ def test_the_share_of_a_cell_is_that_of_its_own_alpha():
     assert float(shares.sum()) == pytest.approx(1) and float(shares.max() - shares.min()) > 0.01
 
 
+def test_what_an_epoch_says_of_cells_and_of_alpha():
+    net, arch, _ = make("s1", layers=6)
+    halves = {"train": [double(batch(1)), double(batch(2))], "valid": [double(batch(3)), double(batch(4))]}
+    values = train_search.measure_cells(arch, halves, "sign")
+    normal = [k for k, cell in enumerate(net.cells) if not cell.reduction]
+    for half, batches in halves.items():
+        g = [[arch.cell_gradients(images)[k] for k in normal] for images in batches]
+        by_hand = sum(float(ldarts.layer_alignment(cells, "sign")) for cells in g) / 2
+        assert values[f"lambda_{half}"] == pytest.approx(by_hand) != 0
+    g = (torch.stack(g[0]) + torch.stack(g[1])) / 2  # of the half for α: [cells, edges, ops]
+    assert len(values["cell_shares"]) == len(normal) and sum(values["cell_shares"]) == pytest.approx(1)
+    of_skip = [g[:, edge, ops.index("skip_connect")].mean()
+               for edge, ops in enumerate(net.primitives.normal) if "skip_connect" in ops]
+    assert values["operation_grads"]["skip_connect"] == pytest.approx(float(sum(of_skip)) / len(of_skip))
+
+    net = make("nasbench201")[0]
+    with torch.no_grad():
+        net.arch_parameters()[0].zero_()[:4, 1] = 100.0  # skip_connect on four edges, else `none`
+        net.arch_parameters()[0][4:, 0] = 100.0
+    values = train_search.measure_alphas(net, "cifar10")
+    assert values["skip_connections"] == 4 and values["entropy"] == pytest.approx(0) == values["gini"]
+    cell = "|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|none~1|none~2|"
+    assert values["true_cifar10"] == nasbench201.look_up(cell, "cifar10").cifar10
+
+
+def test_drop_path_keeps_the_mean():
+    dropped = drop_path(torch.ones(20_000, 2, 1, 2), 0.25)
+    assert torch.equal(dropped.amin((1, 2, 3)), dropped.amax((1, 2, 3)))  # whole images
+    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("space", ["s1", "s4"])
 def test_a_gradient_leaves_weights_momenta_and_statistics_alone(space, call):
@@ -198,6 +231,47 @@ def test_the_passes_of_a_difference_see_the_same_noise():
     exact = arch.lambda_grads(double(batch()), "cosine", 1e-7, "exact")[2]
     for c, e in zip(central, exact):
         torch.testing.assert_close(c, e, rtol=1e-4, atol=1e-6)
+
+
+class OwnSupernet(torch.nn.Module):
+    """All that an Architect asks of a net: two cells, each a sum of two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells = torch.nn.ModuleList(torch.nn.ModuleList(
+            torch.nn.Conv2d(3, 3, size, padding="same") for size in (1, 3)) for _ in range(2))
+        for cell in self.cells:
+            cell.reduction = False
+        self.alpha = torch.nn.Parameter(torch.zeros(1, 2))
+
+    def arch_parameters(self):
+        return [self.alpha]
+
+    def weight_parameters(self):
+        return [*self.cells.parameters()]
+
+    def cell_weights(self):
+        return [self.alpha.softmax(-1)] * 2
+
+    def searched_cells(self):
+        return [*self.cells]
+
+    def forward(self, x, cell_weights=None):
+        for cell, p in zip(self.cells, cell_weights or self.cell_weights()):
+            x = x + torch.tanh(sum(p_k * conv(x) for p_k, conv in zip(p[0], cell)))
+        return x.mean((2, 3))
+
+
+def test_an_architect_takes_a_net_of_others():
+    """Smooth, so that central differences at a small radius are the exact gradients."""
+    net, (x, y) = OwnSupernet().double(), double(batch())
+    arch, train, valid = ldarts.Architect(net, F.cross_entropy), (x, y % 3), (x.flip(3), y % 3)
+    exact, central = (arch.lambda_grads(train, "cosine", 1e-4, method)[2] for method in ("exact", "central"))
+    torch.testing.assert_close(flat(central), flat(exact), rtol=1e-5, atol=1e-9)
+    orders = (False, "exact"), (True, "central"), (True, "exact")
+    first, *second = (arch.alpha_grads(train, valid, 0.5, None, *order)[0] for order in orders)
+    torch.testing.assert_close(second[0], second[1], rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(first, second[1], rtol=1e-2)
 
 
 @pytest.mark.parametrize("space", ["darts", "nasbench201"])

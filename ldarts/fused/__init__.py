@@ -25,7 +25,7 @@ from ..operations import Zero
 from .cell import CellPlan, Plan, make_plan
 from .leaving import State
 from .recognise import AS_IMPORTED, Reader, Unrecognised, pytorch
-from .sums import compiled_for, mixed_sum
+from .sums import compiled_for, mixed_sum, transformed
 
 __all__ = ["Engine", "compiled_for", "engine_supports", "mixed_sum"]
 
@@ -40,9 +40,7 @@ def engine_supports(x: Tensor) -> bool:
     return (isinstance(x, Tensor) and not isinstance(x, FakeTensor) and compiled_for(x.device.type)
             and is_unwatched()
             and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
-            and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and torch.autograd.forward_ad._current_level < 0
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not transformed()
             and not (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")))
 
 

@@ -159,13 +159,15 @@ def register() -> None:
     """Shapes of what the operators of norms.cpp return, for tensors without values."""
     @torch.library.register_fake("ldarts::norm_statistics")
     def _(z_sums, has_norm, p, beta, z_of_term, count, eps):
-        of_z = [p.new_empty(len(has_norm), 2, z_sums.shape[2]) for _ in range(2)]
-        return *of_z, p.new_empty(len(z_of_term), 2, z_sums.shape[2])
+        C, wide = z_sums.shape[2], torch.promote_types(p.dtype, torch.float32)
+        of_z, of_terms = (p.new_empty(count, 2, C, dtype=torch.float64 if p.device.type == "cpu" else wide)
+                          for count in (len(has_norm), len(z_of_term)))
+        return of_z, torch.empty_like(of_z, dtype=p.dtype), of_terms
 
     @torch.library.register_fake("ldarts::norm_gradients")
     def _(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, count):
-        C = rstd_mean.shape[2]
-        return p.new_empty(len(p), C), p.new_empty(len(has_norm), 2, C), torch.empty_like(p)
+        scale = rstd_mean.new_empty(len(p), rstd_mean.shape[2])
+        return scale, torch.empty_like(rstd_mean), torch.empty_like(p)
 
     @torch.library.register_fake("ldarts::norm_derivatives")
     def _(rstd_mean, p, grad_rstd_mean, sums, grad_scale, grad_of_z, grad_p, z_of_term, has_norm, count):

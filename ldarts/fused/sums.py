@@ -16,6 +16,8 @@ from torch import Tensor
 from .build import load
 from .norms import membership, register as register_norms
 
+DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
 
 @torch.compiler.assume_constant_result
 def compiled_for(device: str) -> bool:
@@ -42,10 +44,17 @@ def mixed_sum(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
     bfloat16, float16), device and memory format (contiguous or channels-last). Sums in float32 or wider;
     the same bits on every call. Differentiable any number of times. A ValueError names term and property.
     """
-    if terms and compiled_for(terms[0].device.type):
+    if terms and compiled_for(terms[0].device.type) and not transformed():
         return torch.ops.ldarts.mixed_sum(weights, terms)
     check_terms(weights, terms)
     return mixed_sum_ref(weights, terms)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward mode computes: the operators have neither batching rules nor tangents."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0)
 
 
 def mixed_sum_ref(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
@@ -59,6 +68,12 @@ def check_terms(weights: Tensor, terms: Sequence[Tensor]) -> None:
     if len(terms) == 0 or weights.shape != (len(terms),):
         raise ValueError(f"mixed_sum: weights have shape {list(weights.shape)}, expected [{len(terms)}], one "
                          "for each term, and at least one term")
+    for name, t in (("weights have", weights), ("term 0 has", terms[0])):
+        if t.dtype not in DTYPES:
+            raise ValueError(f"mixed_sum: {name} dtype {t.dtype}, "
+                             "expected float32, float64, bfloat16 or float16")
+        if t.device != terms[0].device:
+            raise ValueError(f"mixed_sum: {name} device {t.device}, expected {terms[0].device}")
     if weights.dtype.itemsize < terms[0].dtype.itemsize:
         raise ValueError(f"mixed_sum: weights have dtype {weights.dtype}, expected {terms[0].dtype} or wider")
     formats = [torch.contiguous_format, torch.channels_last]
@@ -80,8 +95,8 @@ def affine_sums(z: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[
     """Σ scale z + shift over the entries of each sum -> a tensor like the z for each, channels-last.
 
     z: [N, C, H, W] of one shape and dtype; scales, shifts: [rows, C], whose rows are numbered through all
-    tensors of a list (or [rows], one number a row; on a CPU also [rows, N * C]); sums: for each its entries
-    (z, row of scales, row of shifts), where the row -1 is a scale of 1, a shift of 0.
+    tensors of a list (or [rows], one number a row; on a CPU also [rows, N * C], without gradients by them);
+    sums: for each its entries (z, row of scales, row of shifts); the row -1 is a scale of 1, a shift of 0.
     """
     entries = [entry for of_sum in sums for entry in of_sum]
     numbers = *map(list, zip(*entries)), [len(of_sum) for of_sum in sums]
@@ -158,7 +173,7 @@ def affine_gradients(ctx, grads, needs_z, needs_scales, needs_shifts) -> tuple[l
     z, scales = split(ctx.saved_tensors, ctx.lengths[:2])
     z_of_entry, scale_of_entry, shift_of_entry, counts = ctx.numbers
     sum_of_entry = [j for j, count in enumerate(counts) for _ in range(count)]
-    one_number = all(len(shape) == 1 for tensors in ctx.rows for shape, _ in tensors)
+    one_number = all(shape[1:].numel() == 1 for tensors in ctx.rows for shape, _ in tensors)
     layout = ctx.dense if one_number else torch.channels_last
     grads = [(torch.zeros_like(z[0]) if g is None else g).contiguous(memory_format=layout) for g in grads]
 
