@@ -93,21 +93,17 @@ PUBLISHED["LAMBDA_DARTS"] = PUBLISHED["lambdadarts_corr_3"]
 PUBLISHED["DARTS"] = PUBLISHED["DARTS_V2"]
 
 
-def parse_arch(arch: str) -> list[list[tuple[str, int]]]:
-    """NAS-Bench-201's `|op~0|+|op~0|op~1|+…` -> [(operation, input node), …] of each node after the first."""
-    nodes = [[(op, int(source)) for op, source in re.findall(r"\|(\w+)~(\d)(?=\|)", node)]
-             for node in arch.split("+")]
-    sources = [[source for _, source in node] for node in nodes]
-    if (format_arch(nodes) != arch or sources != [[0], [0, 1], [0, 1, 2]]
-            or not all(op in OPS for node in nodes for op, _ in node)):
-        raise InputError(f"{arch!r} is not an arch string of NAS-Bench-201: expected "
-                         "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|")
-    return nodes
+ARCH = "|{}~0|+|{}~0|{}~1|+|{}~0|{}~1|{}~2|"  # of NAS-Bench-201, for the operations of the six edges
+ARCH_PATTERN = re.compile(re.escape(ARCH).replace(r"\{\}", r"(\w+)"))
 
 
-def format_arch(nodes: list[list[tuple[str, int]]]) -> str:
-    """The inverse of parse_arch."""
-    return "+".join("|" + "".join(f"{op}~{source}|" for op, source in node) for node in nodes)
+def parse_arch(arch: str) -> tuple[str, ...]:
+    """The six operations of an arch string, in its order. Raises InputError for another text."""
+    match = ARCH_PATTERN.fullmatch(arch)
+    if not match or not set(match.groups()) <= set(OPS):
+        example = ARCH.format(*["op"] * 6)
+        raise InputError(f"{arch!r} is not an arch string of NAS-Bench-201: expected {example}")
+    return match.groups()
 
 
 def to_json(genotype: Genotype | str) -> str:
@@ -155,7 +151,7 @@ def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
                                          for match in re.finditer(r"\bGenotype\s*\(", text)))):
             fields = arguments(calls[-1])
         else:
-            archs = [text] if text.startswith("|") else re.findall(r"\|\w+~0\|(?:\+\|[\w~|]+\|){2}", text)
+            archs = [text] if text.startswith("|") else [match[0] for match in ARCH_PATTERN.finditer(text)]
             fields = {"arch": archs[-1]} if archs else {}
     except InputError:
         raise

@@ -46,7 +46,7 @@ def look_up(arch: str, dataset: str | None = None) -> Truth:
 
     dataset: that of the search, which says on which set the cell is ranked.
     """
-    operations = [operation for node in parse_arch(arch) for operation, _ in node]
+    operations = parse_arch(arch)
     for operation in operations:
         if operation not in OPERATIONS:
             raise InputError(f"{arch!r}: NAS-Bench-201 has no {operation}; it has {', '.join(OPERATIONS)}")

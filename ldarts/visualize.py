@@ -57,7 +57,9 @@ def cell_graphs(genotype: Genotype | str) -> dict[str, tuple[list[str], list[tup
                 for target, node in enumerate(nodes, first) for k, (op, source) in enumerate(node)]
 
     if isinstance(genotype, str):
-        return {"cell": (["input", "1", "2", "output"], edges_into(genotypes.parse_arch(genotype), 1))}
+        operations = iter(genotypes.parse_arch(genotype))
+        nodes = [[(next(operations), source) for source in range(node)] for node in (1, 2, 3)]
+        return {"cell": (["input", "1", "2", "output"], edges_into(nodes, 1))}
     graphs = {}
     for part in ("normal", "reduce"):
         pairs, concat = getattr(genotype, part), getattr(genotype, part + "_concat")
