@@ -138,6 +138,10 @@ def is_text(name: str) -> bool:
     return bool(re.match(r"\s*[\ufeff{|]", name) or re.search(r"Genotype\s*\(|~0\|\+", name))
 
 
+# `Genotype(…)`, with calls and tuples in it, and others in those.
+CALL = re.compile(r"\bGenotype\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
+
+
 def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
     """The genotype in a text, the last if there are several; in a module (where: *.py) the one called `cell`.
 
@@ -147,8 +151,7 @@ def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
         text = named_in_module(text, cell, where) if where.endswith(".py") else text.strip("\ufeff \t\r\n")
         if text.startswith("{"):
             fields = json.loads(text)
-        elif calls := list(filter(None, (call_at(text, match.start())
-                                         for match in re.finditer(r"\bGenotype\s*\(", text)))):
+        elif calls := CALL.findall(text):
             fields = arguments(calls[-1])
         else:
             archs = [text] if text.startswith("|") else [match[0] for match in ARCH_PATTERN.finditer(text)]
@@ -163,16 +166,6 @@ def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
     if not {"normal", "reduce"} <= set(fields) <= set(Genotype._fields):
         raise InputError(f"{where}: no genotype; expected {', '.join(Genotype._fields)}, or arch")
     return Genotype(*checked_cell(fields, "normal", where), *checked_cell(fields, "reduce", where))
-
-
-def call_at(text: str, start: int) -> str:
-    """The text from `start` to its closing parenthesis; empty if that is missing."""
-    depth = 0
-    for match in re.compile("[()]").finditer(text, start):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return text[start : match.end()]
-    return ""
 
 
 def arguments(call: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_a_genotype_is_read_as_it_stands(name, cell, tmp_path, monkeypatch):
     (TEXT.replace("sep_conv_3x3", "sep_conv_9x9"), "normal[0]"), (TEXT[:99], "no genotype"),
     ("Genotype(normal=[])", "normal_concat"), ("Genotype(**{})", "no genotype"),
     ("Genotype({1})", "not a genotype"),
-    ("{" * 99999, "not a genotype"), (f"Genotype({'(' * 9999}{')' * 9999})", "not a genotype"),
+    ("{" * 99999, "not a genotype"), (f"Genotype({'(' * 9999}{')' * 9999})", "no genotype"),
     ("|none~0|", "arch string"), (".", "end of its first epoch"), ("x" * 300, "File name too long")],
     ids=lambda value: value[:30])
 def test_what_is_no_genotype_is_one_line(name, said, tmp_path, monkeypatch):
