@@ -18,7 +18,7 @@ import torch
 
 from ldarts import data
 from ldarts.data import archives
-from ldarts.data.archives import SOURCES, read_cifar, read_svhn
+from ldarts.data.archives import SOURCES, read_file
 from ldarts.errors import InputError
 
 needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="SVHN needs scipy")
@@ -121,8 +121,8 @@ def test_mutated_cifar_raises_nothing_but_input_error(tmp_path):
             bad[rng.randrange(header) if rng.random() < 0.9 else -rng.randint(1, 3)] = rng.randrange(256)
         path.write_bytes(bad)
         try:
-            images, labels = read_cifar(path, source)
-            assert images.shape == (1, 3, 32, 32) and 0 <= labels.item() < 10
+            part = read_file(path, source)
+            assert part.images.shape == (1, 3, 32, 32) and 0 <= part.labels.item() < 10
         except InputError:
             refused += 1
     assert refused > 100
@@ -303,7 +303,7 @@ def test_damaged_svhn(tmp_path):
         bad[rng.randrange(300)] = rng.randrange(256)
         path.write_bytes(bad)
         try:
-            read_svhn(path, SOURCES["svhn"])
+            read_file(path, SOURCES["svhn"])
         except InputError:
             pass
 

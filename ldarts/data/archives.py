@@ -51,15 +51,17 @@ SOURCES = {
 
 def read_archive(name: str, root: Path, download: bool) -> tuple[ImageSet, ImageSet]:
     """The training and the test set of SOURCES[name]. root: see locate."""
-    source, read = SOURCES[name], read_svhn if name == "svhn" else read_cifar
+    source = SOURCES[name]
     folder = locate(source, root, download)
+    if name == "svhn":
+        require("scipy", "--dataset svhn")
 
-    def image_set(files: tuple[str, ...]) -> ImageSet:
-        images, labels = zip(*(read(folder / file, source) for file in files))
-        return ImageSet(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)),
-                        source.num_classes, source.mean, source.std)
+    def joined(files: tuple[str, ...]) -> ImageSet:
+        parts = [read_file(folder / file, source) for file in files]
+        return parts[0]._replace(images=torch.cat([part.images for part in parts]),
+                                 labels=torch.cat([part.labels for part in parts]))
 
-    return image_set(source.train), image_set(source.test)
+    return joined(source.train), joined(source.test)
 
 
 def locate(source: Source, root: Path, download: bool) -> Path:
@@ -147,15 +149,11 @@ def unpack(archive: Path, root: Path, source: Source) -> None:
         raise damaged(archive, f"cannot be unpacked ({brief(error)})", source) from error
 
 
-def new_dtype(name: str, align: int = 0, copy: int = 0) -> np.dtype:
-    return np.dtype(name, align=bool(align), copy=bool(copy))
-
-
-# The names in a pickled array, of NumPy 1 and 2, and what they stand for.
-ALLOWED = {"numpy.ndarray": np.ndarray, "numpy.dtype": new_dtype, "_codecs.encode": str.encode}
-for _core in ("numpy.core", "numpy._core"):
-    ALLOWED[f"{_core}.multiarray._reconstruct"] = np.empty(1).__reduce__()[0]
-    ALLOWED[f"{_core}.numeric._frombuffer"] = np.empty(1).__reduce_ex__(5)[0]
+ALLOWED = {  # the names in a pickled array and what they stand for; NumPy 2 has numpy._core
+    "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype, "_codecs.encode": str.encode,
+    "numpy.core.multiarray._reconstruct": np.empty(1).__reduce__()[0],
+    "numpy.core.numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
+}
 
 
 class CifarUnpickler(pickle._Unpickler):
@@ -165,40 +163,39 @@ class CifarUnpickler(pickle._Unpickler):
     """
 
     def find_class(self, module: str, name: str):
-        if (full_name := f"{module}.{name}") not in ALLOWED:
+        full_name = f"{module}.{name}".replace("numpy._core", "numpy.core")
+        if full_name not in ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {full_name}, which no CIFAR file does")
         return ALLOWED[full_name]
 
 
-def read_cifar(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """One batch file -> uint8 [N, 3, 32, 32], int64 [N]."""
-    key = "labels" if source.num_classes == 10 else "fine_labels"
+def read_file(path: Path, source: Source) -> ImageSet:
+    """One file of CIFAR or SVHN. Raises InputError if it is damaged."""
     try:
-        with open(path, "rb") as file:
-            batch = CifarUnpickler(file, encoding="bytes").load()
-        # Published files have keys of bytes.
-        images, labels = (batch.get(name.encode(), batch.get(name)) for name in ("data", key))
-        is_uint8 = isinstance(images, np.ndarray) and images.dtype == np.uint8
-        if not is_uint8 or images.shape != (len(labels), 3072):
-            raise ValueError("'data' is not uint8 [N, 3072] with a label for each row")
-        if not (labels and all(type(label) is int and 0 <= label < source.num_classes for label in labels)):
-            raise ValueError(f"{key!r} is not a list of integers from 0 to {source.num_classes - 1}")
+        images, labels = read_svhn(path) if path.suffix == ".mat" else read_cifar(path)
+        part = torch.tensor(images), torch.tensor(labels), source.num_classes, source.mean, source.std
+        return ImageSet(*part).checked(path.name)
     except Exception as error:  # damaged bytes raise many kinds
-        raise damaged(path, f"not a whole CIFAR batch ({brief(error)})", source) from error
-    return images.reshape(-1, 3, 32, 32), np.array(labels)
+        raise damaged(path, f"not a whole file of images ({brief(error)})", source) from error
 
 
-def read_svhn(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """One file of cropped digits -> uint8 [N, 3, 32, 32], int64 [N]; the label 10 stands for the digit 0."""
-    require("scipy", f"{path}: --dataset svhn")
+def read_cifar(path: Path) -> tuple[np.ndarray, list[int]]:
+    """Images [N, 3, 32, 32] and labels of a batch file."""
+    with open(path, "rb") as file:
+        batch = CifarUnpickler(file, encoding="bytes").load()
+    # Published files have keys of bytes.
+    by_name = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    labels = by_name.get("fine_labels") or by_name["labels"]  # CIFAR-100 has coarse ones, too
+    if {*map(type, labels)} != {int}:
+        raise ValueError("the labels are not a list of integers")
+    return by_name["data"].reshape(len(labels), 3, 32, 32), labels
+
+
+def read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N, 3, 32, 32] and labels of a file of cropped digits, in which the label 10 stands for 0."""
     from scipy.io import loadmat
-    try:
-        content = loadmat(path, variable_names=("X", "y"))
-        images, labels = content["X"], content["y"].ravel()
-        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)) or not len(labels):
-            raise ValueError(f"X is {images.dtype} {images.shape}, not uint8 (32, 32, 3, {len(labels)})")
-        if labels.dtype.kind not in "iu" or labels.min() < 1 or labels.max() > 10:
-            raise ValueError("y has other values than integers from 1 to 10")
-    except Exception as error:  # damaged bytes raise many kinds
-        raise damaged(path, f"not a whole SVHN file ({brief(error)})", source) from error
-    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.astype(np.int64) % 10
+    content = loadmat(path, variable_names=("X", "y"))
+    labels = content["y"].ravel().astype(np.int64, casting="safe")
+    if labels.min() < 1 or labels.max() > 10:
+        raise ValueError("y has other values than integers from 1 to 10")
+    return np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1)), labels % 10
