@@ -79,7 +79,7 @@ def locate(source: Source, root: Path, download: bool) -> Path:
             fetch(source.url + file, md5, folder / file, download)
     elif not folder.is_dir():
         fetch(source.url, source.md5[0], archive, download)
-        unpack(archive, root, source)
+        unpack(archive, folder, source)
     for file in files:
         if not (folder / file).is_file():
             raise damaged(folder / file, "no such file", source)
@@ -121,27 +121,24 @@ def fetch(url: str, md5: str, path: Path, download: bool) -> None:
                 folder.rmdir()
 
 
-def unpack(archive: Path, root: Path, source: Source) -> None:
-    """Unpack the regular files of the source's folder, which appears whole or not at all."""
-    folder = source.folder
+def unpack(archive: Path, folder: Path, source: Source) -> None:
+    """Unpack the regular files of a folder of the archive, which appears whole or not at all."""
     try:
-        with (locked(Path(f"{archive}.lock")), tempfile.TemporaryDirectory(dir=root) as scratch,
+        with (locked(Path(f"{archive}.lock")), tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
               tarfile.open(archive) as tar):
-            if (root / folder).is_dir():
+            if folder.is_dir():
                 return
+            unpacked = Path(scratch, folder.name)
+            unpacked.mkdir()
             for member in tar:  # one by one: some releases of Python 3.10 and 3.11 lack tarfile's filters
                 path = PurePosixPath(member.name)
-                if member.isreg() and path.parts == (folder, path.name):
-                    Path(scratch, folder).mkdir(exist_ok=True)
-                    with open(Path(scratch, path), "wb") as file:
+                if member.isreg() and path.parts == (folder.name, path.name):
+                    with open(unpacked / path.name, "wb") as file:
                         shutil.copyfileobj(tar.extractfile(member), file)
-            if not Path(scratch, folder).exists():
-                raise tarfile.TarError(f"it has no files {folder}/…")
-            try:
-                os.rename(Path(scratch, folder), root / folder)
-            except OSError:  # where there are no locks, another process may have been faster
-                if not (root / folder).is_dir():
-                    raise
+            if not any(unpacked.iterdir()):
+                raise tarfile.TarError(f"it has no files {folder.name}/…")
+            with contextlib.suppress(OSError):  # without locks another process may have been faster
+                os.rename(unpacked, folder)
     except Exception as error:  # damaged bytes raise many kinds
         if isinstance(error, OSError) and error.errno:  # of the disk: gzip's errors have no number
             raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); unpack it elsewhere and give "
