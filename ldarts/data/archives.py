@@ -8,7 +8,6 @@ import http.client
 import os
 import pickle
 import shutil
-import sys
 import tarfile
 import tempfile
 import urllib.request
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..errors import InputError, brief, require
+from ..errors import InputError, brief, progress, require
 from ..locks import locked
 from .batches import ImageSet
 
@@ -103,13 +102,11 @@ def fetch(url: str, md5: str, path: Path, download: bool) -> None:
         with locked(Path(f"{path}.lock")), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             if path.is_file():
                 return
-            partial, digest, done = Path(scratch, path.name), hashlib.md5(usedforsecurity=False), 0
+            partial, digest = Path(scratch, path.name), hashlib.md5(usedforsecurity=False)
             with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as file:
-                while block := response.read(1 << 20):
+                for block in progress(iter(lambda: response.read(10**6), b""), f"{url}: MB"):
                     digest.update(block)
-                    done += file.write(block)
-                    print(f"\r{url}: {done / 1e6:.1f} MB", end="", file=sys.stderr, flush=True)
-            print(file=sys.stderr)
+                    file.write(block)
             if (received := digest.hexdigest()) != md5:
                 raise InputError(f"{path}: {url} sent MD5 {received}, not {md5}; try again, or {by_hand}")
             os.replace(partial, path)
