@@ -238,7 +238,7 @@ def test_synthetic_colour_says_little(drawn):
 @pytest.mark.skipif("LDARTS_DATA" not in os.environ,
                     reason="set LDARTS_DATA to a folder with cifar-10-batches-py")
 def test_real_images():
-    train, test = data.load("cifar10", os.environ["LDARTS_DATA"], "cpu", download=False)
+    train, test = data.load("cifar10", os.environ["LDARTS_DATA"], "cpu")
     assert len(train.labels) % 5 == 0 and train.labels.unique().tolist() == list(range(10))
     pixels = train.images.float().transpose(0, 1).flatten(1) / 255
     torch.testing.assert_close(pixels.mean(1), torch.tensor(train.mean), rtol=0, atol=0.02)

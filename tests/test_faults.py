@@ -47,7 +47,7 @@ def write_images(folder):
     """40 images, of LDARTS_DATA if it is set, to train and 8 to test: five steps an epoch of some 0.1 s."""
     written = write_cifar10(folder / "cifar-10-batches-py", 8)
     if "LDARTS_DATA" in os.environ:
-        for file in locate(SOURCES["cifar10"], Path(os.environ["LDARTS_DATA"]), False).glob("*_batch*"):
+        for file in locate(SOURCES["cifar10"], Path(os.environ["LDARTS_DATA"])).glob("*_batch*"):
             part, _ = read_file(file, SOURCES["cifar10"]).split(8)
             content = python2_pickle(part.labels.tolist(), part.images.flatten(1).numpy())
             (written / file.name).write_bytes(content)

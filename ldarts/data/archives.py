@@ -48,10 +48,10 @@ SOURCES = {
 }
 
 
-def read_archive(name: str, root: Path, download: bool) -> tuple[ImageSet, ImageSet]:
+def read_archive(name: str, root: Path) -> tuple[ImageSet, ImageSet]:
     """The training and the test set of SOURCES[name]. root: see locate."""
     source = SOURCES[name]
-    folder = locate(source, root, download)
+    folder = locate(source, root)
     if name == "svhn":
         require("scipy", "--dataset svhn")
 
@@ -63,7 +63,7 @@ def read_archive(name: str, root: Path, download: bool) -> tuple[ImageSet, Image
     return joined(source.train), joined(source.test)
 
 
-def locate(source: Source, root: Path, download: bool) -> Path:
+def locate(source: Source, root: Path) -> Path:
     """The folder with the source's files, downloaded into root if the folder (SVHN: the file) is missing.
 
     root: that folder, one that holds it or the archive, or the archive itself, which is unpacked beside it.
@@ -75,9 +75,9 @@ def locate(source: Source, root: Path, download: bool) -> Path:
     folder = root if any((root / file).is_file() for file in files) else root / source.folder
     if not source.folder:
         for file, md5 in zip(files, source.md5):
-            fetch(source.url + file, md5, folder / file, download)
+            fetch(source.url + file, md5, folder / file)
     elif not folder.is_dir():
-        fetch(source.url, source.md5[0], archive, download)
+        fetch(source.url, source.md5[0], archive)
         unpack(archive, folder, source)
     for file in files:
         if not (folder / file).is_file():
@@ -89,13 +89,11 @@ def damaged(path: Path, reason: str, source: Source) -> InputError:
     return InputError(f"{path}: {reason}; get it again from {source.url}, or use --dataset synthetic")
 
 
-def fetch(url: str, md5: str, path: Path, download: bool) -> None:
+def fetch(url: str, md5: str, path: Path) -> None:
     """Download url to path if path is missing. The file appears whole, with the right MD5, or not at all."""
     by_hand = f"put {url} at {path}, name its folder by --data, or use --dataset synthetic"
     if path.is_file():
         return
-    if not download:
-        raise InputError(f"{path}: no such file, and downloading is off; {by_hand}")
     made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
