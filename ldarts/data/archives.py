@@ -79,9 +79,6 @@ def locate(source: Source, root: Path) -> Path:
     elif not folder.is_dir():
         fetch(source.url, source.md5[0], archive)
         unpack(archive, folder, source)
-    for file in files:
-        if not (folder / file).is_file():
-            raise damaged(folder / file, "no such file", source)
     return folder
 
 
@@ -162,13 +159,13 @@ class CifarUnpickler(pickle._Unpickler):
 
 
 def read_file(path: Path, source: Source) -> ImageSet:
-    """One file of CIFAR or SVHN. Raises InputError if it is damaged."""
+    """One file of CIFAR or SVHN. Raises InputError if it is missing or damaged."""
     try:
         images, labels = read_svhn(path) if path.suffix == ".mat" else read_cifar(path)
         part = torch.tensor(images), torch.tensor(labels), source.num_classes, source.mean, source.std
         return ImageSet(*part).checked(path.name)
     except Exception as error:  # damaged bytes raise many kinds
-        raise damaged(path, f"not a whole file of images ({brief(error)})", source) from error
+        raise damaged(path, f"cannot be read ({brief(error)})", source) from error
 
 
 def read_cifar(path: Path) -> tuple[np.ndarray, list[int]]:
