@@ -91,10 +91,9 @@ def fetch(url: str, md5: str, path: Path) -> None:
     by_hand = f"put {url} at {path}, name its folder by --data, or use --dataset synthetic"
     if path.is_file():
         return
-    made = [folder for folder in path.parents if not folder.exists()]
+    existing = next(folder for folder in path.parents if folder.is_dir())  # where a failure leaves nothing
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(Path(f"{path}.lock")), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        with locked(existing / f"{path.name}.lock"), tempfile.TemporaryDirectory(dir=existing) as scratch:
             if path.is_file():
                 return
             partial, digest = Path(scratch, path.name), hashlib.md5(usedforsecurity=False)
@@ -104,13 +103,10 @@ def fetch(url: str, md5: str, path: Path) -> None:
                     file.write(block)
             if (received := digest.hexdigest()) != md5:
                 raise InputError(f"{path}: {url} sent MD5 {received}, not {md5}; try again, or {by_hand}")
+            path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial, path)
     except (OSError, http.client.HTTPException) as error:
         raise InputError(f"{path}: cannot be downloaded ({brief(error)}); {by_hand}") from error
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # only empty ones can be removed
-                folder.rmdir()
 
 
 def unpack(archive: Path, folder: Path, source: Source) -> None:
