@@ -187,16 +187,12 @@ class SearchNetwork(nn.Module):
             state_dict.update(kept)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    @property
-    def drop_path_prob(self) -> float:
-        """0: the supernet drops no paths."""
-        return 0.0
-
-    @drop_path_prob.setter
-    def drop_path_prob(self, value: float) -> None:
+    def _set_drop_path_prob(self, value: float) -> None:
         if value:
             raise InputError(f"drop_path_prob = {value}: the supernet drops no paths; edit MixedOp.forward "
                              "for that")
+
+    drop_path_prob = property(lambda self: 0.0, _set_drop_path_prob)
 
 
 def strongest(p: Sequence[float], names: Sequence[str], excluded: str = "") -> tuple[float, str]:
