@@ -249,8 +249,7 @@ class Architect:
             put(*before, True, True)
 
     def _start(self, device: torch.device) -> Start:
-        """What a pass depends on besides w, for `kept`: random generators of host and GPU, copies of
-        buffers."""
+        """What a pass depends on besides w, for `kept`: states of random generators, copies of buffers."""
         generators = [(torch.set_rng_state, torch.get_rng_state())]
         # A step that draws random numbers is not captured (capture.py).
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():

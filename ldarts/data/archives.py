@@ -157,9 +157,9 @@ class CifarUnpickler(pickle._Unpickler):
 def read_file(path: Path, source: Source) -> ImageSet:
     """One file of CIFAR or SVHN. Raises InputError if it is missing or damaged."""
     try:
-        images, labels = read_svhn(path) if path.suffix == ".mat" else read_cifar(path)
-        part = torch.tensor(images), torch.tensor(labels), source.num_classes, source.mean, source.std
-        return ImageSet(*part).checked(path.name)
+        read = read_svhn if path.suffix == ".mat" else read_cifar
+        images, labels = map(torch.tensor, read(path))
+        return ImageSet(images, labels, source.num_classes, source.mean, source.std).checked(path.name)
     except Exception as error:  # damaged bytes raise many kinds
         raise damaged(path, f"cannot be read ({brief(error)})", source) from error
 
