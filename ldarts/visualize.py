@@ -166,9 +166,8 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> Path:
                 ax.fill_between(range(len(mean)), low, high, lw=0, color=f"C{k}", alpha=0.2)
         ax.grid(alpha=0.3)
     lines = {line.get_label(): line for ax in axes for line in ax.lines}
-    labels = list(lines)
-    across = min(len(labels), 60 * columns // (8 + max(map(len, labels))))  # as many as fit in the width
-    figure.legend(lines.values(), labels, loc="outside lower center", ncols=max(1, across), fontsize=8)
+    across = max(1, 60 * columns // (8 + max(map(len, lines))))  # as many as fit in the width
+    figure.legend(lines.values(), list(lines), loc="outside lower center", ncols=across, fontsize=8)
     return save(figure, path)
 
 
