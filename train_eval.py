@@ -53,7 +53,7 @@ def main():
         train_batches, test_batches = batches[0], batches[-1]
         train_set, test_set = train_batches.images, test_batches.images
     elif not args.evaluate:
-        train_batches = Batches(train_set, None, args.batch_size, args.seed, augment=True,
+        train_batches = Batches(train_set, None, args.batch_size, args.seed,
                                 cutout_length=args.cutout_length if args.cutout else 0, **options)
     seed_everything(args.seed)
     size = args.init_channels, train_set.num_classes, args.layers

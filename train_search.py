@@ -76,8 +76,8 @@ def main():
     check_images(*train_set.images.shape[2:], args.batch_size // processes.world)
     for_w, for_alpha = halves(len(train_set.labels), args.train_portion, args.seed)
     train_batches, valid_batches = (
-        Batches(train_set, half, args.batch_size, args.seed, tag=tag, augment=True,
-                cutout_length=args.cutout_length if args.cutout else 0, memory_format=layout,
+        Batches(train_set, half, args.batch_size, args.seed, tag=tag, memory_format=layout,
+                cutout_length=args.cutout_length if args.cutout else 0,
                 rank=processes.rank, world=processes.world)
         for half, tag in ((for_w, "train"), (for_alpha, "valid")))
     most = min(len(train_batches), len(valid_batches))

@@ -1,6 +1,6 @@
 """`Architect`: the gradients by α, and the gradient of Λ by the weights; `search_step`: a step along them."""
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from .errors import InputError
 from .model_search import SearchNetwork
 
 Batch = tuple[Tensor, Tensor]  # x [N, 3, H, W], y [N]
-Start = tuple[list, list[dict[str, Any]]]  # see Architect._start
+Start = tuple[list, list[Tensor]]  # see Architect._start
 METHODS = ("central", "exact", "random")
 
 
@@ -52,7 +52,8 @@ class Architect:
         # These track nothing where track_running_stats is off; the buffers of all other modules are copied.
         batch_norms = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
         self._norms = [m for m in modules if type(m) in batch_norms]
-        self._buffers = [m._buffers for m in modules if type(m) not in batch_norms and m._buffers]
+        self._buffers = [(m._buffers, name) for m in modules if type(m) not in batch_norms
+                         for name, buffer in m._buffers.items() if buffer is not None]
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -227,8 +228,8 @@ class Architect:
         costs time.
         """
         w, tracking = self.weights, [norm for norm in self._norms if norm.track_running_stats]
-        before = [p.data for p in w], [dict(of_module) for of_module in self._buffers]
-        generators, buffers = start or ([], self._buffers)
+        before = [p.data for p in w], [of_module[name] for of_module, name in self._buffers]
+        generators, buffers = start or ([], before[1])
         for set_state, state in generators:
             set_state(state)
 
@@ -236,26 +237,25 @@ class Architect:
             for p, value in zip(w, values):
                 p.data = value
                 p.requires_grad_(grad)
-            for of_module, own in zip(self._buffers, buffers):
-                of_module.update(own)
+            for (of_module, name), buffer in zip(self._buffers, buffers):
+                of_module[name] = buffer
             for norm in tracking:  # Module's own __setattr__ looks for parameters first
                 object.__setattr__(norm, "track_running_stats", track)
 
-        put(before[0] if values is None else values, copies(buffers), grad, False)
+        put(before[0] if values is None else values, [buffer.clone() for buffer in buffers], grad, False)
         try:
             yield
         finally:
             put(*before, True, True)
 
     def _start(self, device: torch.device) -> Start:
-        """What a pass depends on besides w, for `kept`: random generators of host and GPU, copies of
-        buffers."""
+        """What a pass depends on besides w, for `kept`: states of random generators, copies of buffers."""
         generators = [(torch.set_rng_state, torch.get_rng_state())]
         # A step that draws random numbers is not captured (capture.py).
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             generators.append((lambda state: torch.cuda.set_rng_state(state, device),
                                torch.cuda.get_rng_state(device)))
-        return generators, copies(self._buffers)
+        return generators, [of_module[name].clone() for of_module, name in self._buffers]
 
     def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None,
               amp: torch.dtype | None = None) -> Tensor:
@@ -355,7 +355,3 @@ def in_layout_of(parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> list[
     """
     return [grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
             for p, grad in zip(parameters, grads, strict=True)]
-
-
-def copies(buffers: Sequence[dict[str, Tensor | None]]) -> list[dict[str, Tensor | None]]:
-    return [{name: b if b is None else b.clone() for name, b in of_module.items()} for of_module in buffers]

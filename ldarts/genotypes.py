@@ -93,21 +93,17 @@ PUBLISHED["LAMBDA_DARTS"] = PUBLISHED["lambdadarts_corr_3"]
 PUBLISHED["DARTS"] = PUBLISHED["DARTS_V2"]
 
 
-def parse_arch(arch: str) -> list[list[tuple[str, int]]]:
-    """NAS-Bench-201's `|op~0|+|op~0|op~1|+…` -> [(operation, input node), …] of each node after the first."""
-    nodes = [[(op, int(source)) for op, source in re.findall(r"\|(\w+)~(\d)(?=\|)", node)]
-             for node in arch.split("+")]
-    sources = [[source for _, source in node] for node in nodes]
-    if (format_arch(nodes) != arch or sources != [[0], [0, 1], [0, 1, 2]]
-            or not all(op in OPS for node in nodes for op, _ in node)):
-        raise InputError(f"{arch!r} is not an arch string of NAS-Bench-201: expected "
-                         "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|")
-    return nodes
+ARCH = "|{}~0|+|{}~0|{}~1|+|{}~0|{}~1|{}~2|"  # of NAS-Bench-201, for the operations of the six edges
+ARCH_PATTERN = re.compile(re.escape(ARCH).replace(r"\{\}", r"(\w+)"))
 
 
-def format_arch(nodes: list[list[tuple[str, int]]]) -> str:
-    """The inverse of parse_arch."""
-    return "+".join("|" + "".join(f"{op}~{source}|" for op, source in node) for node in nodes)
+def parse_arch(arch: str) -> tuple[str, ...]:
+    """The six operations of an arch string, in its order. Raises InputError for another text."""
+    match = ARCH_PATTERN.fullmatch(arch)
+    if not match or not set(match.groups()) <= set(OPS):
+        example = ARCH.format(*["op"] * 6)
+        raise InputError(f"{arch!r} is not an arch string of NAS-Bench-201: expected {example}")
+    return match.groups()
 
 
 def to_json(genotype: Genotype | str) -> str:
@@ -142,6 +138,10 @@ def is_text(name: str) -> bool:
     return bool(re.match(r"\s*[\ufeff{|]", name) or re.search(r"Genotype\s*\(|~0\|\+", name))
 
 
+# `Genotype(…)`, with calls and tuples in it, and others in those.
+CALL = re.compile(r"\bGenotype\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
+
+
 def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
     """The genotype in a text, the last if there are several; in a module (where: *.py) the one called `cell`.
 
@@ -151,11 +151,10 @@ def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
         text = named_in_module(text, cell, where) if where.endswith(".py") else text.strip("\ufeff \t\r\n")
         if text.startswith("{"):
             fields = json.loads(text)
-        elif calls := list(filter(None, (call_at(text, match.start())
-                                         for match in re.finditer(r"\bGenotype\s*\(", text)))):
+        elif calls := CALL.findall(text):
             fields = arguments(calls[-1])
         else:
-            archs = [text] if text.startswith("|") else re.findall(r"\|\w+~0\|(?:\+\|[\w~|]+\|){2}", text)
+            archs = [text] if text.startswith("|") else [match[0] for match in ARCH_PATTERN.finditer(text)]
             fields = {"arch": archs[-1]} if archs else {}
     except InputError:
         raise
@@ -169,32 +168,13 @@ def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
     return Genotype(*checked_cell(fields, "normal", where), *checked_cell(fields, "reduce", where))
 
 
-def call_at(text: str, start: int) -> str:
-    """The text from `start` to its closing parenthesis; empty if that is missing."""
-    depth = 0
-    for match in re.compile("[()]").finditer(text, start):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return text[start : match.end()]
-    return ""
-
-
 def arguments(call: str) -> dict[str, Any]:
-    """The arguments of `Genotype(…)` by name; tuples become lists, as in JSON."""
-    def value(node: ast.expr) -> Any:
-        """The value of a literal, or of a call of range, list or tuple."""
-        if not isinstance(node, ast.Call):
-            return ast.literal_eval(node)
-        name = getattr(node.func, "id", "")
-        if name == "range":
-            return list(range(*map(value, node.args))[:100])
-        if name in ("list", "tuple"):
-            return list(*map(value, node.args))
-        raise ValueError(f"{ast.unparse(node)} is neither a literal nor a range")
-
+    """The arguments of `Genotype(…)` by name; tuples and ranges become lists, as in JSON."""
+    call = re.sub(r"range\((\d+), *(\d+)\)", lambda m: str([*range(int(m[1]), int(m[2]))[:100]]), call)
+    call = re.sub(r"\b(list|tuple)\(", "(", call)
     node = ast.parse(call, mode="eval").body
     by_name = dict(zip(Genotype._fields, node.args)) | {each.arg: each.value for each in node.keywords}
-    return json.loads(json.dumps({name: value(argument) for name, argument in by_name.items()}))
+    return json.loads(json.dumps({name: ast.literal_eval(value) for name, value in by_name.items()}))
 
 
 def named_in_module(text: str, cell: str | None, where: str) -> str:

@@ -147,7 +147,7 @@ class NetworkNAS201(nn.Module):
 
     def __init__(self, C: int, num_classes: int, layers: int, arch: str):
         super().__init__()
-        names = [op for node in parse_arch(arch) for op, _ in node]
+        names = parse_arch(arch)
         self.engine = fused.Engine(["cpu"])
         self.stem = nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
         self.cells = nn.ModuleList()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import fused
 from .errors import InputError
-from .genotypes import Genotype, format_arch
+from .genotypes import ARCH, Genotype
 from .operations import OPS, FactorizedReduce, ReLUConvBN, ResNetBasicblock
 from .spaces import get
 
@@ -173,8 +173,7 @@ class SearchNetwork(nn.Module):
         strongest of every edge, as the benchmark's arch string."""
         p = [F.softmax(alpha.detach(), dim=-1).tolist() for alpha in self.arch_parameters()]
         if self.space == "nasbench201":
-            rows = iter(zip(p[0], self.primitives.normal))
-            return format_arch([[(strongest(*next(rows))[1], j) for j in range(i)] for i in range(1, 4)])
+            return ARCH.format(*(strongest(*edge)[1] for edge in zip(p[0], self.primitives.normal)))
         normal, reduce = (derive(*of_type) for of_type in zip(p, self.primitives))
         return Genotype(normal, (2, 3, 4, 5), reduce, (2, 3, 4, 5))
 
@@ -188,16 +187,12 @@ class SearchNetwork(nn.Module):
             state_dict.update(kept)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    @property
-    def drop_path_prob(self) -> float:
-        """0: the supernet drops no paths."""
-        return 0.0
-
-    @drop_path_prob.setter
-    def drop_path_prob(self, value: float) -> None:
+    def _set_drop_path_prob(self, value: float) -> None:
         if value:
             raise InputError(f"drop_path_prob = {value}: the supernet drops no paths; edit MixedOp.forward "
                              "for that")
+
+    drop_path_prob = property(lambda self: 0.0, _set_drop_path_prob)
 
 
 def strongest(p: Sequence[float], names: Sequence[str], excluded: str = "") -> tuple[float, str]:

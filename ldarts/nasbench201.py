@@ -46,10 +46,9 @@ def look_up(arch: str, dataset: str | None = None) -> Truth:
 
     dataset: that of the search, which says on which set the cell is ranked.
     """
-    operations = [operation for node in parse_arch(arch) for operation, _ in node]
-    for operation in operations:
-        if operation not in OPERATIONS:
-            raise InputError(f"{arch!r}: NAS-Bench-201 has no {operation}; it has {', '.join(OPERATIONS)}")
+    operations = parse_arch(arch)
+    if others := sorted(set(operations) - set(OPERATIONS)):
+        raise InputError(f"{arch!r}: NAS-Bench-201 has no {others[0]}; it has {', '.join(OPERATIONS)}")
     row = int("".join(str(OPERATIONS.index(operation)) for operation in operations), base=5)
     accuracy, judge = dict(zip(SETS, accuracies()[row].tolist())), searched_set(dataset)
     return Truth(**accuracy, rank=rank_of(accuracy[judge], judge))

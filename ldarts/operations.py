@@ -63,9 +63,7 @@ class FactorizedReduce(nn.Module):
 
     def __init__(self, C_in: int, C_out: int, affine: bool = True):
         super().__init__()
-        if C_out % 2:
-            raise ValueError(f"FactorizedReduce to {C_out} channels: must be even, "
-                             "each convolution makes half")
+        assert C_out % 2 == 0, f"{C_out} channels: each convolution makes half of them"
         self.relu = nn.ReLU()
         self.conv_1 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
         self.conv_2 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)

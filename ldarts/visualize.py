@@ -6,7 +6,6 @@
 """
 import math
 from pathlib import Path
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -52,18 +51,17 @@ def cell_graphs(genotype: Genotype | str) -> dict[str, tuple[list[str], list[tup
     An edge is (source, target, operation, side); side: 1 if it is drawn above the states, -1 if below. The
     operation of an edge into the concatenation is "".
     """
-    def edges_into(nodes: Sequence, first: int) -> list[tuple]:
-        return [(source, target, op, (-1) ** k)
-                for target, node in enumerate(nodes, first) for k, (op, source) in enumerate(node)]
-
     if isinstance(genotype, str):
-        return {"cell": (["input", "1", "2", "output"], edges_into(genotypes.parse_arch(genotype), 1))}
+        pairs = [(source, target) for target in (1, 2, 3) for source in range(target)]
+        edges = [(*pair, op, (-1) ** pair[0]) for pair, op in zip(pairs, genotypes.parse_arch(genotype))]
+        return {"cell": (["input", "1", "2", "output"], edges)}
     graphs = {}
     for part in ("normal", "reduce"):
         pairs, concat = getattr(genotype, part), getattr(genotype, part + "_concat")
-        nodes = [pairs[k : k + 2] for k in range(0, len(pairs), 2)]
-        names = ["$c_{k-2}$", "$c_{k-1}$", *map(str, range(len(nodes))), "$c_k$"]
-        graphs[part] = names, edges_into(nodes, 2) + [(state, 2 + len(nodes), "", -1) for state in concat]
+        last = 2 + len(pairs) // 2  # the concatenation
+        names = ["$c_{k-2}$", "$c_{k-1}$", *map(str, range(last - 2)), "$c_k$"]
+        edges = [(source, 2 + k // 2, op, (-1) ** k) for k, (op, source) in enumerate(pairs)]
+        graphs[part] = names, edges + [(state, last, "", -1) for state in concat]
     return graphs
 
 
@@ -168,9 +166,8 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> Path:
                 ax.fill_between(range(len(mean)), low, high, lw=0, color=f"C{k}", alpha=0.2)
         ax.grid(alpha=0.3)
     lines = {line.get_label(): line for ax in axes for line in ax.lines}
-    labels = list(lines)
-    across = min(len(labels), 60 * columns // (8 + max(map(len, labels))))  # as many as fit in the width
-    figure.legend(lines.values(), labels, loc="outside lower center", ncols=max(1, across), fontsize=8)
+    across = max(1, 60 * columns // (8 + max(map(len, lines))))  # as many as fit in the width
+    figure.legend(lines.values(), list(lines), loc="outside lower center", ncols=across, fontsize=8)
     return save(figure, path)
 
 

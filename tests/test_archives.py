@@ -18,7 +18,7 @@ import torch
 
 from ldarts import data
 from ldarts.data import archives
-from ldarts.data.archives import SOURCES, read_cifar, read_svhn
+from ldarts.data.archives import SOURCES, read_file
 from ldarts.errors import InputError
 
 needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="SVHN needs scipy")
@@ -52,9 +52,17 @@ def write_cifar10(folder: Path, n=3) -> Path:
     return folder
 
 
-def load_error(root, name="cifar10", download=False) -> str:
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def urlopen(url, timeout):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(archives.urllib.request, "urlopen", urlopen)
+
+
+def load_error(root, name="cifar10") -> str:
     with pytest.raises(InputError) as caught:
-        data.load(name, root, "cpu", download=download)
+        data.load(name, root, "cpu")
     assert "\n" not in str(caught.value) and "--dataset synthetic" in str(caught.value)
     return str(caught.value)
 
@@ -64,7 +72,7 @@ def load_error(root, name="cifar10", download=False) -> str:
 @pytest.mark.parametrize("below", ["", "cifar-10-batches-py"])
 def test_cifar10_from_root_or_the_folder_itself(tmp_path, below):
     write_cifar10(tmp_path / "cifar-10-batches-py")
-    train, test = data.load("cifar10", tmp_path / below, "cpu", download=False)
+    train, test = data.load("cifar10", tmp_path / below, "cpu")
     want = np.concatenate([rows(3, seed=i) for i in range(5)]).reshape(-1, 3, 32, 32)
     np.testing.assert_array_equal(train.images.numpy(), want)
     assert train.labels.tolist() == [(i + j) % 10 for i in range(5) for j in range(3)]
@@ -82,7 +90,7 @@ def test_cifar100_fine_labels(tmp_path, protocol, key):
         (folder / name).write_bytes(
             python2_pickle(labels, pixels, b"fine_labels") if protocol is None else
             pickle.dumps({key(b"fine_labels"): labels, b"batch_label": b"x", key(b"data"): pixels}, protocol))
-    train, test = data.load("cifar100", tmp_path, "cpu", download=False)
+    train, test = data.load("cifar100", tmp_path, "cpu")
     assert train.num_classes == 100 and train.labels.tolist() == [0, 99, 42] and test.labels.tolist() == [7]
     np.testing.assert_array_equal(train.images.numpy(), rows(3).reshape(-1, 3, 32, 32))
 
@@ -121,8 +129,8 @@ def test_mutated_cifar_raises_nothing_but_input_error(tmp_path):
             bad[rng.randrange(header) if rng.random() < 0.9 else -rng.randint(1, 3)] = rng.randrange(256)
         path.write_bytes(bad)
         try:
-            images, labels = read_cifar(path, source)
-            assert images.shape == (1, 3, 32, 32) and 0 <= labels.item() < 10
+            part = read_file(path, source)
+            assert part.images.shape == (1, 3, 32, 32) and 0 <= part.labels.item() < 10
         except InputError:
             refused += 1
     assert refused > 100
@@ -151,7 +159,7 @@ def test_missing_files_and_unknown_names(tmp_path):
     assert str(tmp_path / "cifar-100-python.tar.gz") in load_error(tmp_path, "cifar100")
     folder = write_cifar10(tmp_path / "cifar-10-batches-py")
     (folder / "data_batch_5").unlink()
-    assert str(folder / "data_batch_5") in load_error(tmp_path, download=True)  # never mixed with a download
+    assert str(folder / "data_batch_5") in load_error(tmp_path)  # never mixed with a download
     (folder / "data_batch_5").mkdir()
     assert str(folder / "data_batch_5") in load_error(tmp_path)
 
@@ -185,13 +193,9 @@ def tar_of(files: dict[str, bytes], links: dict[str, str] | None = None) -> byte
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
-def test_no_network_says_where_to_put_what(tmp_path, monkeypatch, name):
-    def urlopen(url, timeout):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(archives.urllib.request, "urlopen", urlopen)
+def test_no_network_says_where_to_put_what(tmp_path, name):
     root = tmp_path / "new" / "housenumbers"  # a folder yet to be made, whatever the URL ends in
-    message = load_error(root, name, download=True)
+    message = load_error(root, name)
     assert "no route to host" in message and SOURCES[name].url in message and str(root) in message
     assert "--data" in message and not list(tmp_path.iterdir())
 
@@ -204,8 +208,9 @@ def packed_cifar10(folder: Path, below="cifar-10-batches-py", **options) -> byte
 @pytest.mark.parametrize("given", ["", "cifar-10-python.tar.gz"], ids=["the folder", "the archive"])
 def test_download_unpacks_the_archive(tmp_path, monkeypatch, capfd, given):
     serve(monkeypatch, packed_cifar10(tmp_path))
+    monkeypatch.setattr("ldarts.errors.progress.__defaults__", (0.0,))
     train, _ = data.load("cifar10", tmp_path / "root" / given, "cpu")
-    assert len(train.labels) == 15 and "MB" in capfd.readouterr().err
+    assert len(train.labels) == 15 and "cifar-10-python.tar.gz: MB 1\n" in capfd.readouterr().err
     assert sorted(path.name for path in (tmp_path / "root").iterdir()) == ["cifar-10-batches-py",
                                                                           "cifar-10-python.tar.gz"]
 
@@ -218,7 +223,7 @@ def test_an_archive_that_is_there_is_unpacked_by_any_python(tmp_path, monkeypatc
     for name in ("extract", "extractall"):  # whose filters some Pythons lack
         monkeypatch.delattr(tarfile.TarFile, name)
     for given in (archive, archive.parent / "cifar-10-batches-py" / "test_batch", archive.parent):
-        assert len(data.load("cifar10", given, "cpu", download=False)[0].labels) == 15
+        assert len(data.load("cifar10", given, "cpu")[0].labels) == 15
 
 
 def test_links_in_an_archive_lead_nowhere(tmp_path, monkeypatch):
@@ -236,14 +241,14 @@ def test_an_archive_on_a_full_disk_is_no_damaged_one(tmp_path, monkeypatch):
 
     serve(monkeypatch, packed_cifar10(tmp_path))
     monkeypatch.setattr(archives.shutil, "copyfileobj", full)
-    message = load_error(tmp_path / "root", download=True)
+    message = load_error(tmp_path / "root")
     assert "No space left" in message and "--data" in message and "again" not in message
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["cifar-10-python.tar.gz"]
 
 
 def test_checksum_mismatch_leaves_nothing(tmp_path, monkeypatch):
     serve(monkeypatch, b"something else", md5="0" * 32)
-    assert "MD5" in load_error(tmp_path / "new" / "data", download=True)
+    assert "MD5" in load_error(tmp_path / "new" / "data")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -252,7 +257,7 @@ def test_checksum_mismatch_leaves_nothing(tmp_path, monkeypatch):
 def test_an_archive_cannot_write_outside(tmp_path, monkeypatch, path):
     serve(monkeypatch, tar_of({path: b"x"}))
     root = tmp_path / "a" / "b"
-    assert "cannot be unpacked" in load_error(root, download=True)
+    assert "cannot be unpacked" in load_error(root)
     assert [found.name for found in tmp_path.rglob("*") if found.is_file()] == ["cifar-10-python.tar.gz"]
 
 
@@ -280,7 +285,7 @@ def write_svhn(folder: Path, labels=(10, 1, 9, 5), **changed) -> np.ndarray:
 @needs_scipy
 def test_svhn(tmp_path):
     images = write_svhn(tmp_path)
-    train, test = data.load("svhn", tmp_path / "train_32x32.mat", "cpu", download=False)  # or the folder
+    train, test = data.load("svhn", tmp_path / "train_32x32.mat", "cpu")  # or the folder
     assert train.labels.tolist() == [0, 1, 9, 5] and train.labels.dtype == torch.int64
     np.testing.assert_array_equal(test.images.numpy(), images)
 
@@ -303,7 +308,7 @@ def test_damaged_svhn(tmp_path):
         bad[rng.randrange(300)] = rng.randrange(256)
         path.write_bytes(bad)
         try:
-            read_svhn(path, SOURCES["svhn"])
+            read_file(path, SOURCES["svhn"])
         except InputError:
             pass
 

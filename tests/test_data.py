@@ -21,7 +21,7 @@ def image_set(n=40, height=32, width=32):
 
 def test_augmentation_equals_a_loop_over_images_and_pixels():
     source, length, half, seen = image_set(height=12, width=10), 6, 3, 0
-    batches = data.Batches(source, None, 8, 5, augment=True, cutout_length=length, dtype=torch.float64)
+    batches = data.Batches(source, None, 8, 5, cutout_length=length)
     generator = generator_of(5, "train", 2)
     order = torch.randperm(40, generator=generator).tolist()
     shift, flip = torch.randint(9, (40, 2), generator=generator), torch.rand(40, generator=generator) < 0.5
@@ -42,7 +42,7 @@ def test_augmentation_equals_a_loop_over_images_and_pixels():
                 for r in range(max(cy - half, 0), min(cy + half, 12)):
                     for c in range(max(cx - half, 0), min(cx + half, 10)):
                         want[:, r, c] = 0
-            np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=2e-6)
             seen += 1
     assert seen == 40
 
@@ -50,8 +50,8 @@ def test_augmentation_equals_a_loop_over_images_and_pixels():
 @pytest.mark.parametrize("prob, share", [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
 def test_cutout_probability(prob, share):
     source = image_set(2000, 8, 8)._replace(images=torch.full((2000, 3, 8, 8), 255, dtype=torch.uint8))
-    batches = data.Batches(source, None, 2000, 0, augment=True, cutout_length=8)
-    plain = data.Batches(source, None, 2000, 0, augment=True)
+    batches = data.Batches(source, None, 2000, 0, cutout_length=8)
+    plain = data.Batches(source, None, 2000, 0)
     (x, _), (reference, _) = next(batches.epoch(0, cutout_prob=prob)), next(plain.epoch(0))
     assert (x != reference).flatten(1).any(1).float().mean().item() == pytest.approx(share, abs=0.04)
     assert torch.equal(x[x != 0], reference[x != 0])
@@ -59,16 +59,16 @@ def test_cutout_probability(prob, share):
 
 def test_shifts_and_centres_reach_every_value():
     ones = image_set(4000, 8, 8)._replace(images=torch.full((4000, 3, 8, 8), 255, dtype=torch.uint8))
-    (x, _), = data.Batches(ones, None, 4000, 0, augment=True).epoch(0)
+    (x, _), = data.Batches(ones, None, 4000, 0).epoch(0)
     black = x[:, 0] < 0  # padding before normalisation: -mean / std, not 0
     assert sorted(set(black.all(2).sum(1).tolist())) == [0, 1, 2, 3, 4]
-    (x, _), = data.Batches(ones, None, 4000, 0, augment=True, cutout_length=2).epoch(0)
+    (x, _), = data.Batches(ones, None, 4000, 0, cutout_length=2).epoch(0)
     assert ((x[:, 0] == 0).sum(0) > 0).all()
 
 
 def test_start_skips_and_epochs_turns_seeds_and_tags_differ():
     def take(epoch=3, turn=0, start=0, seed=7, tag="train"):
-        batches = data.Batches(image_set(), None, 8, seed, tag=tag, augment=True, cutout_length=4)
+        batches = data.Batches(image_set(), None, 8, seed, tag=tag, cutout_length=4)
         assert len(batches) == 5
         return list(batches.epoch(epoch, turn=turn, start=start))
 
@@ -83,7 +83,7 @@ def test_start_skips_and_epochs_turns_seeds_and_tags_differ():
 def test_ranks_partition_the_global_batch():
     def take(**share):
         indices = torch.arange(1, 40, 2)
-        return list(data.Batches(image_set(), indices, 6, 0, augment=True, cutout_length=8, **share).epoch(1))
+        return list(data.Batches(image_set(), indices, 6, 0, cutout_length=8, **share).epoch(1))
 
     whole, parts = take(), [take(rank=rank, world=3) for rank in range(3)]
     assert len(whole) == 3 and all(y.remainder(2).eq(1).all() for _, y in whole)
@@ -93,20 +93,17 @@ def test_ranks_partition_the_global_batch():
         assert torch.equal(y, torch.cat([part[step][1] for part in parts]))
 
 
-def test_dtype_layout_and_no_augmentation():
-    source = image_set()
-    batches = data.Batches(source, None, 8, 0, augment=False, cutout_length=8, dtype=torch.bfloat16,
-                           memory_format=torch.channels_last)
-    x, y = next(batches.epoch(0))
-    assert x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(value)[:, None, None] for value in (source.mean, source.std))
-    want = (source.images[y] / 255 - mean) / std
-    torch.testing.assert_close(x.float(), want, rtol=1e-2, atol=1e-2)
+def test_a_layout_changes_no_number():
+    default, channels_last = (
+        next(data.Batches(image_set(), None, 8, 0, cutout_length=8, memory_format=layout).epoch(0))
+        for layout in (torch.contiguous_format, torch.channels_last))
+    assert default[0].is_contiguous() and channels_last[0].is_contiguous(memory_format=torch.channels_last)
+    assert all(map(torch.equal, default, channels_last))
 
 
 def test_eval_batches_are_in_order_and_complete():
     source = image_set()
-    got = list(data.eval_batches(source, None, 16))
+    got = list(data.eval_batches(source, torch.arange(40), 16))
     assert [len(y) for _, y in got] == [16, 16, 8]
     assert torch.equal(torch.cat([y for _, y in got]), source.labels)
     back = torch.cat([x for x, _ in got]) * torch.tensor(source.std)[:, None, None]
@@ -120,7 +117,7 @@ def test_eval_batches_are_in_order_and_complete():
 def test_batches_refuse_what_cannot_be_filled_or_divided():
     for size, world in ((41, 1), (0, 1), (8, 3)):
         with pytest.raises(InputError, match=f"batch size {size}"):
-            data.Batches(image_set(), None, size, 0, augment=True, world=world)
+            data.Batches(image_set(), None, size, 0, world=world)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares CPU with a GPU; there is none")
@@ -128,7 +125,7 @@ def test_gpu_sees_the_batches_of_the_cpu_without_synchronising():
     def take(device):
         source = image_set()
         source = source._replace(images=source.images.to(device), labels=source.labels.to(device))
-        batches = data.Batches(source, None, 8, 0, augment=True, cutout_length=8).epoch(0)
+        batches = data.Batches(source, None, 8, 0, cutout_length=8).epoch(0)
         first = next(batches)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -148,7 +145,7 @@ def test_gray_images_get_three_equal_channels():
     for gray in (source.images[:, 0], source.images[:, :1]):
         checked = source._replace(images=gray).checked("mine")
         assert torch.equal(checked.images, source.images[:, :1].repeat(1, 3, 1, 1))
-        batches = data.Batches(checked, None, 8, 0, augment=True, cutout_length=8)
+        batches = data.Batches(checked, None, 8, 0, cutout_length=8)
         assert next(batches.epoch(0))[0].shape == (8, 3, 28, 28)
     assert source.checked("mine") == source
 
@@ -238,11 +235,12 @@ def test_synthetic_colour_says_little(drawn):
 @pytest.mark.skipif("LDARTS_DATA" not in os.environ,
                     reason="set LDARTS_DATA to a folder with cifar-10-batches-py")
 def test_real_images():
-    train, test = data.load("cifar10", os.environ["LDARTS_DATA"], "cpu", download=False)
+    train, test = data.load("cifar10", os.environ["LDARTS_DATA"], "cpu")
     assert len(train.labels) % 5 == 0 and train.labels.unique().tolist() == list(range(10))
     pixels = train.images.float().transpose(0, 1).flatten(1) / 255
     torch.testing.assert_close(pixels.mean(1), torch.tensor(train.mean), rtol=0, atol=0.02)
     torch.testing.assert_close(pixels.std(1), torch.tensor(train.std), rtol=0, atol=0.02)
     smooth = (pixels.view(3, -1, 32, 32).diff(dim=3)).abs().mean()
     assert smooth < 0.1  # neighbours are alike: rows and channels are where they belong
-    assert len(list(data.eval_batches(test, None, 256))) == -(-len(test.labels) // 256)
+    batches = data.eval_batches(test, torch.arange(len(test.labels)), 256)
+    assert len(list(batches)) == -(-len(test.labels) // 256)

@@ -26,7 +26,7 @@ import torch
 import train_eval
 import train_search
 from ldarts import InputError, genotypes, runs
-from ldarts.data.archives import SOURCES, locate, read_cifar
+from ldarts.data.archives import SOURCES, locate, read_file
 from ldarts.distributed import Processes
 from ldarts.locks import locked
 from ldarts.runs.files import CHECKPOINT, PREVIOUS, SEAL, load_checkpoint
@@ -47,9 +47,10 @@ def write_images(folder):
     """40 images, of LDARTS_DATA if it is set, to train and 8 to test: five steps an epoch of some 0.1 s."""
     written = write_cifar10(folder / "cifar-10-batches-py", 8)
     if "LDARTS_DATA" in os.environ:
-        for file in locate(SOURCES["cifar10"], Path(os.environ["LDARTS_DATA"]), False).glob("*_batch*"):
-            pixels, labels = (part[:8] for part in read_cifar(file, SOURCES["cifar10"]))
-            (written / file.name).write_bytes(python2_pickle(labels.tolist(), pixels.reshape(8, -1)))
+        for file in locate(SOURCES["cifar10"], Path(os.environ["LDARTS_DATA"])).glob("*_batch*"):
+            part, _ = read_file(file, SOURCES["cifar10"]).split(8)
+            content = python2_pickle(part.labels.tolist(), part.images.flatten(1).numpy())
+            (written / file.name).write_bytes(content)
     return folder
 
 

@@ -11,15 +11,14 @@ from test_archives import python2_pickle, rows
 
 import train_search
 from ldarts import InputError, nasbench201
-from ldarts.genotypes import format_arch
+from ldarts.genotypes import ARCH
 
 SIX_SKIPS = "|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|skip_connect~2|"
 
 
 def arch_of(row: int) -> str:
     """The arch string of a row, its operations from the digits."""
-    operations = iter(nasbench201.OPERATIONS[int(digit)] for digit in np.base_repr(row, 5).zfill(6))
-    return format_arch([[(next(operations), j) for j in range(i)] for i in (1, 2, 3)])
+    return ARCH.format(*(nasbench201.OPERATIONS[int(digit)] for digit in np.base_repr(row, 5).zfill(6)))
 
 
 def test_the_published_extremes():

@@ -16,7 +16,7 @@ from .synthetic import synthetic
 DATASETS = (*SOURCES, "synthetic")
 
 
-def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0, download: bool = True,
+def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0,
          size: int | None = None) -> tuple[ImageSet, ImageSet]:
     """The training and the test set called `name`, on `device`.
 
@@ -26,7 +26,7 @@ def load(name: str, root: str | Path, device: torch.device | str, seed: int = 0,
     divide that of the images.
     """
     if name in SOURCES:
-        parts = read_archive(name, Path(root).expanduser(), download)
+        parts = read_archive(name, Path(root).expanduser())
     elif name == "synthetic":
         parts = synthetic(seed)
     else:

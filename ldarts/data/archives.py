@@ -8,7 +8,6 @@ import http.client
 import os
 import pickle
 import shutil
-import sys
 import tarfile
 import tempfile
 import urllib.request
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..errors import InputError, brief, require
+from ..errors import InputError, brief, progress, require
 from ..locks import locked
 from .batches import ImageSet
 
@@ -49,20 +48,22 @@ SOURCES = {
 }
 
 
-def read_archive(name: str, root: Path, download: bool) -> tuple[ImageSet, ImageSet]:
+def read_archive(name: str, root: Path) -> tuple[ImageSet, ImageSet]:
     """The training and the test set of SOURCES[name]. root: see locate."""
-    source, read = SOURCES[name], read_svhn if name == "svhn" else read_cifar
-    folder = locate(source, root, download)
+    source = SOURCES[name]
+    folder = locate(source, root)
+    if name == "svhn":
+        require("scipy", "--dataset svhn")
 
-    def image_set(files: tuple[str, ...]) -> ImageSet:
-        images, labels = zip(*(read(folder / file, source) for file in files))
-        return ImageSet(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)),
-                        source.num_classes, source.mean, source.std)
+    def joined(files: tuple[str, ...]) -> ImageSet:
+        parts = [read_file(folder / file, source) for file in files]
+        return parts[0]._replace(images=torch.cat([part.images for part in parts]),
+                                 labels=torch.cat([part.labels for part in parts]))
 
-    return image_set(source.train), image_set(source.test)
+    return joined(source.train), joined(source.test)
 
 
-def locate(source: Source, root: Path, download: bool) -> Path:
+def locate(source: Source, root: Path) -> Path:
     """The folder with the source's files, downloaded into root if the folder (SVHN: the file) is missing.
 
     root: that folder, one that holds it or the archive, or the archive itself, which is unpacked beside it.
@@ -74,13 +75,10 @@ def locate(source: Source, root: Path, download: bool) -> Path:
     folder = root if any((root / file).is_file() for file in files) else root / source.folder
     if not source.folder:
         for file, md5 in zip(files, source.md5):
-            fetch(source.url + file, md5, folder / file, download)
+            fetch(source.url + file, md5, folder / file)
     elif not folder.is_dir():
-        fetch(source.url, source.md5[0], archive, download)
-        unpack(archive, root, source)
-    for file in files:
-        if not (folder / file).is_file():
-            raise damaged(folder / file, "no such file", source)
+        fetch(source.url, source.md5[0], archive)
+        unpack(archive, folder, source)
     return folder
 
 
@@ -88,58 +86,47 @@ def damaged(path: Path, reason: str, source: Source) -> InputError:
     return InputError(f"{path}: {reason}; get it again from {source.url}, or use --dataset synthetic")
 
 
-def fetch(url: str, md5: str, path: Path, download: bool) -> None:
+def fetch(url: str, md5: str, path: Path) -> None:
     """Download url to path if path is missing. The file appears whole, with the right MD5, or not at all."""
     by_hand = f"put {url} at {path}, name its folder by --data, or use --dataset synthetic"
     if path.is_file():
         return
-    if not download:
-        raise InputError(f"{path}: no such file, and downloading is off; {by_hand}")
-    made = [folder for folder in path.parents if not folder.exists()]
+    existing = next(folder for folder in path.parents if folder.is_dir())  # where a failure leaves nothing
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(Path(f"{path}.lock")), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        with locked(existing / f"{path.name}.lock"), tempfile.TemporaryDirectory(dir=existing) as scratch:
             if path.is_file():
                 return
-            partial, digest, done = Path(scratch, path.name), hashlib.md5(usedforsecurity=False), 0
+            partial, digest = Path(scratch, path.name), hashlib.md5(usedforsecurity=False)
             with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as file:
-                while block := response.read(1 << 20):
+                for block in progress(iter(lambda: response.read(10**6), b""), f"{url}: MB"):
                     digest.update(block)
-                    done += file.write(block)
-                    print(f"\r{url}: {done / 1e6:.1f} MB", end="", file=sys.stderr, flush=True)
-            print(file=sys.stderr)
+                    file.write(block)
             if (received := digest.hexdigest()) != md5:
                 raise InputError(f"{path}: {url} sent MD5 {received}, not {md5}; try again, or {by_hand}")
+            path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial, path)
     except (OSError, http.client.HTTPException) as error:
         raise InputError(f"{path}: cannot be downloaded ({brief(error)}); {by_hand}") from error
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # only empty ones can be removed
-                folder.rmdir()
 
 
-def unpack(archive: Path, root: Path, source: Source) -> None:
-    """Unpack the regular files of the source's folder, which appears whole or not at all."""
-    folder = source.folder
+def unpack(archive: Path, folder: Path, source: Source) -> None:
+    """Unpack the regular files of a folder of the archive, which appears whole or not at all."""
     try:
-        with (locked(Path(f"{archive}.lock")), tempfile.TemporaryDirectory(dir=root) as scratch,
+        with (locked(Path(f"{archive}.lock")), tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
               tarfile.open(archive) as tar):
-            if (root / folder).is_dir():
+            if folder.is_dir():
                 return
+            unpacked = Path(scratch, folder.name)
+            unpacked.mkdir()
             for member in tar:  # one by one: some releases of Python 3.10 and 3.11 lack tarfile's filters
                 path = PurePosixPath(member.name)
-                if member.isreg() and path.parts == (folder, path.name):
-                    Path(scratch, folder).mkdir(exist_ok=True)
-                    with open(Path(scratch, path), "wb") as file:
+                if member.isreg() and path.parts == (folder.name, path.name):
+                    with open(unpacked / path.name, "wb") as file:
                         shutil.copyfileobj(tar.extractfile(member), file)
-            if not Path(scratch, folder).exists():
-                raise tarfile.TarError(f"it has no files {folder}/…")
-            try:
-                os.rename(Path(scratch, folder), root / folder)
-            except OSError:  # where there are no locks, another process may have been faster
-                if not (root / folder).is_dir():
-                    raise
+            if not any(unpacked.iterdir()):
+                raise tarfile.TarError(f"it has no files {folder.name}/…")
+            with contextlib.suppress(OSError):  # without locks another process may have been faster
+                os.rename(unpacked, folder)
     except Exception as error:  # damaged bytes raise many kinds
         if isinstance(error, OSError) and error.errno:  # of the disk: gzip's errors have no number
             raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); unpack it elsewhere and give "
@@ -147,15 +134,11 @@ def unpack(archive: Path, root: Path, source: Source) -> None:
         raise damaged(archive, f"cannot be unpacked ({brief(error)})", source) from error
 
 
-def new_dtype(name: str, align: int = 0, copy: int = 0) -> np.dtype:
-    return np.dtype(name, align=bool(align), copy=bool(copy))
-
-
-# The names in a pickled array, of NumPy 1 and 2, and what they stand for.
-ALLOWED = {"numpy.ndarray": np.ndarray, "numpy.dtype": new_dtype, "_codecs.encode": str.encode}
-for _core in ("numpy.core", "numpy._core"):
-    ALLOWED[f"{_core}.multiarray._reconstruct"] = np.empty(1).__reduce__()[0]
-    ALLOWED[f"{_core}.numeric._frombuffer"] = np.empty(1).__reduce_ex__(5)[0]
+ALLOWED = {  # the names in a pickled array and what they stand for; NumPy 2 has numpy._core
+    "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype, "_codecs.encode": str.encode,
+    "numpy.core.multiarray._reconstruct": np.empty(1).__reduce__()[0],
+    "numpy.core.numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
+}
 
 
 class CifarUnpickler(pickle._Unpickler):
@@ -165,40 +148,39 @@ class CifarUnpickler(pickle._Unpickler):
     """
 
     def find_class(self, module: str, name: str):
-        if (full_name := f"{module}.{name}") not in ALLOWED:
+        full_name = f"{module}.{name}".replace("numpy._core", "numpy.core")
+        if full_name not in ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {full_name}, which no CIFAR file does")
         return ALLOWED[full_name]
 
 
-def read_cifar(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """One batch file -> uint8 [N, 3, 32, 32], int64 [N]."""
-    key = "labels" if source.num_classes == 10 else "fine_labels"
+def read_file(path: Path, source: Source) -> ImageSet:
+    """One file of CIFAR or SVHN. Raises InputError if it is missing or damaged."""
     try:
-        with open(path, "rb") as file:
-            batch = CifarUnpickler(file, encoding="bytes").load()
-        # Published files have keys of bytes.
-        images, labels = (batch.get(name.encode(), batch.get(name)) for name in ("data", key))
-        is_uint8 = isinstance(images, np.ndarray) and images.dtype == np.uint8
-        if not is_uint8 or images.shape != (len(labels), 3072):
-            raise ValueError("'data' is not uint8 [N, 3072] with a label for each row")
-        if not (labels and all(type(label) is int and 0 <= label < source.num_classes for label in labels)):
-            raise ValueError(f"{key!r} is not a list of integers from 0 to {source.num_classes - 1}")
+        read = read_svhn if path.suffix == ".mat" else read_cifar
+        images, labels = map(torch.tensor, read(path))
+        return ImageSet(images, labels, source.num_classes, source.mean, source.std).checked(path.name)
     except Exception as error:  # damaged bytes raise many kinds
-        raise damaged(path, f"not a whole CIFAR batch ({brief(error)})", source) from error
-    return images.reshape(-1, 3, 32, 32), np.array(labels)
+        raise damaged(path, f"cannot be read ({brief(error)})", source) from error
 
 
-def read_svhn(path: Path, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """One file of cropped digits -> uint8 [N, 3, 32, 32], int64 [N]; the label 10 stands for the digit 0."""
-    require("scipy", f"{path}: --dataset svhn")
+def read_cifar(path: Path) -> tuple[np.ndarray, list[int]]:
+    """Images [N, 3, 32, 32] and labels of a batch file."""
+    with open(path, "rb") as file:
+        batch = CifarUnpickler(file, encoding="bytes").load()
+    # Published files have keys of bytes.
+    by_name = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    labels = by_name.get("fine_labels") or by_name["labels"]  # CIFAR-100 has coarse ones, too
+    if {*map(type, labels)} != {int}:
+        raise ValueError("the labels are not a list of integers")
+    return by_name["data"].reshape(len(labels), 3, 32, 32), labels
+
+
+def read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N, 3, 32, 32] and labels of a file of cropped digits, in which the label 10 stands for 0."""
     from scipy.io import loadmat
-    try:
-        content = loadmat(path, variable_names=("X", "y"))
-        images, labels = content["X"], content["y"].ravel()
-        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)) or not len(labels):
-            raise ValueError(f"X is {images.dtype} {images.shape}, not uint8 (32, 32, 3, {len(labels)})")
-        if labels.dtype.kind not in "iu" or labels.min() < 1 or labels.max() > 10:
-            raise ValueError("y has other values than integers from 1 to 10")
-    except Exception as error:  # damaged bytes raise many kinds
-        raise damaged(path, f"not a whole SVHN file ({brief(error)})", source) from error
-    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.astype(np.int64) % 10
+    content = loadmat(path, variable_names=("X", "y"))
+    labels = content["y"].ravel().astype(np.int64, casting="safe")
+    if labels.min() < 1 or labels.max() > 10:
+        raise ValueError("y has other values than integers from 1 to 10")
+    return np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1)), labels % 10

@@ -78,15 +78,13 @@ def halves(images: int, portion: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Normalize:
-    """uint8 images [n, 3, H, W] -> (images / 255 - mean) / std, computed in float32 or wider, as `dtype`."""
+    """uint8 images [n, 3, H, W] -> (images / 255 - mean) / std, float32."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], dtype=torch.float32, device="cpu"):
-        options = dict(dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self.mean, self.std = (torch.tensor(value, **options)[:, None, None] for value in (mean, std))
-        self.dtype = dtype
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"):
+        self.mean, self.std = (torch.tensor(value, device=device)[:, None, None] for value in (mean, std))
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std).to(self.dtype)
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
 def crop_flip(images: Tensor, shift: Tensor, flip: Tensor, padding: int = 4) -> Tensor:
@@ -130,19 +128,19 @@ class Batches:
     """Shuffled batches of one data set, or of its `indices`, without an incomplete last batch.
 
     batch_size: images of a global batch, over all `world` processes; the process `rank` gets a contiguous
-    1 / world of each. tag: gives streams of one seed different random numbers. augment: as in DARTS, random
-    crop (zero padding 4) and flip before normalisation, cutout of `cutout_length` pixels (0: none) after it.
+    1 / world of each. tag: gives streams of one seed different random numbers. As in DARTS, a random crop
+    (zero padding 4) and flip before normalisation, cutout of `cutout_length` pixels (0: none) after it.
     Raises InputError as share_of does.
     """
 
-    def __init__(self, data: ImageSet, indices: Tensor | None, batch_size: int, seed: int, *, augment: bool,
+    def __init__(self, data: ImageSet, indices: Tensor | None, batch_size: int, seed: int, *,
                  tag: str = "train", cutout_length: int = 0, rank: int = 0, world: int = 1,
-                 dtype=torch.float32, memory_format=torch.contiguous_format):
+                 memory_format=torch.contiguous_format):
         self.indices = torch.arange(len(data.labels)) if indices is None else indices.cpu()
         self.share = share_of(batch_size, len(self.indices), rank, world)
         self.data, self.batch_size, self.seed, self.tag = data, batch_size, seed, tag
-        self.augment, self.cutout_length, self.memory_format = augment, cutout_length, memory_format
-        self.normalize = Normalize(data.mean, data.std, dtype, data.images.device)
+        self.cutout_length, self.memory_format = cutout_length, memory_format
+        self.normalize = Normalize(data.mean, data.std, data.images.device)
 
     def __len__(self) -> int:
         return len(self.indices) // self.batch_size
@@ -167,20 +165,16 @@ class Batches:
         centre = table((torch.rand(count, 2, generator=generator) * torch.tensor([height, width])).long())
         keep = table(torch.rand(count, generator=generator) < cutout_prob)
         for step in range(start, len(self)):
-            images = self.data.images[index[step]]
-            if self.augment:
-                images = crop_flip(images, shift[step], flip[step])
-            x = self.normalize(images)
-            if self.augment and self.cutout_length:
+            x = self.normalize(crop_flip(self.data.images[index[step]], shift[step], flip[step]))
+            if self.cutout_length:
                 x = cutout(x, centre[step], self.cutout_length, keep[step])
             yield x.contiguous(memory_format=self.memory_format), self.data.labels[index[step]]
 
 
-def eval_batches(data: ImageSet, indices: Tensor | None, batch_size: int, *, dtype=torch.float32,
+def eval_batches(data: ImageSet, indices: Tensor, batch_size: int, *,
                  memory_format=torch.contiguous_format) -> Iterator[Batch]:
-    """All images (or those at `indices`) once, in order, not augmented; the last batch may be short."""
-    normalize = Normalize(data.mean, data.std, dtype, data.images.device)
-    indices = torch.arange(len(data.labels)) if indices is None else indices
+    """The images at `indices` once, in order, not augmented; the last batch may be short."""
+    normalize = Normalize(data.mean, data.std, data.images.device)
     for index in indices.to(data.images.device).split(batch_size):
         if len(index):  # of no images, split makes one empty part
             yield normalize(data.images[index]).contiguous(memory_format=memory_format), data.labels[index]

@@ -121,16 +121,13 @@ def augmented(image, draw: random.Random):
     image = image.resize((224, 224), Image.BILINEAR, random_box(*image.size, draw))
     if draw.random() < 0.5:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
-
-    def shift_hue(image):
-        shift = int(draw.uniform(-0.2, 0.2) * 255)
-        h, s, v = image.convert("HSV").split()
-        return Image.merge("HSV", (h.point(lambda value: (value + shift) % 256), s, v)).convert("RGB")
-
-    jitter = [lambda image, kind=kind: kind(image).enhance(draw.uniform(0.6, 1.4))
-              for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)]
-    for change in draw.sample([*jitter, shift_hue], 4):
-        image = change(image)
+    for change in draw.sample(["Brightness", "Contrast", "Color", "hue"], 4):
+        if change == "hue":
+            shift = int(draw.uniform(-0.2, 0.2) * 255)
+            h, s, v = image.convert("HSV").split()
+            image = Image.merge("HSV", (h.point(lambda value: (value + shift) % 256), s, v)).convert("RGB")
+        else:
+            image = getattr(ImageEnhance, change)(image).enhance(draw.uniform(0.6, 1.4))
     return image
 
 
@@ -176,7 +173,7 @@ class FolderBatches:
         """Batches number `start` and later of an epoch, of batch_size / world images each."""
         order = torch.arange(len(self.images.files))
         if self.images.train:
-            order = order[torch.randperm(len(order), generator=generator_of(self.seed, "imagenet", epoch))]
+            order = torch.randperm(len(order), generator=generator_of(self.seed, "imagenet", epoch))
             order = order[: len(self) * self.batch_size]
         shares = [part[self.share].tolist() for part in order.split(self.batch_size)[start:]]
         batches = [[(epoch, i) for i in share] for share in shares if share]  # a test's last may be empty
