@@ -90,7 +90,7 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         if self.writes:
-            write_atomically(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+            write_atomically(self.path / name, text.encode())
 
     def log(self, line: str) -> None:
         """Print a line and append it, with the time, to log.txt."""
