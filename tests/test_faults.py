@@ -533,7 +533,7 @@ def test_a_config_or_genotype_is_never_code(tmp_path, monkeypatch, capsys, figur
     code = "__import__('os').mkdir('made')"
     for content in (code, json.dumps(code), json.dumps({"kind": "search", "epochs": code}),
                     json.dumps({"kind": "search", "search_space": code}),
-                    json.dumps({"kind": "search", "data": {"a": code}}),
+                    json.dumps({"kind": "search", "seed": {"a": code}}),
                     json.dumps({"kind": "search", "memory_format": code, "cutout": code})):
         (tmp_path / "run/config.json").write_text(content)
         refused(train_search, ["--resume", "run"], monkeypatch, capsys)
