@@ -311,7 +311,7 @@ def test_a_read_only_folder(stopped, small_disk, whole, forks, figures):
     assert "runs/one/lock: cannot be written (Read-only file system)" in message
     another = forks.start(small_disk, "train_search.py", *SEARCH, "--epochs", "2", "--save", "two")
     assert forks.finish(another) == 2
-    assert "runs/two: cannot be made (Read-only file system)" in printed(small_disk).splitlines()[-1]
+    assert "runs/two/lock: cannot be written (Read-only file system)" in printed(small_disk).splitlines()[-1]
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     resume(forks, small_disk, "train_search.py")
     assert_same_bits(small_disk, whole("train_search.py", *SEARCH, "--epochs", "2"))

@@ -135,7 +135,6 @@ class Run:
 
     def end_epoch(self, values: dict[str, Any]) -> None:
         """Write the values as a line of metrics.jsonl, and a checkpoint; go on to the next epoch."""
-        self._require_finite()
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise self._not_finite(f"{name} is {value} after", self.step)
@@ -173,14 +172,10 @@ class Run:
         try:
             if not self.args.resume:
                 self.path.mkdir(parents=True)
+            at_end.enter_context(locked(self.path / "lock", wait=False))
         except FileExistsError as error:
             raise InputError(f"{self.path} exists already: give another name with --save, or continue it "
                              f"with {resume_flag(self.path)}") from error
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be made ({error.strerror}): "
-                             "give another name with --save") from error
-        try:
-            at_end.enter_context(locked(self.path / "lock", wait=False))
         except OSError as error:
             raise not_written(self.path / "lock", error) from error
 
