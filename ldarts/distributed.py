@@ -4,7 +4,7 @@ If one dies, the others fail in the next exchange. Running statistics are those 
 """
 import os
 from datetime import timedelta
-from typing import Callable, Iterable, Sequence
+from typing import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,12 @@ class Processes:
 
     def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each tensor's mean over the processes, by one exchange (one dtype, one device); alone, itself."""
-        if self.world == 1:
+        if self.world == 1 or not tensors:
             return list(tensors)
-        means = _as_one(tensors, lambda flat: (dist.all_reduce(flat), flat.div_(self.world)))
-        return [torch.empty_like(t).copy_(m) for t, m in zip(tensors, means)]  # in t's memory format
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        means = flat.div_(self.world).split([t.numel() for t in tensors])
+        return [torch.empty_like(t).copy_(mean.view(t.shape)) for t, mean in zip(tensors, means)]
 
     def largest(self, *values: int) -> list[int]:
         """The largest of each value over the processes: how they agree on what to do next."""
@@ -53,20 +55,13 @@ class Processes:
 
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite the tensors of floats by those of rank 0."""
-        if self.world > 1:
-            floats = [t for t in tensors if t.is_floating_point()]
-            for t, first in zip(floats, _as_one(floats, lambda flat: dist.broadcast(flat, 0))):
-                t.copy_(first)
+        floats = [t for t in tensors if t.is_floating_point()]
+        if self.world > 1 and floats:
+            flat = torch.cat([t.reshape(-1) for t in floats])
+            dist.broadcast(flat, 0)
+            for t, first in zip(floats, flat.split([t.numel() for t in floats])):
+                t.copy_(first.view(t.shape))
 
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
-
-
-def _as_one(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> list[Tensor]:
-    """The tensors after `exchange` of all their numbers, as one flat tensor, in place."""
-    if not tensors:
-        return []
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    exchange(flat)
-    return [part.view(t.shape) for t, part in zip(tensors, flat.split([t.numel() for t in tensors]))]
