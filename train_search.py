@@ -172,11 +172,7 @@ def main():
 
 def report(run, genotype, args):
     """What a search ends in."""
-    if isinstance(genotype, str):
-        run.log(f"genotype: {genotype}")
-    else:
-        for name in ("normal", "reduce"):
-            run.log(f"{name}: " + ", ".join(f"{op} {state}" for op, state in getattr(genotype, name)))
+    run.log(f"genotype: {genotype}")
     run.log(f"skip connections: {run.history[-1]['skip_connections']}")
     if "lambda_train" in run.history[-1]:
         shown = run.history[:: max(1, len(run.history) // 10)]

@@ -69,8 +69,9 @@ def test_a_search_leaves_a_whole_run_folder(searched):
     assert metrics[0]["lambda_grad_norm"] == 0 < metrics[1]["lambda_grad_norm"]
     alphas = [torch.tensor(line["alphas"]) for line in metrics]  # of each type of cell [14, 2]
     assert alphas[0].shape == (2, 14, 2) and not torch.equal(*alphas)
-    assert isinstance(genotypes.load(str(path)), Genotype)
-    for shown in ("s/step", " left", "loss", "accuracy", "normal: ", "reduce: ", "skip connections: ",
+    genotype = genotypes.load(str(path))
+    assert isinstance(genotype, Genotype) and genotypes.load(str(genotype)) == genotype
+    for shown in ("s/step", " left", "loss", "accuracy", f"genotype: {genotype}\n", "skip connections: ",
                   "Λ by epoch: ", "train_eval.py --arch runs/one --dataset synthetic"):
         assert shown in printed, shown
 
