@@ -147,8 +147,6 @@ def main():
                 images = args.batch_size // processes.world
                 probe = next(eval_batches(train_set, share, images, memory_format=layout))
                 of_cells["alpha_eigenvalue"] = arch.alpha_eigenvalue(probe)
-            net.eval()
-            processes.take_from_first(net.buffers())
             batches = eval_batches(train_set, share, args.batch_size, memory_format=layout)
             valid_loss, valid_accuracy = evaluate(net, criterion, batches, processes)
             values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,

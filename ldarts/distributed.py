@@ -1,14 +1,16 @@
-"""The processes that torchrun started, each on its share of every batch; or one process alone.
+"""The processes that torchrun started, each on its share of every batch, or one alone; means over them all.
 
 If one dies, the others fail in the next exchange. Running statistics are those of rank 0, as in torch's DDP.
 """
 import os
 from datetime import timedelta
-from typing import Iterable, Sequence
+from typing import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from .errors import progress
 
 
 class Processes:
@@ -65,3 +67,38 @@ class Processes:
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
+
+
+class Meter:
+    """Means of loss, accuracy and clipped steps over all processes. They stay on the device until read."""
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        # number of images; sums over images of loss, correct answers, clipped steps
+        self.totals = torch.zeros(4, dtype=torch.float64, device=processes.device)
+
+    def update(self, loss: Tensor, logits: Tensor, y: Tensor, clipped: Tensor | None = None) -> None:
+        """loss: mean over y; logits [N, num_classes]; y [N]; clipped: [1], 1 if the gradient was clipped"""
+        correct = (logits.detach().argmax(1) == y).double().mean()
+        self.totals[:3] += len(y) * torch.stack([torch.ones_like(correct), loss.detach().double(), correct])
+        if clipped is not None:
+            self.totals[3:] += len(y) * clipped.detach().double()
+
+    def read(self) -> tuple[float, float, float]:
+        """(mean loss, accuracy in percent, share of clipped steps)"""
+        count, loss, correct, clipped = self.processes.gather(self.totals).sum(0).tolist()
+        return loss / count, 100 * (correct / count), clipped / count
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, criterion: nn.Module, batches: Iterable, processes: Processes,
+             logits_of: Callable[[Tensor], Tensor] | None = None) -> tuple[float, float]:
+    """(loss, accuracy in percent) over the batches of all processes, in evaluation mode, by the buffers of
+    rank 0. logits_of: x -> logits, by default net"""
+    net.eval()
+    processes.take_from_first(net.buffers())
+    meter = Meter(processes)
+    for x, y in progress(batches, "evaluation: batch"):
+        logits = (logits_of or net)(x)
+        meter.update(criterion(logits, y), logits, y)
+    return meter.read()[:2]

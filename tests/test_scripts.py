@@ -249,12 +249,13 @@ def test_what_takes_long_says_where_it_is(monkeypatch, capsys):
     monkeypatch.setattr("ldarts.errors.progress.__defaults__", (0.1,))
 
     def evaluate(pause):
-        def net(x):
-            time.sleep(pause)
-            return x
+        class Net(torch.nn.Module):
+            def forward(self, x):
+                time.sleep(pause)
+                return x
 
         batches = [(torch.zeros(1, 10), torch.zeros(1, dtype=torch.int64))] * 4
-        runs.evaluate(net, torch.nn.CrossEntropyLoss(), batches, Processes(torch.device("cpu")))
+        runs.evaluate(Net(), torch.nn.CrossEntropyLoss(), batches, Processes(torch.device("cpu")))
         return capsys.readouterr().err.splitlines()
 
     first, second, *_ = evaluate(0.2)  # after 0.1 s and 0.3 s

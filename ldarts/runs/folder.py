@@ -16,13 +16,12 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
-from ..distributed import Processes
+from ..distributed import Meter, Processes
 from ..errors import InputError, NotFinite, brief
 from ..locks import locked
 from .files import (CHECKPOINT, PREVIOUS, load_newest, not_written, read_config, resume_flag,
                     save_checkpoint, script_path, write_atomically)
 from .machine import origin, seed_everything
-from .meters import Meter
 
 NEVER = 2**62  # larger than any step
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
