@@ -41,8 +41,8 @@ def absolute(path: str) -> str:
 
 def cell_name(name: str) -> str:
     """--arch: a path that exists, as an absolute one."""
-    name = os.path.expanduser(name)  # in --arch=~/x the shell does not
-    return absolute(name) if os.path.exists(name) and name not in genotypes.PUBLISHED else name
+    path = absolute(name)
+    return path if os.path.exists(path) and name not in genotypes.PUBLISHED else name
 
 
 COUNT = checked(int, "a whole number from 1", lambda value: value >= 1)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -124,8 +124,11 @@ class Run:
         self.steps_taken += 1
         if reports:
             mean, accuracy, *_ = self.meter.read()
+            seconds = (time.perf_counter() - self.started) / self.steps_taken
+            steps_left = (self.args.epochs - self.epoch) * self.steps - self.step
             self.log(f"epoch {self.epoch} step {self.step - 1}/{self.steps}: loss {mean:.4f}, "
-                     f"accuracy {accuracy:.2f} %, {self._pace()}")
+                     f"accuracy {accuracy:.2f} %, {seconds:.3g} s/step, "
+                     f"{timedelta(seconds=round(seconds * steps_left))} left")
         overdue = self.writes and time.perf_counter() - self.saved >= 60 * self.args.checkpoint_minutes
         signal_number, overdue = self.processes.largest(self.signal_number, int(overdue))
         if overdue or signal_number:
@@ -204,11 +207,6 @@ class Run:
             before = f"{self.path / CHECKPOINT} is kept from before it, but --resume repeats the same steps"
         return NotFinite(f"{what} step {step} of epoch {self.epoch}; {before}: start again with another "
                          "--save and a smaller --learning_rate")
-
-    def _pace(self) -> str:
-        seconds = (time.perf_counter() - self.started) / self.steps_taken
-        left = round(seconds * ((self.args.epochs - self.epoch) * self.steps - self.step))
-        return f"{seconds:.3g} s/step, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 
     def _stop(self, signal_number: int) -> None:
         if signal_number:
