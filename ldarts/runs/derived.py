@@ -31,11 +31,9 @@ def usual_size(space: str | None, cell: Cell, dataset: str) -> tuple[int, int, s
         return 48, 14, "as published on ImageNet"
     if dataset not in ("cifar100", "svhn"):
         return 36, 20, f"as published on {dataset}"
-    published = [name for name, other in genotypes.PUBLISHED.items() if other == cell]
-    names = [space] if space else published
-    for small in SMALL:
-        if any(small in str(name).split("_") for name in names):
-            return 16, 8, f"as published on {dataset} for a cell of {small}"
+    names = [space] if space else [name for name, other in genotypes.PUBLISHED.items() if other == cell]
+    if spaces := {part for name in names for part in str(name).split("_")} & set(SMALL):
+        return 16, 8, f"as published on {dataset} for a cell of {min(spaces)}"
     return 36, 20, f"as published on {dataset} for a cell not known to be of {', '.join(SMALL)}"
 
 
