@@ -18,7 +18,7 @@ from .files import read_config, resume_flag, script_path, search_of, unfinished
 from .machine import AMP, MEMORY_FORMATS, pick_device
 
 
-def checked(convert: Callable, expected: str, holds: Callable[[Any], bool] = lambda value: True) -> Callable:
+def checked(convert: Callable, expected: str, holds: Callable[[Any], bool]) -> Callable:
     """A type for argparse: text -> converted value, or a message that says what is expected."""
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):

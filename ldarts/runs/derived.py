@@ -50,10 +50,9 @@ def read_trained(path: str, arch: str | None) -> tuple[dict[str, Tensor], Cell]:
     `arch`, from --arch, which must not contradict it.
     """
     state, beside = load_checkpoint(path), Path(path).parent / "genotype.json"
-    tensors = state["model"]
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not all(isinstance(t, Tensor) for t in state["model"].values()):
         raise InputError(f"{path}: holds no weights: expected tensors by name")
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): t for key, t in tensors.items()}
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): t for key, t in state["model"].items()}
     if weights.keys() & {"alphas_normal", "arch_parameters"}:
         raise InputError(f"{path}: weights of a search; train its cell first: --arch {Path(path).parent}")
     cell = expected = None if arch is None else genotypes.load(arch)
