@@ -71,14 +71,12 @@ def main():
     criterion, smoothed = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
 
     def test():
-        net.eval()
-        processes.take_from_first(net.buffers())
         if imagenet:
             batches = test_batches.epoch()
         else:
             share = torch.arange(len(test_set.labels))[processes.rank :: processes.world]
             batches = eval_batches(test_set, share, args.batch_size, memory_format=layout)
-        return evaluate(lambda x: forward(x)[0].float(), criterion, batches, processes)
+        return evaluate(net, criterion, batches, processes, lambda x: forward(x)[0].float())
 
     if args.evaluate:
         load_weights(net, args)

@@ -147,8 +147,6 @@ def main():
                 images = args.batch_size // processes.world
                 probe = next(eval_batches(train_set, share, images, memory_format=layout))
                 of_cells["alpha_eigenvalue"] = arch.alpha_eigenvalue(probe)
-            net.eval()
-            processes.take_from_first(net.buffers())
             batches = eval_batches(train_set, share, args.batch_size, memory_format=layout)
             valid_loss, valid_accuracy = evaluate(net, criterion, batches, processes)
             values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
@@ -172,11 +170,7 @@ def main():
 
 def report(run, genotype, args):
     """What a search ends in."""
-    if isinstance(genotype, str):
-        run.log(f"genotype: {genotype}")
-    else:
-        for name in ("normal", "reduce"):
-            run.log(f"{name}: " + ", ".join(f"{op} {state}" for op, state in getattr(genotype, name)))
+    run.log(f"genotype: {genotype}")
     run.log(f"skip connections: {run.history[-1]['skip_connections']}")
     if "lambda_train" in run.history[-1]:
         shown = run.history[:: max(1, len(run.history) // 10)]

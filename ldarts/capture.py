@@ -31,7 +31,10 @@ class Captured:
     def __call__(self, *inputs: Tensor, **options: Any) -> Any:
         with self._numbers_on_device(inputs[0].device):
             if not self.failed and self.held != self._holds(inputs, options):
-                self._capture(inputs, options)
+                if reason := self._capture(inputs, options):
+                    self.failed = True
+                    self.warn(f"warning: the step can't be a CUDA graph ({reason}); it runs without one, "
+                              "slower")
                 self.held = self._holds(inputs, options)
             if self.failed:
                 return self.step(*inputs, **options)
@@ -70,7 +73,8 @@ class Captured:
         states = [values for optimizer in self.optimizers for values in optimizer.state.values()]
         return self.net_tensors + [t for values in states for t in values.values() if isinstance(t, Tensor)]
 
-    def _capture(self, inputs: Sequence[Tensor], options: dict[str, Any]) -> None:
+    def _capture(self, inputs: Sequence[Tensor], options: dict[str, Any]) -> str:
+        """Record the graph. Returns "", or the reason why that failed, with its line of code."""
         self.graph = self.result = None  # the memory of a graph before
         for optimizer in self.optimizers:
             for p, values in optimizer.state.items():
@@ -80,34 +84,26 @@ class Captured:
         before = {id(t): t.detach().clone() for t in self._state()}
         device = inputs[0].device
         random_numbers = torch.cuda.get_rng_state(device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        outside, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(outside)
         with torch.cuda.stream(stream):  # torch.cuda.graph does not leave its stream if a capture fails
             for _ in range(3):  # libraries choose and load their kernels, which a capture may not do
                 self.step(*self.inputs, **options)
             with torch.no_grad():  # undo these steps
                 for t in self._state():
                     t.copy_(before[id(t)]) if id(t) in before else t.zero_()
-            if torch.equal(torch.cuda.get_rng_state(device), random_numbers):
-                reason = self._record(stream, options)
-            else:
+            outside.wait_stream(stream)
+            if not torch.equal(torch.cuda.get_rng_state(device), random_numbers):
                 torch.cuda.set_rng_state(random_numbers, device)
-                reason = "it draws random numbers, the same ones in all passes of a difference"
-        torch.cuda.current_stream().wait_stream(stream)
-        if reason:
-            self.failed = True
-            self.warn(f"warning: the step can't be a CUDA graph ({reason}); it runs without one, slower")
-
-    def _record(self, stream: torch.cuda.Stream, options: dict[str, Any]) -> str:
-        """Record the graph. Returns "", or the reason why that failed, with its line of code."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=stream):
-                self.result = self.step(*self.inputs, **options)
-        except RuntimeError as error:
-            while error.__context__:  # the end of a failed capture hides its reason behind another
-                error = error.__context__
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            return f"{Path(place.filename).name}:{place.lineno} {place.line}: {str(error).splitlines()[0]}"
+                return "it draws random numbers, the same ones in all passes of a difference"
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=stream):  # which computes nothing
+                    self.result = self.step(*self.inputs, **options)
+            except RuntimeError as error:
+                while error.__context__:  # the end of a failed capture hides its reason behind another
+                    error = error.__context__
+                code = traceback.extract_tb(error.__traceback__)[-1]
+                return f"{Path(code.filename).name}:{code.lineno} {code.line}: {str(error).splitlines()[0]}"
         self.graph = graph
         return ""

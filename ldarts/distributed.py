@@ -1,4 +1,4 @@
-"""The processes that torchrun started, each on its share of every batch; or one process alone.
+"""The processes that torchrun started, each on its share of every batch, or one alone; means over them all.
 
 If one dies, the others fail in the next exchange. Running statistics are those of rank 0, as in torch's DDP.
 """
@@ -8,7 +8,9 @@ from typing import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from .errors import progress
 
 
 class Processes:
@@ -30,10 +32,12 @@ class Processes:
 
     def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each tensor's mean over the processes, by one exchange (one dtype, one device); alone, itself."""
-        if self.world == 1:
+        if self.world == 1 or not tensors:
             return list(tensors)
-        means = _as_one(tensors, lambda flat: (dist.all_reduce(flat), flat.div_(self.world)))
-        return [torch.empty_like(t).copy_(m) for t, m in zip(tensors, means)]  # in t's memory format
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        means = flat.div_(self.world).split([t.numel() for t in tensors])
+        return [torch.empty_like(t).copy_(mean.view(t.shape)) for t, mean in zip(tensors, means)]
 
     def largest(self, *values: int) -> list[int]:
         """The largest of each value over the processes: how they agree on what to do next."""
@@ -53,20 +57,48 @@ class Processes:
 
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite the tensors of floats by those of rank 0."""
-        if self.world > 1:
-            floats = [t for t in tensors if t.is_floating_point()]
-            for t, first in zip(floats, _as_one(floats, lambda flat: dist.broadcast(flat, 0))):
-                t.copy_(first)
+        floats = [t for t in tensors if t.is_floating_point()]
+        if self.world > 1 and floats:
+            flat = torch.cat([t.reshape(-1) for t in floats])
+            dist.broadcast(flat, 0)
+            for t, first in zip(floats, flat.split([t.numel() for t in floats])):
+                t.copy_(first.view(t.shape))
 
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
 
 
-def _as_one(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> list[Tensor]:
-    """The tensors after `exchange` of all their numbers, as one flat tensor, in place."""
-    if not tensors:
-        return []
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    exchange(flat)
-    return [part.view(t.shape) for t, part in zip(tensors, flat.split([t.numel() for t in tensors]))]
+class Meter:
+    """Means of loss, accuracy and clipped steps over all processes. They stay on the device until read."""
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        # number of images; sums over images of loss, correct answers, clipped steps
+        self.totals = torch.zeros(4, dtype=torch.float64, device=processes.device)
+
+    def update(self, loss: Tensor, logits: Tensor, y: Tensor, clipped: Tensor | None = None) -> None:
+        """loss: mean over y; logits [N, num_classes]; y [N]; clipped: [1], 1 if the gradient was clipped"""
+        correct = (logits.detach().argmax(1) == y).double().mean()
+        self.totals[:3] += len(y) * torch.stack([torch.ones_like(correct), loss.detach().double(), correct])
+        if clipped is not None:
+            self.totals[3:] += len(y) * clipped.detach().double()
+
+    def read(self) -> tuple[float, float, float]:
+        """(mean loss, accuracy in percent, share of clipped steps)"""
+        count, loss, correct, clipped = self.processes.gather(self.totals).sum(0).tolist()
+        return loss / count, 100 * (correct / count), clipped / count
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, criterion: nn.Module, batches: Iterable, processes: Processes,
+             logits_of: Callable[[Tensor], Tensor] | None = None) -> tuple[float, float]:
+    """(loss, accuracy in percent) over the batches of all processes, in evaluation mode, by the buffers of
+    rank 0. logits_of: x -> logits, by default net"""
+    net.eval()
+    processes.take_from_first(net.buffers())
+    meter = Meter(processes)
+    for x, y in progress(batches, "evaluation: batch"):
+        logits = (logits_of or net)(x)
+        meter.update(criterion(logits, y), logits, y)
+    return meter.read()[:2]

@@ -69,8 +69,9 @@ def test_a_search_leaves_a_whole_run_folder(searched):
     assert metrics[0]["lambda_grad_norm"] == 0 < metrics[1]["lambda_grad_norm"]
     alphas = [torch.tensor(line["alphas"]) for line in metrics]  # of each type of cell [14, 2]
     assert alphas[0].shape == (2, 14, 2) and not torch.equal(*alphas)
-    assert isinstance(genotypes.load(str(path)), Genotype)
-    for shown in ("s/step", " left", "loss", "accuracy", "normal: ", "reduce: ", "skip connections: ",
+    genotype = genotypes.load(str(path))
+    assert isinstance(genotype, Genotype) and genotypes.load(str(genotype)) == genotype
+    for shown in ("s/step", " left", "loss", "accuracy", f"genotype: {genotype}\n", "skip connections: ",
                   "Λ by epoch: ", "train_eval.py --arch runs/one --dataset synthetic"):
         assert shown in printed, shown
 
@@ -242,12 +243,13 @@ def test_what_takes_long_says_where_it_is(monkeypatch, capsys):
     monkeypatch.setattr("ldarts.errors.progress.__defaults__", (0.1,))
 
     def evaluate(pause):
-        def net(x):
-            time.sleep(pause)
-            return x
+        class Net(torch.nn.Module):
+            def forward(self, x):
+                time.sleep(pause)
+                return x
 
         batches = [(torch.zeros(1, 10), torch.zeros(1, dtype=torch.int64))] * 4
-        runs.evaluate(net, torch.nn.CrossEntropyLoss(), batches, Processes(torch.device("cpu")))
+        runs.evaluate(Net(), torch.nn.CrossEntropyLoss(), batches, Processes(torch.device("cpu")))
         return capsys.readouterr().err.splitlines()
 
     first, second, *_ = evaluate(0.2)  # after 0.1 s and 0.3 s

@@ -5,7 +5,7 @@ import math
 import os
 from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable
 
 from .. import genotypes
 from ..alignment import KINDS
@@ -18,7 +18,7 @@ from .files import read_config, resume_flag, script_path, search_of, unfinished
 from .machine import AMP, MEMORY_FORMATS, pick_device
 
 
-def checked(convert: Callable, expected: str, holds: Callable[[Any], bool] = lambda value: True) -> Callable:
+def checked(convert: Callable, expected: str, holds: Callable[[Any], bool]) -> Callable:
     """A type for argparse: text -> converted value, or a message that says what is expected."""
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -41,8 +41,8 @@ def absolute(path: str) -> str:
 
 def cell_name(name: str) -> str:
     """--arch: a path that exists, as an absolute one."""
-    name = os.path.expanduser(name)  # in --arch=~/x the shell does not
-    return absolute(name) if os.path.exists(name) and name not in genotypes.PUBLISHED else name
+    path = absolute(name)
+    return path if os.path.exists(path) and name not in genotypes.PUBLISHED else name
 
 
 COUNT = checked(int, "a whole number from 1", lambda value: value >= 1)
@@ -53,7 +53,7 @@ NUMBER = checked(float, "a number from 0", lambda value: 0 <= value < math.inf)
 SHARE = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_1 = checked(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 INSIDE_1 = checked(float, "a number above 0 and below 1", lambda value: 0 < value < 1)
-SWITCHES = SWITCH, YES_OR_NO = "store_true", BooleanOptionalAction
+SWITCH = BooleanOptionalAction
 
 # Each row: a flag, its default, its type or action, its meaning. A dictionary has the defaults by the search
 # space or else the data set.
@@ -100,7 +100,7 @@ SEARCH = [
     ("--eigenvalue", False, SWITCH, "log the dominant eigenvalue of ∂²L_valid/∂α² every epoch"),
     ("--plot", False, SWITCH, "draw the cells, α and the curves every epoch (needs matplotlib)"),
     ("--tensorboard", False, SWITCH, "write TensorBoard's event files (needs tensorboard)"),
-    ("--graph", None, YES_OR_NO, "a step as one CUDA graph (default: on a GPU, if nothing prevents it)"),
+    ("--graph", None, SWITCH, "a step as one CUDA graph (default: on a GPU, if nothing prevents it)"),
     *BOTH,
 ]
 EVAL_SETS = (*DATASETS, "imagenet")
@@ -115,9 +115,9 @@ EVAL = [
     ("--learning_rate", dict(usual=0.025, imagenet=0.5), POSITIVE, "at the start; falls to 0 at the end"),
     ("--weight_decay", dict(usual=3e-4, imagenet=3e-5), NUMBER, "of SGD"),
     ("--warmup_epochs", 5, COUNT_OR_0, "epochs in which imagenet's rate grows, for batches above 256"),
-    ("--auxiliary", None, YES_OR_NO, "auxiliary tower (default: on, in nasbench201 off)"),
+    ("--auxiliary", None, SWITCH, "auxiliary tower (default: on, in nasbench201 off)"),
     ("--auxiliary_weight", 0.4, NUMBER, "of the auxiliary tower's loss"),
-    ("--cutout", dict(usual=True, imagenet=False), YES_OR_NO, "cutout"),
+    ("--cutout", dict(usual=True, imagenet=False), SWITCH, "cutout"),
     ("--drop_path_prob", dict(usual=0.2, imagenet=0.0), BELOW_1, "probability to drop a path at the end"),
     ("--label_smoothing", dict(usual=0.0, imagenet=0.1), BELOW_1, "of the training loss"),
     ("--workers", 4, COUNT_OR_0, "processes that read imagenet"),
@@ -138,22 +138,21 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-def recorded(folder: str | Path, kind: str, table: list[tuple]) -> dict[str, Any]:
-    """The arguments of a run of a kind, by name, from its config.json."""
-    config, values = read_config(folder), {}
+def recorded(folder: str | Path, kind: str, names: Iterable[str], parser: Parser) -> dict[str, Any]:
+    """Those of the named arguments that a run of a kind was started with, from its config.json."""
+    config, flags = read_config(folder), []
     if config["kind"] != kind:
         raise InputError(f"{folder}: not a run of this script; --resume takes one of kind {kind!r}")
-    for flag, _, of_type, _ in table:
-        value = config.get(flag[2:])
-        if value is None:
-            continue
-        try:
-            if not isinstance(value, bool if of_type in SWITCHES else (int, float, str)):
-                raise argparse.ArgumentTypeError("has a value of the wrong type")
-            values[flag[2:]] = value if of_type in SWITCHES else of_type(str(value))
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            raise InputError(f"{folder}/config.json: {flag}: {error}") from error
-    return values
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    try:
+        return vars(parser.parse_args(flags))
+    except InputError as error:
+        raise InputError(f"{folder}/config.json: {error}") from error
 
 
 def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
@@ -161,30 +160,25 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
 
     kind: `search` or `eval`, as in the run's config.json.
     """
-    parser = Parser(description=description)
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     for flag, default, of_type, meaning in table:
         shown = default
         if isinstance(default, dict):
             shown = ", ".join(f"{name} {value}" for name, value in default.items()).removeprefix("usual ")
         if default is not None and default is not False and "(default" not in meaning:
             meaning += f" (default {shown})"
-        parser.add_argument(flag, default=None, help=meaning,
-                            **{"action" if of_type in SWITCHES else "type": of_type})
-
-    def parse(argv: Sequence[str] | None) -> dict[str, Any]:
-        return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-
-    typed, of_run, defaults = parse(None), {}, {flag[2:]: default for flag, default, *_ in table}
-    if "demo" in typed:
+        parser.add_argument(flag, help=meaning, **{"action" if of_type is SWITCH else "type": of_type})
+    defaults = {flag[2:]: default for flag, default, *_ in table}
+    typed, of_run = vars(parser.parse_args()), {}
+    if typed.get("demo"):
         if os.environ.get("RANK", "0") == "0":
             print(f"--demo stands for: {DEMO}", flush=True)
-        typed = parse(DEMO.split()) | typed
+        typed = vars(parser.parse_args(DEMO.split())) | typed
     if "evaluate" in typed:
         with contextlib.suppress(InputError):  # weights that lie in no run's folder
-            rows = [row for row in table if row[0][2:] in FROM_RUN]
-            of_run = recorded(Path(typed["evaluate"]).parent, kind, rows)
+            of_run = recorded(Path(typed["evaluate"]).parent, kind, FROM_RUN, parser)
     if "resume" in typed:
-        of_run = recorded(typed["resume"], kind, table)
+        of_run = recorded(typed["resume"], kind, defaults, parser)
         for name, value in typed.items():
             was = (defaults | of_run)[name]
             if name not in (*MAY_CHANGE, "resume", "demo") and value != was:

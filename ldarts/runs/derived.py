@@ -31,11 +31,9 @@ def usual_size(space: str | None, cell: Cell, dataset: str) -> tuple[int, int, s
         return 48, 14, "as published on ImageNet"
     if dataset not in ("cifar100", "svhn"):
         return 36, 20, f"as published on {dataset}"
-    published = [name for name, other in genotypes.PUBLISHED.items() if other == cell]
-    names = [space] if space else published
-    for small in SMALL:
-        if any(small in str(name).split("_") for name in names):
-            return 16, 8, f"as published on {dataset} for a cell of {small}"
+    names = [space] if space else [name for name, other in genotypes.PUBLISHED.items() if other == cell]
+    if spaces := {part for name in names for part in str(name).split("_")} & set(SMALL):
+        return 16, 8, f"as published on {dataset} for a cell of {min(spaces)}"
     return 36, 20, f"as published on {dataset} for a cell not known to be of {', '.join(SMALL)}"
 
 
@@ -52,10 +50,9 @@ def read_trained(path: str, arch: str | None) -> tuple[dict[str, Tensor], Cell]:
     `arch`, from --arch, which must not contradict it.
     """
     state, beside = load_checkpoint(path), Path(path).parent / "genotype.json"
-    tensors = state["model"]
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not all(isinstance(t, Tensor) for t in state["model"].values()):
         raise InputError(f"{path}: holds no weights: expected tensors by name")
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): t for key, t in tensors.items()}
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): t for key, t in state["model"].items()}
     if weights.keys() & {"alphas_normal", "arch_parameters"}:
         raise InputError(f"{path}: weights of a search; train its cell first: --arch {Path(path).parent}")
     cell = expected = None if arch is None else genotypes.load(arch)

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 from shlex import quote
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -18,14 +18,14 @@ NAMES = ("model", "state_dict", "net", "model_state_dict")  # usual names of the
 SEAL = b"\nldarts-sha256:"  # then 64 digits; after the zip archive, so that torch.load ignores it
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], previous: Path | None = None) -> None:
-    """Let `write` fill a temporary file, then rename it to `path`; an old file becomes `previous`.
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write a temporary file, then rename it to `path`; an old file becomes `previous`.
 
     Raises InputError if the disk is full or the folder is read-only; the old file stays.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        write(partial)
+        partial.write_bytes(content)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         if previous and path.exists():
@@ -64,8 +64,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     content = io.BytesIO()
     torch.save(state, content)
     content.write(SEAL + hashlib.sha256(content.getbuffer()).hexdigest().encode())
-    write_atomically(folder / CHECKPOINT, lambda path: path.write_bytes(content.getbuffer()),
-                     folder / PREVIOUS)
+    write_atomically(folder / CHECKPOINT, content.getbuffer(), folder / PREVIOUS)
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any] | None, str]:
@@ -89,13 +88,9 @@ def load_checkpoint(path: str | Path, sealed: bool = False) -> dict[str, Any]:
     """
     try:
         content = Path(path).read_bytes()
-        seal = len(SEAL) + 64
-        if content[-seal:-64] == SEAL:
-            content, digest = content[:-seal], content[-64:]
-            if hashlib.sha256(content).hexdigest().encode() != digest:
-                raise ValueError("its SHA-256 differs")
-        elif sealed:
-            raise ValueError("its end is missing")
+        archive, seal, digest = content.rpartition(SEAL)
+        if (seal or sealed) and hashlib.sha256(archive).hexdigest().encode() != digest:
+            raise ValueError("its SHA-256 differs or is missing")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such checkpoint") from error
@@ -106,8 +101,8 @@ def load_checkpoint(path: str | Path, sealed: bool = False) -> dict[str, Any]:
         raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or not state:
         raise InputError(f"{path}: not a checkpoint: expected a dictionary")
-    name = next((name for name in NAMES if isinstance(state.get(name), dict)), None)
-    return state | {"model": state[name]} if name else state if "model" in state else {"model": state}
+    weights = next((state[name] for name in NAMES if isinstance(state.get(name), dict)), state)
+    return state | {"model": weights}
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -115,12 +110,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder, "config.json")
     try:
         config = json.loads(path.read_bytes())
+        if not isinstance(config, dict) or "kind" not in config:
+            raise ValueError("expected an object with a kind")
+        return config
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no configuration of a run ({brief(error)}); "
                          "a run is a folder runs/<name>") from error
-    if not isinstance(config, dict) or "kind" not in config:
-        raise InputError(f"{path}: no configuration of a run: expected an object with a kind")
-    return config
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

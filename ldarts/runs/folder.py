@@ -9,20 +9,19 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
-from ..distributed import Processes
+from ..distributed import Meter, Processes
 from ..errors import InputError, NotFinite, brief
 from ..locks import locked
 from .files import (CHECKPOINT, PREVIOUS, load_newest, not_written, read_config, resume_flag,
                     save_checkpoint, script_path, write_atomically)
 from .machine import origin, seed_everything
-from .meters import Meter
 
 NEVER = 2**62  # larger than any step
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
@@ -90,7 +89,7 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         if self.writes:
-            write_atomically(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+            write_atomically(self.path / name, text.encode())
 
     def log(self, line: str) -> None:
         """Print a line and append it, with the time, to log.txt."""
@@ -125,8 +124,11 @@ class Run:
         self.steps_taken += 1
         if reports:
             mean, accuracy, *_ = self.meter.read()
+            seconds = (time.perf_counter() - self.started) / self.steps_taken
+            steps_left = (self.args.epochs - self.epoch) * self.steps - self.step
             self.log(f"epoch {self.epoch} step {self.step - 1}/{self.steps}: loss {mean:.4f}, "
-                     f"accuracy {accuracy:.2f} %, {self._pace()}")
+                     f"accuracy {accuracy:.2f} %, {seconds:.3g} s/step, "
+                     f"{timedelta(seconds=round(seconds * steps_left))} left")
         overdue = self.writes and time.perf_counter() - self.saved >= 60 * self.args.checkpoint_minutes
         signal_number, overdue = self.processes.largest(self.signal_number, int(overdue))
         if overdue or signal_number:
@@ -135,7 +137,6 @@ class Run:
 
     def end_epoch(self, values: dict[str, Any]) -> None:
         """Write the values as a line of metrics.jsonl, and a checkpoint; go on to the next epoch."""
-        self._require_finite()
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise self._not_finite(f"{name} is {value} after", self.step)
@@ -173,14 +174,10 @@ class Run:
         try:
             if not self.args.resume:
                 self.path.mkdir(parents=True)
+            at_end.enter_context(locked(self.path / "lock", wait=False))
         except FileExistsError as error:
             raise InputError(f"{self.path} exists already: give another name with --save, or continue it "
                              f"with {resume_flag(self.path)}") from error
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be made ({error.strerror}): "
-                             "give another name with --save") from error
-        try:
-            at_end.enter_context(locked(self.path / "lock", wait=False))
         except OSError as error:
             raise not_written(self.path / "lock", error) from error
 
@@ -210,11 +207,6 @@ class Run:
             before = f"{self.path / CHECKPOINT} is kept from before it, but --resume repeats the same steps"
         return NotFinite(f"{what} step {step} of epoch {self.epoch}; {before}: start again with another "
                          "--save and a smaller --learning_rate")
-
-    def _pace(self) -> str:
-        seconds = (time.perf_counter() - self.started) / self.steps_taken
-        left = round(seconds * ((self.args.epochs - self.epoch) * self.steps - self.step))
-        return f"{seconds:.3g} s/step, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 
     def _stop(self, signal_number: int) -> None:
         if signal_number:

@@ -1,5 +1,4 @@
 """The device, its precision and its random numbers, and what a run says of where it ran."""
-import hashlib
 import os
 import platform
 import random
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..data.batches import generator_of
 from ..errors import InputError
 from ..fused.build import hindrance
 
@@ -52,8 +52,7 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
 def seed_everything(seed: int, *position: int) -> None:
     """Seed the generators of every device by `seed`, or by it and a position such as (rank, epoch, step)."""
     if position:
-        digest = hashlib.sha256(repr((seed, *position)).encode()).digest()
-        seed = int.from_bytes(digest[:8], "little")
+        seed = generator_of(seed, *position).initial_seed()
     random.seed(seed)
     torch.manual_seed(seed)
 

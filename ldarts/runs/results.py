@@ -3,7 +3,7 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Collection, Iterator
 
 from ..errors import InputError
 from ..nasbench201 import SETS, better_than_random, rank_of, searched_set
@@ -13,7 +13,6 @@ from .files import read_config, read_metrics, read_run, search_of, unfinished
 # Arguments and facts that may differ between runs of one row of a table, or of one band of a plot.
 INCIDENTAL = (*MAY_CHANGE, "resume", "seed", "save", "device_name", "machine", "versions", "commit",
               "deterministic", "eigenvalue", "parameters", "multiply_adds")
-COLUMNS = ("accuracy, %", "parameters, M", "multiply-adds, M", "search, min", "Λ", "true accuracy, %")
 
 
 def grouped(paths: list[str]) -> dict[str, list[str]]:
@@ -51,39 +50,36 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
     """
     rows, progress = [], {}  # how far unfinished runs have come
 
-    def counts(path: str) -> bool:
-        if so_far := unfinished(path):
-            progress[path] = so_far
-        return not so_far or with_unfinished and len(read_metrics(path)) > 0
+    def counted(paths: Collection[str]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """(configuration, metrics) of those runs that are not left out"""
+        progress.update((path, so_far) for path in paths if (so_far := unfinished(path)))
+        return [read_run(path) for path in paths
+                if path not in progress or with_unfinished and read_metrics(path)]
 
-    def values_of(path: str, counted: set[Path]) -> dict[str, Any]:
-        config, metrics = read_run(path)
-        values = {"accuracy, %": metrics[-1].get("test_accuracy", metrics[-1].get("valid_accuracy"))}
-        values |= {f"{name.replace('_', '-')}, M": config[name] / 1e6
-                   for name in ("parameters", "multiply_adds") if name in config}
-        if config["kind"] == "eval":
-            search, config = search_of(config["arch"])
-            is_new = search.resolve() not in counted
-            counted.add(search.resolve())
-            metrics = read_metrics(search) if config and is_new and counts(str(search)) else []
-        if metrics:
-            last, judge = metrics[-1], searched_set(config.get("dataset"))
-            values |= {"search, min": sum(line["seconds"] for line in metrics) / 60, "judge": judge,
-                       "Λ": last.get("lambda_train"), "true accuracy, %": last.get(f"true_{judge}")}
-        return values
+    def values(lines: list[dict[str, Any]], name: str) -> list[float]:
+        return [line[name] for line in lines if name in line]
 
     for name, group in grouped(paths).items():
-        counted = set()
-        runs = [values_of(path, counted) for path in group if counts(path)]
-        columns = [[run[column] for run in runs if run.get(column) is not None] for column in COLUMNS]
+        runs, named = counted(group), [search_of(read_config(path).get("arch", path)) for path in group]
+        searches = counted(dict.fromkeys(str(folder) for folder, config in named if config)) if runs else []
+        configs, ends = [config for config, _ in runs], [metrics[-1] for _, metrics in runs]
+        ends_of_searches = [metrics[-1] for _, metrics in searches]
+        judge = searched_set(next((config.get("dataset") for config, _ in searches), None))
+        columns = {
+            "accuracy, %": values(ends, "test_accuracy") or values(ends, "valid_accuracy"),
+            "parameters, M": [count / 1e6 for count in values(configs, "parameters")],
+            "multiply-adds, M": [count / 1e6 for count in values(configs, "multiply_adds")],
+            "search, min": [sum(values(metrics, "seconds")) / 60 for _, metrics in searches],
+            "Λ": values(ends_of_searches, "lambda_train"),
+            "true accuracy, %": values(ends_of_searches, f"true_{judge}"),
+        }
         left = sum(path in progress for path in group)
         seeds = f"{len(runs)} ({left} unfinished {'in' if with_unfinished else 'left out'})"
-        rows.append([name, seeds if left else len(runs), *map(spread, columns), "–"])
-        if truths := columns[-1]:
-            judge = runs[0]["judge"]  # runs of different sets are in different rows
+        rows.append([name, seeds if left else len(runs), *map(spread, columns.values()), "–"])
+        if truths := columns["true accuracy, %"]:  # on one set: runs of different sets are in different rows
             rows[-1][-2] += f" on {SETS[judge]}"
             rows[-1][-1] = f"{better_than_random([rank_of(truth, judge) for truth in truths]):.2g}"
-    header = ["runs", "seeds", *COLUMNS, "p-value against random cells"]
+    header = ["runs", "seeds", *columns, "p-value against random cells"]
     if all(row[-1] == "–" for row in rows):  # no run in nasbench201
         header, *rows = (line[:-2] for line in (header, *rows))
     return table(header, rows) + "".join(f"unfinished: {path}, {so_far}\n"
@@ -118,7 +114,7 @@ def main() -> None:
                         help="print the search with the highest validation accuracy at its end instead")
     parser.add_argument("--unfinished", action="store_true", help="include unfinished runs in the table")
     args = parser.parse_args()
-    by_folder = {os.path.realpath(path): path for path in args.runs}  # runs/a and runs/a/ are one
+    by_folder = {os.path.realpath(path): str(Path(path)) for path in args.runs}  # runs/a and runs/a/ are one
     if not (paths := [*readable([*by_folder.values()])]):
         raise InputError("none of these is a run: a run is a folder runs/<name>")
     print(best_search(paths) if args.best else summary(paths, args.unfinished).rstrip("\n"))

@@ -65,7 +65,7 @@ def keep(runs: Sequence[str]) -> None:
         if config["seed"] >= 100:
             path = FOLDER / "explored" / "{init_channels}-{arch_learning_rate}-{seed}.json".format(**result)
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, lambda path: path.write_text(json.dumps(result) + "\n"))
+        write_atomically(path, (json.dumps(result) + "\n").encode())
         print(path)
 
 

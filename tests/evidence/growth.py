@@ -36,7 +36,7 @@ def measure(flags: Sequence[str], path: Path) -> None:
         print(", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
         result["rows"].append(row)
         result["device"] = device_name(args.device)
-        write_atomically(path, lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
+        write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
