@@ -145,8 +145,6 @@ class Copies(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         grads = [grad.contiguous(memory_format=torch.channels_last) for grad in grads if grad is not None]
-        if len(grads) == 1:
-            return grads[0], None
         return affine_sums(grads, [], [], [[(k, -1, -1) for k in range(len(grads))]])[0], None
 
 
@@ -221,11 +219,9 @@ def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):
         by_z[k].append((e, row, -1))
         by_grads[e] += [(E + k, row, 2 * m), *([(E + K + k, m, -1)] if w else [])]
     rows = by_grad_sums.flatten(0, 1)
-    wanted = [*by_grads, *(entries for entries in by_z if entries)]
-    sums = iter(affine_sums([*grads, *zs, *(w or [])], [scale, of_z.flatten(0, 1), rows], [rows], wanted)
-                if wanted else [])
-    by_grads = [next(sums) for _ in grads]
-    return [next(sums) if entries else None for entries in by_z], by_grads
+    tensors = [*grads, *zs, *(w or [])]
+    sums = affine_sums(tensors, [scale, of_z.flatten(0, 1), rows], [rows], [*by_grads, *by_z])
+    return sums[E:], sums[:E]
 
 
 def channels_last(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
