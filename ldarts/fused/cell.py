@@ -171,7 +171,7 @@ class CellPlan(Plan):
         if self.preprocess:
             states = run_chains([state_of(x) for x in states], self.preprocess)
         plans = self.leaving[groups_separable(states[0])]
-        columns = constant(tuple(k for plan in plans for k in plan.columns), torch.int64, weights)
+        columns = constant(tuple(k for plan in plans for k in plan.columns), torch.int64, weights.device)
         p = weights.flatten().index_select(0, columns).split([len(plan.columns) for plan in plans])
         leaving: list[Iterator[list[Terms]]] = []  # of each state the terms of its edges, node by node
         for node in self.nodes:

@@ -15,7 +15,7 @@ A z may be a term of several nodes. So that its gradient is one affine sum, auto
 edges that leave a state as one function; what it gives to a node is a placeholder for each edge, whose
 gradient is G.
 """
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -172,37 +172,58 @@ class NormalisedTerms(torch.autograd.Function):
 
 
 class TermGradients(torch.autograd.Function):
-    """forward: the gradient by 1/σ and μ (None: 0) and G of each edge -> those by p, beta and each z: channel
-    sums of G and z, arithmetic, an affine sum. backward: autograd's, but in one pass over the tensors."""
+    """forward: term_gradients. backward: autograd's, but in one pass over the tensors."""
 
     @staticmethod
-    def forward(ctx, norms, rstd_mean, p, beta, grad_rstd_mean, *tensors):
-        zs, grads = tensors[: len(norms.has_norm)], tensors[len(norms.has_norm) :]
-        inputs = rstd_mean, p, beta, grad_rstd_mean, channel_sums(*norms.terms_of(grads, zs))
-        scale, of_z, by_p, by_beta = norms.gradients(*inputs)
+    def forward(ctx, norms, *inputs):
+        results, between = term_gradients(norms, *inputs)
         ctx.norms = norms
-        ctx.save_for_backward(*inputs, scale, of_z, *tensors)
-        # By a z: Σ scale G over its terms + of_z[0] + of_z[1] z
-        K, M = len(zs), len(norms.z_of_term)
-        entries = [[(k, M + 2 * k + 1, 2 * k)] if has else [] for k, has in enumerate(norms.has_norm)]
-        for m, (k, edge) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
-            entries[k].append((K + edge, m, -1))
-        rows = of_z.flatten(0, 1)
-        return by_p, by_beta, *affine_sums(tensors, [scale, rows], [rows], entries)
+        ctx.save_for_backward(*between, *inputs)
+        return results
 
     @staticmethod
     def backward(ctx, grad_p, grad_beta, *w):
-        *inputs, sums, scale, of_z = ctx.saved_tensors[:7]
-        norms, K, tensors = ctx.norms, len(w), ctx.saved_tensors[7:]
-        zs, grads, w = tensors[:K], tensors[K:], channels_last(w, tensors[0])
+        norms, (sums, scale, of_z, *inputs) = ctx.norms, ctx.saved_tensors
         if torch.is_grad_enabled():  # for a third derivative
-            sums = channel_sums(*norms.terms_of(grads, zs))
-            scale, of_z, *_ = norms.gradients(*inputs, sums)
-        of_w = channel_sums([*w, *norms.terms_of(grads, w)[0]], [*zs, *norms.terms_of(grads, w)[1]])
+            return None, *differentiate(lambda *inputs: term_gradients(norms, *inputs)[0], inputs,
+                                        (grad_p, grad_beta, *w))
+        inputs, tensors = inputs[:4], inputs[4:]
+        K = len(w)
+        zs, grads, w = tensors[:K], tensors[K:], channels_last(w, tensors[0])
+        grads_of_terms, w_of_terms = norms.terms_of(grads, w)
+        of_w = channel_sums([*w, *grads_of_terms], [*zs, *w_of_terms])
         by_results = of_w[K:, 1], of_w[:K], grad_p, grad_beta
         *by_inputs, by_sums = norms.derivatives((*inputs, sums), by_results)
         by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_sums)
         return None, *by_inputs, *by_z, *by_grads
+
+
+def term_gradients(norms, rstd_mean, p, beta, grad_rstd_mean, *tensors):
+    """The gradient by 1/σ and μ (None: 0), each z and G of each edge -> (by p, by beta, by each z): channel
+    sums of G and z, arithmetic, an affine sum; (the sums, what the arithmetic gives for the affine sum)."""
+    zs, grads = tensors[: len(norms.has_norm)], tensors[len(norms.has_norm) :]
+    sums = channel_sums(*norms.terms_of(grads, zs))
+    scale, of_z, by_p, by_beta = norms.gradients(rstd_mean, p, beta, grad_rstd_mean, sums)
+    # By a z: Σ scale G over its terms + of_z[0] + of_z[1] z
+    K, M = len(zs), len(norms.z_of_term)
+    entries = [[(k, M + 2 * k + 1, 2 * k)] if has else [] for k, has in enumerate(norms.has_norm)]
+    for m, (k, edge) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
+        entries[k].append((K + edge, m, -1))
+    rows = of_z.flatten(0, 1)
+    return (by_p, by_beta, *affine_sums(tensors, [scale, rows], [rows], entries)), (sums, scale, of_z)
+
+
+def differentiate(function: Callable, inputs: Sequence[Tensor | None],
+                  grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients by the inputs of a function, of those by its results, to be differentiated again. None:
+    no input, no result."""
+    # Views, because what one input owes to another is no part of these derivatives.
+    leaves = [t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+              for t in inputs]
+    results, grads = zip(*((t, grad) for t, grad in zip(function(*leaves), grads) if grad is not None))
+    by_leaf = iter(torch.autograd.grad(results, [t for t in leaves if t is not None], grads,
+                                       create_graph=True, materialize_grads=True))
+    return [None if t is None else next(by_leaf) for t in leaves]
 
 
 def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):
