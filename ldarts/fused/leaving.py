@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalised_sum import Copies, Terms, normalise, normalised_terms, scale_shift_of
+from .normalised_sum import Copies, Terms, normalise, normalised_terms
 from .norms import ones
 from .recognise import SETTINGS, Halves, Link, is_1x1
 from .separable import Pair, pairs_of, separable_convolutions
+from .sums import split
 
 
 class Operation(NamedTuple):
@@ -46,23 +47,21 @@ class Leaving:
         self.separable: list[list[list[Pair]]] = []
         self.dilated: list[list[list[Pair]]] = []
         self.others: list[list[Operation]] = []
-        columns: tuple[list[int], ...] = [], [], []
+        kinds = (self.others, []), (self.dilated, []), (self.separable, [])  # by the number of pairs
         stride = None
         for edge in edges:
-            for kind in (self.separable, self.dilated, self.others):
-                kind.append([])
+            for of_kind, _ in kinds:
+                of_kind.append([])
             for op in edge:
                 pairs = pairs_of(op.chain, op.norm) if grouped else []
                 if pairs and stride is None:
                     stride = pairs[0].depthwise.stride
-                if pairs and pairs[0].depthwise.stride == stride:
-                    kind = 0 if len(pairs) == 2 else 1
-                    (self.separable, self.dilated)[kind][-1].append(pairs)
-                else:
-                    kind = 2
-                    self.others[-1].append(op)
-                columns[kind].append(op.column)
-        self.columns = sum(columns, [])
+                if pairs and pairs[0].depthwise.stride != stride:
+                    pairs = []
+                of_kind, columns = kinds[len(pairs)]
+                of_kind[-1].append(pairs or op)
+                columns.append(op.column)
+        self.columns = [column for _, columns in reversed(kinds) for column in columns]
 
 
 def groups_separable(x: Tensor) -> bool:
@@ -72,9 +71,9 @@ def groups_separable(x: Tensor) -> bool:
 
 def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]:
     """The terms p_k op_k(state) of each edge that leaves a state. p: in the order of plan.columns"""
-    separable, dilated = (sum(kind, []) for kind in (plan.separable, plan.dilated))
-    p_separable, p_dilated, p_others = p.split(
-        [len(separable), len(dilated), len(p) - len(separable) - len(dilated)])
+    separable, dilated, others = (sum(kind, []) for kind in (plan.separable, plan.dilated, plan.others))
+    count = len(separable)
+    p_separable, p_dilated, p_others = p.split([count, len(dilated), len(others)])
     terms: list[list[Terms]] = [[] for _ in plan.others]
 
     def share_out(of_edges: list[Terms], kind: Sequence[Sequence]) -> None:
@@ -83,16 +82,14 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
             of_edge.append(its_terms)
 
     if separable or dilated:
-        pairs, count = [of_op[0] for of_op in separable + dilated], len(separable)
+        pairs = [of_op[0] for of_op in separable + dilated]
         p_pairs = torch.cat([ones(count, p), p_dilated]) if separable else p_dilated
-        scale_shift = scale_shift_of([pair.norm for pair in pairs], p_pairs)
-        first = separable_convolutions([state], None, pairs, *scale_shift, widths_of(plan.dilated))
+        widths = [len(ops) for ops in plan.dilated if ops]
+        first = separable_convolutions([state], None, pairs, p_pairs, widths)
         share_out(first.terms, plan.dilated)
     if separable:
-        pairs = [of_op[1] for of_op in separable]
-        scale_shift = scale_shift_of([pair.norm for pair in pairs], p_separable)
-        second = separable_convolutions(first.z[:count], first.coefficients, pairs, *scale_shift,
-                                        widths_of(plan.separable))
+        pairs, widths = [of_op[1] for of_op in separable], [len(ops) for ops in plan.separable if ops]
+        second = separable_convolutions(first.z[:count], first.coefficients, pairs, p_separable, widths)
         share_out(second.terms, plan.separable)
     for of_edges, edges in terms_of_others(state, plan.others, p_others):
         share_out(of_edges, edges)
@@ -106,26 +103,14 @@ def terms_of_others(state: Tensor, edges: Sequence[Sequence[Operation]],
     operations = sum(edges, [])
     readers = sum(type(op.chain[0]) is nn.ReLU for op in operations if op.chain) + 2  # two for the pixels
     results = run_chains([State(state, readers)] * len(operations), [op.chain for op in operations])
-    numbers, kinds = iter(range(len(operations))), [(z.shape, z.dtype) for z in results]
-    numbered = [[next(numbers) for _ in edge] for edge in edges]
+    kinds = [(z.shape, z.dtype) for z in results]
     for kind in dict.fromkeys(kinds):
-        of_kind = [[k for k in edge if kinds[k] == kind] for edge in numbered]
+        of_kind = [[k for k in edge if kinds[k] == kind]
+                   for edge in split(range(len(operations)), [len(edge) for edge in edges])]
         chosen = sum(of_kind, [])
-        places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm, in their order
-        place_of = {k: places.setdefault((id(results[k]), operations[k].norm is None), len(places))
-                    for k in chosen}
-        zs = {place_of[k]: results[k] for k in chosen}
-        norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
-        for k in chosen:
-            norms[place_of[k]] += [] if operations[k].norm is None else [operations[k].norm]
-        of_edges = [[place_of[k] for k in edge] for edge in of_kind if edge]
         its_p = p if len(chosen) == len(operations) else torch.stack([p[k] for k in chosen])
-        scale_shift = scale_shift_of([operations[k].norm for k in chosen], its_p)
-        yield normalised_terms([*zs.values()], norms, of_edges, *scale_shift), of_kind
-
-
-def widths_of(edges: Sequence[Sequence]) -> list[int]:
-    return [len(ops) for ops in edges if ops]
+        of_edges = [[(results[k], operations[k].norm) for k in edge] for edge in of_kind if edge]
+        yield normalised_terms(of_edges, its_p), of_kind
 
 
 class State:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .norms import Norms, ones
-from .sums import affine_sums, channel_sums
+from .sums import affine_sums, channel_sums, split
 
 
 class Terms(NamedTuple):
@@ -32,18 +32,26 @@ class Terms(NamedTuple):
     coefficients: Tensor  # [K, 2, C], shift and scale
 
 
-def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2d]],
-                     edges: Sequence[Sequence[int]], p: Tensor, beta: Tensor | None = None) -> list[Terms]:
-    """-> for each edge the terms p ẑ_k + beta, k from `edges`; p, beta: see scale_shift_of.
+def normalised_terms(edges: Sequence[Sequence[tuple[Tensor, nn.BatchNorm2d | None]]],
+                     p: Tensor) -> list[Terms]:
+    """-> for each edge the terms p norm(z), of its pairs of z [N, C, H, W] and norm; None: p z. p: [terms]
 
-    norms: the batch norms behind z_k, which all give the same ẑ_k; none: the term is p z_k. Moves their
-    running statistics, as BatchNorm2d does in training.
+    The norms have one eps. Moves their running statistics, as BatchNorm2d does in training.
     """
-    behind = Norms(edges, [bool(of_z) for of_z in norms], pixels(z[0]))
-    eps = next((of_z[0].eps for of_z in norms if of_z), 0.0)
-    _, moments, coefficients, *placeholders = NormalisedTerms.apply(behind, eps, p, beta, *z)
+    all_terms = [term for edge in edges for term in edge]
+    places: dict[tuple[int, bool], int] = {}  # of each z, with and without norms
+    place_of_term = [places.setdefault((id(z), norm is None), len(places)) for z, norm in all_terms]
+    zs, norms = [None] * len(places), [[] for _ in places]
+    for place, (z, norm) in zip(place_of_term, all_terms):
+        zs[place] = z
+        norms[place] += [] if norm is None else [norm]
+    widths = [len(edge) for edge in edges]
+    behind = Norms(split(place_of_term, widths), [bool(of_z) for of_z in norms], pixels(zs[0]))
+    eps = next((norm.eps for _, norm in all_terms if norm is not None), 0.0)
+    scale_shift = scale_shift_of([norm for _, norm in all_terms], p)
+    _, moments, coefficients, *placeholders = NormalisedTerms.apply(behind, eps, *scale_shift, *zs)
     move_statistics(norms, moments, behind.count)
-    return terms_of_edges(placeholders, [[z[k] for k in edge] for edge in edges], coefficients)
+    return terms_of_edges(placeholders, [[z for z, _ in edge] for edge in edges], coefficients)
 
 
 def no_sums(z: Tensor, rows: int = 0) -> Tensor:
@@ -65,8 +73,7 @@ def node_sum(terms: Sequence[Terms], factors: Sequence[Tensor] | None = None) ->
 
 def normalise(z: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> list[Tensor]:
     """norm(z) of each z [N, C, H, W] in training, as a node of one term."""
-    p, beta = scale_shift_of(norms, ones(len(z), z[0]))
-    terms = normalised_terms(z, [[norm] for norm in norms], [[k] for k in range(len(z))], p, beta)
+    terms = normalised_terms([[term] for term in zip(z, norms)], ones(len(z), z[0]))
     return [node_sum([term]) for term in terms]
 
 

@@ -1,7 +1,7 @@
 """Batch norms behind the terms of a sum: arithmetic on numbers per channel, in float64.
 
 The operators of csrc/norms.cpp compute statistics, gradients and derivatives of these gradients; autograd
-computes higher derivatives, from norm_gradients_ref.
+computes third derivatives, from norm_gradients_ref.
 """
 import functools
 from typing import Sequence
@@ -60,7 +60,7 @@ class Norms:
 
     def derivatives(self, inputs: Sequence[Tensor | None],
                     grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients by the inputs of `gradients`, of those by its results (None: 0). Not differentiable."""
+        """The gradients by the inputs of `gradients`, of those by its results (None: 0), once."""
         rstd_mean, p, beta, grad_rstd_mean, sums = inputs
         by_scale, by_of_z, by_p, by_beta = grads
         by_rstd_mean, by_weights, by_grad, by_sums = torch.ops.ldarts.norm_derivatives(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .normalised_sum import (Terms, channels_last, derivatives, move_statistics, no_sums, pixels,
-                             terms_of_edges)
+                             scale_shift_of, terms_of_edges)
 from .norms import Norms
 from .sums import channel_sums, split
 
@@ -67,16 +67,17 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
 
 
 def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Sequence[Pair], p: Tensor,
-                           beta: Tensor | None, widths: Sequence[int]) -> Separable:
+                           widths: Sequence[int]) -> Separable:
     """x: one input [N, C, H, W] for all pairs, or one each; affine: [pairs, 2, C], b and s; None: 0 and 1.
 
-    p, beta: of all pairs, see scale_shift_of; widths: of how many of the last pairs each edge is made, at
-    least 1. Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
+    p: [pairs]; widths: of how many of the last pairs each edge is made, at least 1. Moves the running
+    statistics of the norms that track them, as BatchNorm2d does in training.
     """
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
+    scale_shift = scale_shift_of([norm for _, _, norm in pairs], p)
     weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
     inner, _, moments, coefficients, *tensors = SeparableConvolutions.apply(
-        (stride, dilations), pairs[0][2].eps, widths, affine, p, beta, *x, *weights)
+        (stride, dilations), pairs[0][2].eps, widths, affine, *scale_shift, *x, *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
     move_statistics([[norm] for _, _, norm in pairs], moments, pixels(z[0]))
     of_edges = split(z[len(inner) :], widths)
@@ -179,17 +180,17 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
         has_affine = affine is not None
         if v_affine is not None or any(t is not None for t in v_x):
             tangents = affine if v_affine is None else torch.cat([affine, v_affine], 1)
-            by_x, sums, *by_weights, w, w_sums = derive(zeros_for_none(v_x, x), tangents, depthwise, pointwise,
-                                                        has_affine)
+            by_x, sums, *by_weights, w, w_sums = derive(zeros_for_none(v_x, x), tangents, depthwise,
+                                                        pointwise, has_affine)
             by_affine = [torch.stack([torch.zeros_like(sums[:, 2]), sums[:, 2]], 1)] if has_affine else []
             summands.append((by_x, by_affine, *by_weights, w, [w_sums]))
         if any(t is not None for t in v_depthwise):
-            by_x, sums, _, by_pointwise, w, w_sums = derive([], affine, zeros_for_none(v_depthwise, depthwise),
-                                                            pointwise)
+            tangents = zeros_for_none(v_depthwise, depthwise)
+            by_x, sums, _, by_pointwise, w, w_sums = derive([], affine, tangents, pointwise)
             summands.append((by_x, [sums[:, :2]] if has_affine else [], [], by_pointwise, w, [w_sums]))
         if any(t is not None for t in v_pointwise):
-            by_x, sums, by_depthwise, _, w, w_sums = derive([], affine, depthwise,
-                                                            zeros_for_none(v_pointwise, pointwise))
+            tangents = zeros_for_none(v_pointwise, pointwise)
+            by_x, sums, by_depthwise, _, w, w_sums = derive([], affine, depthwise, tangents)
             summands.append((by_x, [sums[:, :2]] if has_affine else [], by_depthwise, [], w, [w_sums]))
         by_x, by_affine, by_depthwise, by_pointwise, w, w_sums = map(add_up, zip(*summands))
         # By what csrc/norms.h computes: scale by Σ w G, of_z by Σ w and Σ w z, by_p by v_p.
