@@ -15,7 +15,6 @@ from .normalised_sum import Copies, Terms, normalise, normalised_terms
 from .norms import ones
 from .recognise import SETTINGS, Halves, Link, is_1x1
 from .separable import Pair, pairs_of, separable_convolutions
-from .sums import split
 
 
 class Operation(NamedTuple):
@@ -38,20 +37,18 @@ class Whole(NamedTuple):
 class Leaving:
     """The operations on the edges that leave a state, sorted by the way in which they are computed.
 
-    separable (twice a depthwise and a pointwise convolution), dilated (once), others: of each edge a list;
-    columns: those of all separable ones, then of all dilated ones, then of the others.
+    separable (twice a depthwise and a pointwise convolution), dilated (once), others: each with the number of
+    its edge among these; columns: those of all separable ones, then of all dilated ones, then of the others.
     """
 
     def __init__(self, edges: Sequence[Sequence[Operation]], grouped: bool):
         """grouped: whether separable convolutions are one call, else they are among the others"""
-        self.separable: list[list[list[Pair]]] = []
-        self.dilated: list[list[list[Pair]]] = []
-        self.others: list[list[Operation]] = []
+        self.edges, stride = len(edges), None
+        self.separable: list[tuple[int, list[Pair]]] = []
+        self.dilated: list[tuple[int, list[Pair]]] = []
+        self.others: list[tuple[int, Operation]] = []
         kinds = (self.others, []), (self.dilated, []), (self.separable, [])  # by the number of pairs
-        stride = None
-        for edge in edges:
-            for of_kind, _ in kinds:
-                of_kind.append([])
+        for number, edge in enumerate(edges):
             for op in edge:
                 pairs = pairs_of(op.chain, op.norm) if grouped else []
                 if pairs and stride is None:
@@ -59,7 +56,7 @@ class Leaving:
                 if pairs and pairs[0].depthwise.stride != stride:
                     pairs = []
                 of_kind, columns = kinds[len(pairs)]
-                of_kind[-1].append(pairs or op)
+                of_kind.append((number, pairs or op))
                 columns.append(op.column)
         self.columns = [column for _, columns in reversed(kinds) for column in columns]
 
@@ -71,46 +68,39 @@ def groups_separable(x: Tensor) -> bool:
 
 def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]:
     """The terms p_k op_k(state) of each edge that leaves a state. p: in the order of plan.columns"""
-    separable, dilated, others = (sum(kind, []) for kind in (plan.separable, plan.dilated, plan.others))
+    separable, dilated, others = plan.separable, plan.dilated, plan.others
     count = len(separable)
     p_separable, p_dilated, p_others = p.split([count, len(dilated), len(others)])
-    terms: list[list[Terms]] = [[] for _ in plan.others]
-
-    def share_out(of_edges: list[Terms], kind: Sequence[Sequence]) -> None:
-        with_terms = [of_edge for of_edge, ops in zip(terms, kind) if ops]
-        for of_edge, its_terms in zip(with_terms, of_edges, strict=True):
-            of_edge.append(its_terms)
-
+    parts: list[dict[int, Terms]] = []
     if separable or dilated:
-        pairs = [of_op[0] for of_op in separable + dilated]
+        pairs = [of_op[0] for _, of_op in separable + dilated]
         p_pairs = torch.cat([ones(count, p), p_dilated]) if separable else p_dilated
-        widths = [len(ops) for ops in plan.dilated if ops]
-        first = separable_convolutions([state], None, pairs, p_pairs, widths)
-        share_out(first.terms, plan.dilated)
+        first = separable_convolutions([state], None, pairs, p_pairs, [edge for edge, _ in dilated])
+        parts.append(first.terms)
     if separable:
-        pairs, widths = [of_op[1] for of_op in separable], [len(ops) for ops in plan.separable if ops]
-        second = separable_convolutions(first.z[:count], first.coefficients, pairs, p_separable, widths)
-        share_out(second.terms, plan.separable)
-    for of_edges, edges in terms_of_others(state, plan.others, p_others):
-        share_out(of_edges, edges)
-    return terms
+        pairs = [of_op[1] for _, of_op in separable]
+        second = separable_convolutions(first.z[:count], first.coefficients, pairs, p_separable,
+                                        [edge for edge, _ in separable])
+        parts.append(second.terms)
+    parts += terms_of_others(state, others, p_others)
+    return [[part[edge] for part in parts if edge in part] for edge in range(plan.edges)]
 
 
-def terms_of_others(state: Tensor, edges: Sequence[Sequence[Operation]],
-                    p: Tensor) -> Iterator[tuple[list[Terms], list[list[int]]]]:
-    """For each shape and dtype of results (several in some forks): the terms of each edge with such
-    operations, and the numbers of these operations on every edge."""
-    operations = sum(edges, [])
-    readers = sum(type(op.chain[0]) is nn.ReLU for op in operations if op.chain) + 2  # two for the pixels
-    results = run_chains([State(state, readers)] * len(operations), [op.chain for op in operations])
+def terms_of_others(state: Tensor, operations: Sequence[tuple[int, Operation]],
+                    p: Tensor) -> Iterator[dict[int, Terms]]:
+    """The terms of each edge, for each shape and dtype of results: several in some forks."""
+    chains = [op.chain for _, op in operations]
+    readers = sum(type(chain[0]) is nn.ReLU for chain in chains if chain) + 2  # two for the pixels
+    results = run_chains([State(state, readers)] * len(chains), chains)
     kinds = [(z.shape, z.dtype) for z in results]
     for kind in dict.fromkeys(kinds):
-        of_kind = [[k for k in edge if kinds[k] == kind]
-                   for edge in split(range(len(operations)), [len(edge) for edge in edges])]
-        chosen = sum(of_kind, [])
-        its_p = p if len(chosen) == len(operations) else torch.stack([p[k] for k in chosen])
-        of_edges = [[(results[k], operations[k].norm) for k in edge] for edge in of_kind if edge]
-        yield normalised_terms(of_edges, its_p), of_kind
+        chosen = [k for k, its_kind in enumerate(kinds) if its_kind == kind]
+        its_p = p if len(chosen) == len(results) else torch.stack([p[k] for k in chosen])
+        of_edges: dict[int, list[tuple[Tensor, nn.BatchNorm2d | None]]] = {}
+        for k in chosen:
+            edge, op = operations[k]
+            of_edges.setdefault(edge, []).append((results[k], op.norm))
+        yield dict(zip(of_edges, normalised_terms([*of_edges.values()], its_p)))
 
 
 class State:

@@ -15,6 +15,7 @@ z otherwise,
 z is linear in each of a, D and P, so a derivative of these is the same computation with one of them replaced
 by its tangent. Tests compare all this, second derivatives included, with the plain form in operations.py.
 """
+from collections import Counter
 from typing import NamedTuple, Sequence
 
 import torch
@@ -39,7 +40,7 @@ class Separable(NamedTuple):
 
     z: list[Tensor]  # of each pair [N, C, H, W], channels-last
     coefficients: Tensor  # shift and scale of the inner norms, [those of no edge, 2, C] in float64
-    terms: list[Terms]  # of each edge
+    terms: dict[int, Terms]  # by the edge
 
 
 def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
@@ -67,21 +68,22 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
 
 
 def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Sequence[Pair], p: Tensor,
-                           widths: Sequence[int]) -> Separable:
+                           edges: Sequence[int]) -> Separable:
     """x: one input [N, C, H, W] for all pairs, or one each; affine: [pairs, 2, C], b and s; None: 0 and 1.
 
-    p: [pairs]; widths: of how many of the last pairs each edge is made, at least 1. Moves the running
-    statistics of the norms that track them, as BatchNorm2d does in training.
+    p: [pairs]; edges: of which edge each of the last pairs is a term, those of an edge side by side. Moves
+    the running statistics of the norms that track them, as BatchNorm2d does in training.
     """
+    widths = Counter(edges)  # of each edge
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
     scale_shift = scale_shift_of([norm for _, _, norm in pairs], p)
     weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
     inner, _, moments, coefficients, *tensors = SeparableConvolutions.apply(
-        (stride, dilations), pairs[0][2].eps, widths, affine, *scale_shift, *x, *weights)
+        (stride, dilations), pairs[0][2].eps, [*widths.values()], affine, *scale_shift, *x, *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
     move_statistics([[norm] for _, _, norm in pairs], moments, pixels(z[0]))
-    of_edges = split(z[len(inner) :], widths)
-    return Separable(z, inner, terms_of_edges(placeholders, of_edges, coefficients))
+    of_edges = split(z[len(inner) :], widths.values())
+    return Separable(z, inner, dict(zip(widths, terms_of_edges(placeholders, of_edges, coefficients))))
 
 
 class SeparableConvolutions(torch.autograd.Function):
