@@ -24,6 +24,10 @@ class ModuleTerm(NamedTuple):
     edge: int
     operation: int | None  # None: the whole edge
 
+    def __call__(self, x: Tensor, weights: Tensor) -> Tensor:
+        p = weights[self.edge]
+        return self.module(x, p) if self.operation is None else p[self.operation] * self.module(x)
+
 
 class Edge(NamedTuple):
     """An edge of a node, and what of it runs as its modules say; the rest is in the Leaving of its source."""
@@ -88,7 +92,11 @@ class CellPlan(Plan):
                 empty = empty and not operations and not module_terms
             if empty:
                 raise Unrecognised("a node of `none` alone")
-        if shares_norms(leaving, self.preprocess, self.left):
+        chains = [[*op.chain, op.norm] for of_state in leaving for edge in of_state for op in edge]
+        elsewhere = {part for module in self.left for part in module.modules()}
+        links = [link for chain in (*self.preprocess, *chains, elsewhere) for link in chain]
+        norms = [link for link in links if type(link) is nn.BatchNorm2d]
+        if len(norms) > len(set(norms)):
             raise Unrecognised("a norm used twice, whose running statistics depend on the order")
         if any(len(sum(of_state, [])) > MOST_TERMS for of_state in leaving):
             raise Unrecognised(f"more than {MOST_TERMS} operations that leave one state")
@@ -116,11 +124,11 @@ class CellPlan(Plan):
         operations, module_terms = [], []
         for k, op in enumerate(modules):
             try:
-                chain = self.reader.operation(op)
-                if chain is None:  # `none`
+                kind = self.reader.kind(op)
+                if kind == "zero":
                     module_terms += [ModuleTerm(op, edge, k)] if self.derived else []
                     continue
-                norm = None
+                chain, norm = self.reader.chain(op, kind), None
                 if chain and type(chain[-1]) is nn.BatchNorm2d and (self.derived or not chain[-1].affine):
                     *chain, norm = chain
                     self.eps = norm.eps if self.eps is None else self.eps
@@ -180,7 +188,7 @@ class CellPlan(Plan):
             terms, factors, others = [], [], []
             for edge in node:
                 of_edge, x = next(leaving[edge.source]), states[edge.source]
-                of_modules = [module_term(term, x, weights[term.edge]) for term in edge.module_terms]
+                of_modules = [term(x, weights) for term in edge.module_terms]
                 dropped = drop is not None and not edge.identity
                 if dropped and (of_modules or not self.drops_images):
                     others.append(drop(add_up(of_edge, of_modules)))
@@ -225,11 +233,6 @@ class DerivedPlan(CellPlan):
         return self.output(state_of, states, ones(self.edges, states[0])[:, None], drop)
 
 
-def module_term(term: ModuleTerm, x: Tensor, p: Tensor) -> Tensor:
-    """p: of the edge"""
-    return term.module(x, p) if term.operation is None else p[term.operation] * term.module(x)
-
-
 def add_up(terms: Sequence[Terms], others: Sequence[Tensor], factors: Sequence[Tensor] = ()) -> Tensor:
     """factors: of the terms of each edge, see node_sum; or none"""
     alike: dict[tuple, list[int]] = {}  # edges of one shape and dtype; PyTorch broadcasts the rest
@@ -239,16 +242,6 @@ def add_up(terms: Sequence[Terms], others: Sequence[Tensor], factors: Sequence[T
              for edges in alike.values()]
     parts += others
     return sum(parts[1:], parts[0])
-
-
-def shares_norms(leaving: Sequence[Sequence[Sequence[Operation]]], chains: Sequence[Sequence[Link]],
-                 left: Sequence[nn.Module]) -> bool:
-    """Whether a norm is in two recognised chains, or in one and in a module that runs as it is."""
-    operations = [op for of_state in leaving for edge in of_state for op in edge]
-    all_chains = [*chains, *([*op.chain, op.norm] for op in operations)]
-    norms = [id(link) for chain in all_chains for link in chain if type(link) is nn.BatchNorm2d]
-    elsewhere = {id(part) for module in left for part in module.modules()}
-    return len(norms) > len(set(norms)) or not elsewhere.isdisjoint(norms)
 
 
 def make_plan(module: nn.Module, reader: Reader) -> Plan:
@@ -271,4 +264,4 @@ def make_plan(module: nn.Module, reader: Reader) -> Plan:
     if kind == "derived_nas201_cell":
         return DerivedPlan(reader, [], [*reader.members(module).values()], [range(i) for i in (1, 2, 3)], [3],
                            None)
-    return ChainPlan(reader.chain_of(module, kind))
+    return ChainPlan(reader.chain(module, kind))
