@@ -1,6 +1,6 @@
 """The engine: what `model_search` defines, computed faster. Its door is `Engine.runner`.
 
-    build, toolkit   compile and load csrc/
+    build            compile and load csrc/
     recognise        what a module is, by its contents
     sums             the two sums on which all is built, and `mixed_sum`
     norms            batch norms behind terms: arithmetic on numbers per channel

@@ -13,7 +13,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
-from .build import load
+from .build import hindrance
 from .norms import register as register_norms
 
 
@@ -23,12 +23,12 @@ def compiled_for(device: str) -> bool:
 
     On `meta` they give the shapes of their results alone.
     """
-    return device in ("cpu", "cuda", "meta") and _loaded() and (device == "meta" or load(device))
+    return device in ("cpu", "cuda", "meta") and _loaded() and (device == "meta" or not hindrance(device))
 
 
 @functools.cache
 def _loaded() -> bool:
-    if not load("cpu"):  # it has the operators of every device
+    if hindrance("cpu"):  # it has the operators of every device
         return False
     _register()
     register_norms()
