@@ -37,8 +37,7 @@ def engine_supports(x: Tensor) -> bool:
     FlopCounterMode hooks all modules, so it counts the plain form. A dispatch mode without hooks sees the
     engine's operators instead of PyTorch's: use LDARTS_FUSED=off with it.
     """
-    return (isinstance(x, Tensor) and not isinstance(x, FakeTensor) and compiled_for(x.device.type)
-            and is_unwatched()
+    return (not isinstance(x, FakeTensor) and compiled_for(x.device.type) and is_unwatched()
             and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
             and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and torch._C._functorch.peek_interpreter_stack() is None
@@ -56,8 +55,7 @@ class Engine:
 
     def __init__(self, devices: Sequence[str] = ("cpu", "cuda", "meta")):
         self.devices = devices
-        # For each module what was read of it and its plan, or why it has none. Checked at every use.
-        self._plans: weakref.WeakKeyDictionary[nn.Module, tuple[Reader, Plan | str]]
+        # For each module (Reader, Plan or why it has none). Checked at every use.
         self._plans = weakref.WeakKeyDictionary()
 
     def __reduce__(self):  # a copy of a network has other modules
@@ -73,13 +71,13 @@ class Engine:
         """How a module is computed, or why it runs as it is. Made again when the module has changed."""
         reader, plan = self._plans.get(module, (None, None))
         if reader is None or not reader.unchanged():
-            reader, name = Reader(), type(module).__name__
+            reader = Reader()
             try:
                 plan = make_plan(module, reader)
             except Unrecognised as reason:
-                plan = name if str(reason) == name else f"{name} with {reason}"
+                plan = reason.of(module)
             except Exception as error:  # a module that lacks the usual parts
-                plan = f"{name}, which cannot be read ({error!r})"
+                plan = f"{type(module).__name__}, which cannot be read ({error!r})"
             self._plans[module] = reader, plan
         return plan
 

@@ -150,11 +150,10 @@ class CellPlan(Plan):
 
     def _leave(self, module: nn.Module, reason: Unrecognised) -> None:
         """Note that a module runs as it is."""
-        name, why = type(module).__name__, str(reason)
         if any(getattr(part, "inplace", False) for part in module.modules()):
-            raise Unrecognised(f"{name}, which may change a state in place")
+            raise Unrecognised(f"{type(module).__name__}, which may change a state in place")
         self.left.append(module)
-        self.refusals.append(name if why == name else f"{name} with {why}")
+        self.refusals.append(reason.of(module))
 
     def fits(self, *inputs: Tensor) -> bool:
         *states, weights = inputs

@@ -146,7 +146,11 @@ def known_forwards() -> dict[str, tuple]:
 
 
 class Unrecognised(Exception):
-    """Why a module runs as it is."""
+    """Why a module runs as it is: the name of its type, or that of a part, or more words."""
+
+    def of(self, module: nn.Module) -> str:
+        name, reason = type(module).__name__, str(self)
+        return name if reason == name else f"{name} with {reason}"
 
 
 class Halves(NamedTuple):
