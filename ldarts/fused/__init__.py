@@ -86,13 +86,13 @@ class Engine:
 
         cells: those of a network, in training mode; blocks of other kinds do not count.
         """
-        cells = [cell for cell in cells if count_operations(cell)]
-        recognised, operations, refusals = 0, sum(map(count_operations, cells)), []
+        plans = [self.plan_of(cell) for cell in cells if count_operations(cell)]
+        recognised = sum(plan.recognised for plan in plans if isinstance(plan, CellPlan))
+        refusals = [reason for plan in plans
+                    for reason in (plan.refusals if isinstance(plan, CellPlan) else [plan])]
+        operations = sum(map(count_operations, cells))
         if not is_unwatched():
             return f"0 of {operations} operations run in the engine; PyTorch is patched or has a global hook"
-        for plan in map(self.plan_of, cells):
-            recognised += plan.recognised if isinstance(plan, CellPlan) else 0
-            refusals += plan.refusals if isinstance(plan, CellPlan) else [plan]
         text = f"{recognised} of {operations} operations run in the engine"
         return f"{text}; {refusals[0]} runs as it is, slower" if refusals else text
 

@@ -192,9 +192,7 @@ relu, concat = ReLU.apply, Concat.apply
 
 
 def conv_1x1(x: Tensor, weight: Tensor) -> Tensor:
-    """F.conv2d(x, weight) for weights [out, in, 1, 1]; channels-last as a product of matrices, whose
+    """F.conv2d(x, weight) for weights [out, in, 1, 1] and channels-last x, as a product of matrices, whose
     gradients of gradients copy nothing."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return F.conv2d(x, weight)
     # The gradient by a weight in channels-last then has the strides of the weight.
     return F.linear(x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
