@@ -53,7 +53,7 @@ def is_unwatched() -> bool:
 class Engine:
     """How the engine computes the modules of one network. devices: the types of device on which it does"""
 
-    def __init__(self, devices: Sequence[str] = ("cpu", "cuda", "meta")):
+    def __init__(self, devices: Sequence[str] = ("cpu", "cuda")):
         self.devices = devices
         # For each module (Reader, Plan or why it has none). Checked at every use.
         self._plans = weakref.WeakKeyDictionary()

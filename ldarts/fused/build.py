@@ -56,7 +56,7 @@ def switched_off() -> bool:
 
 @functools.cache
 def hindrance(part: str) -> str:
-    """Load the library "cpu" or "cuda", compiled first if needed -> "", or why not; a warning says it, too."""
+    """Load the library "cpu" or "cuda", compiled first if needed -> "", or why not, as a warning says, too."""
     if switched_off():
         return "LDARTS_FUSED=off"
     try:

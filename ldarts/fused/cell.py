@@ -12,8 +12,7 @@ from .normalised_sum import Terms, node_sum
 from .norms import constant, ones
 from .recognise import Link, Reader, Unrecognised, drop_path_of, known_forwards, meaning
 
-ON_A_GPU = torch.float32, torch.float64, torch.bfloat16
-DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": ON_A_GPU, "meta": ON_A_GPU}
+ON_A_CPU, ON_A_GPU = (torch.float32, torch.float64), (torch.float32, torch.float64, torch.bfloat16)
 MOST_TERMS = 384  # that leave one state: kMaxNormed of csrc/norms.h
 
 
@@ -42,8 +41,9 @@ class Plan:
 
     def fits(self, *inputs: Tensor) -> bool:
         """Whether the engine can compute the module on these inputs: dtype, layout, dimensions."""
-        return all(isinstance(x, Tensor) and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ())
-                   and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
+        return all(isinstance(x, Tensor) and x.dim() == 4 and x.numel() > 0
+                   and x.dtype in (ON_A_CPU if x.device.type == "cpu" else ON_A_GPU)
+                   and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 class ChainPlan(Plan):

@@ -93,20 +93,3 @@ def norm_gradients_ref(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, 
     of_z = torch.stack([by_mean - 2 * mean * by_var, 2 * by_var], 1) * per_pixel[:, None, None]
     by_p = rstd_of_term * centred
     return scale, of_z, (by_p.sum(1) if p.dim() == 1 else by_p).to(p.dtype)
-
-
-def register() -> None:
-    """Shapes of what the operators of norms.cpp return, for tensors without values."""
-    @torch.library.register_fake("ldarts::norm_statistics")
-    def _(z_sums, has_norm, p, beta, z_of_term, count, eps):
-        of_z = [p.new_empty(len(has_norm), 2, z_sums.shape[2]) for _ in range(2)]
-        return *of_z, p.new_empty(len(z_of_term), 2, z_sums.shape[2])
-
-    @torch.library.register_fake("ldarts::norm_gradients")
-    def _(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, count):
-        C = rstd_mean.shape[2]
-        return p.new_empty(len(p), C), p.new_empty(len(has_norm), 2, C), torch.empty_like(p)
-
-    @torch.library.register_fake("ldarts::norm_derivatives")
-    def _(rstd_mean, p, grad_rstd_mean, sums, grad_scale, grad_of_z, grad_p, z_of_term, has_norm, count):
-        return tuple(map(torch.empty_like, (rstd_mean, p, rstd_mean, sums)))

@@ -14,24 +14,36 @@ import torch
 from torch import Tensor
 
 from .build import hindrance
-from .norms import register as register_norms
 
 
 @torch.compiler.assume_constant_result
 def compiled_for(device: str) -> bool:
     """Whether the operators are compiled for devices of this type; the first call loads or compiles them.
 
-    On `meta` they give the shapes of their results alone.
+    On `meta` the sums give the shapes of their results alone.
     """
     return device in ("cpu", "cuda", "meta") and _loaded() and (device == "meta" or not hindrance(device))
 
 
 @functools.cache
 def _loaded() -> bool:
-    if hindrance("cpu"):  # it has the operators of every device
+    """Whether the library for the CPU is loaded, which has the operators of every device; the sums then have
+    their derivatives, and shapes for tracing."""
+    if hindrance("cpu"):
         return False
-    _register()
-    register_norms()
+
+    @torch.library.register_fake("ldarts::affine_sums")
+    def _(z, scales, shifts, z_of_entry, scale_of_entry, shift_of_entry, entries):
+        per_channel = any(t.dim() == 2 and t.shape[1] > 1 for t in (*scales, *shifts))
+        layout = torch.channels_last if per_channel else dense_format(z)
+        return [torch.empty_like(z[0], memory_format=layout) for _ in entries]
+
+    @torch.library.register_fake("ldarts::channel_sums")
+    def _(x, y):
+        return x[0].new_empty(len(x), 2, x[0].shape[1], dtype=torch.float64)
+
+    torch.library.register_autograd("ldarts::affine_sums", affine_backward, setup_context=keep_affine)
+    torch.library.register_autograd("ldarts::channel_sums", channel_backward, setup_context=keep_pairs)
     return True
 
 
@@ -196,19 +208,3 @@ def channel_backward(ctx, grad: Tensor) -> tuple[list[Tensor | None], ...]:
 def split(items: Sequence, lengths: Sequence[int]) -> list[Sequence]:
     ends = list(itertools.accumulate(lengths))
     return [items[end - length : end] for end, length in zip(ends, lengths)]
-
-
-def _register() -> None:
-    """Shapes for tracing, and derivatives."""
-    @torch.library.register_fake("ldarts::affine_sums")
-    def _(z, scales, shifts, z_of_entry, scale_of_entry, shift_of_entry, entries):
-        per_channel = any(t.dim() == 2 and t.shape[1] > 1 for t in (*scales, *shifts))
-        layout = torch.channels_last if per_channel else dense_format(z)
-        return [torch.empty_like(z[0], memory_format=layout) for _ in entries]
-
-    @torch.library.register_fake("ldarts::channel_sums")
-    def _(x, y):
-        return x[0].new_empty(len(x), 2, x[0].shape[1], dtype=torch.float64)
-
-    torch.library.register_autograd("ldarts::affine_sums", affine_backward, setup_context=keep_affine)
-    torch.library.register_autograd("ldarts::channel_sums", channel_backward, setup_context=keep_pairs)
