@@ -7,7 +7,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .leaving import Leaving, Operation, State, Whole, concat, groups_separable, outgoing_terms, run_chains
+from .leaving import Leaving, Operation, State, concat, groups_separable, outgoing_terms, run_chains
 from .normalised_sum import Terms, node_sum
 from .norms import constant, ones
 from .recognise import Link, Reader, Unrecognised, drop_path_of, known_forwards, meaning
@@ -41,7 +41,7 @@ class Plan:
 
     def fits(self, *inputs: Tensor) -> bool:
         """Whether the engine can compute the module on these inputs: dtype, layout, dimensions."""
-        return all(isinstance(x, Tensor) and x.dim() == 4 and x.numel() > 0
+        return all(isinstance(x, Tensor) and x.dim() == 4 and x.numel() > 0 and x.dtype == inputs[0].dtype
                    and x.dtype in (ON_A_CPU if x.device.type == "cpu" else ON_A_GPU)
                    and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
 
@@ -52,7 +52,7 @@ class ChainPlan(Plan):
     def __init__(self, chain: list[Link]):
         self.chain = chain
 
-    def run(self, state_of: Callable[[Tensor], "State"], x: Tensor) -> Tensor:
+    def run(self, state_of: Callable[[Tensor], State], x: Tensor) -> Tensor:
         return run_chains([state_of(x)], [self.chain])[0]
 
 
@@ -109,7 +109,7 @@ class CellPlan(Plan):
             return self.reader.chain(block)
         except Unrecognised as reason:
             self._leave(block, reason)
-            return [Whole(block)]
+            return [block.__call__]
 
     def _operations_of(self, edge: int, module: nn.Module) -> tuple[list[Operation], list[ModuleTerm]]:
         """The recognised operations of an edge, and the others as terms of their modules."""
@@ -157,20 +157,17 @@ class CellPlan(Plan):
 
     def fits(self, *inputs: Tensor) -> bool:
         *states, weights = inputs
-        return (self.fits_states(states) and isinstance(weights, Tensor)
+        return (Plan.fits(self, *states) and isinstance(weights, Tensor)
                 and weights.shape == (self.edges, self.width or weights.shape[-1])
                 and weights.dtype == torch.promote_types(states[0].dtype, torch.float32))
 
-    def fits_states(self, states: Sequence[Tensor]) -> bool:
-        return super().fits(*states) and len({x.dtype for x in states}) == 1
-
-    def run(self, state_of: Callable[[Tensor], "State"], *inputs: Tensor) -> Tensor:
+    def run(self, state_of: Callable[[Tensor], State], *inputs: Tensor) -> Tensor:
         """The cell's output, of its input states and p [edges, ops]."""
         *states, weights = inputs
-        return self.output(state_of, states, weights, None)
+        return self.output(state_of, states, weights)
 
-    def output(self, state_of: Callable[[Tensor], "State"], states: Sequence[Tensor], weights: Tensor,
-               drop: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def output(self, state_of: Callable[[Tensor], State], states: Sequence[Tensor], weights: Tensor,
+               drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """drop: called on the result of each edge that is no identity, in the order of the edges. Where it
         `drops_images` as the published one does, it is called on ones [N, 1, 1, 1] instead, which gives the
         factor of each image."""
@@ -221,9 +218,9 @@ class DerivedPlan(CellPlan):
         """drop_prob has to be one number for all images, without a gradient."""
         one_number = all(not isinstance(p, Tensor) or p.dim() == 0 and not p.requires_grad
                          for p in inputs[self.inputs :])
-        return one_number and self.fits_states(inputs[: self.inputs])
+        return one_number and Plan.fits(self, *inputs[: self.inputs])
 
-    def run(self, state_of: Callable[[Tensor], "State"], *inputs: Any) -> Tensor:
+    def run(self, state_of: Callable[[Tensor], State], *inputs: Any) -> Tensor:
         """The cell's output, of its input states and, if it drops paths, the probability to drop one."""
         states, drop_prob = inputs[: self.inputs], inputs[self.inputs :]
         drop = None

@@ -25,15 +25,6 @@ class Operation(NamedTuple):
     norm: nn.BatchNorm2d | None
 
 
-class Whole(NamedTuple):
-    """A link that runs as its module says."""
-
-    module: nn.Module
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.module(x).contiguous(memory_format=torch.channels_last)
-
-
 class Leaving:
     """The operations on the edges that leave a state, sorted by the way in which they are computed.
 
@@ -136,7 +127,7 @@ class State:
             return normalise([self.x], [link])[0]
         if is_1x1(link, 1) and type(before) is not nn.Conv2d:  # a separable convolution is cuDNN's
             return conv_1x1(self.x, link.weight)
-        return link(self.x)
+        return link(self.x).contiguous(memory_format=torch.channels_last)
 
 
 def run_chains(states: Sequence[State], chains: Sequence[Sequence[Link]]) -> list[Tensor]:

@@ -160,7 +160,7 @@ class Halves(NamedTuple):
     conv_2: nn.Conv2d
 
 
-Link = nn.Module | Halves  # of a chain
+Link = Halves | Callable[[Tensor], Tensor]  # of a chain: a module, or what calls one
 
 
 class Reader:
