@@ -31,8 +31,8 @@ from ..locks import locked
 PACKAGE = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
 OFF = ("off", "0", "false", "no")
-# PyTorch compiles its own kernels with these flags, so a processor that runs PyTorch's level runs ours.
-LEVELS = {"AVX2": ["-mavx2", "-mfma", "-mf16c"],
+# PyTorch compiles its own kernels with these flags, so a processor that runs its level of at::vec runs ours.
+LEVELS = {"DEFAULT": [], "AVX2": ["-mavx2", "-mfma", "-mf16c"],
           "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]}
 PACKAGES = ("cuda-nvcc", "cuda-cccl", "cuda-crt", "nvvm")  # pip's compiler for CUDA
 USUAL_HOME = "/usr/local/cuda"
@@ -56,7 +56,7 @@ def switched_off() -> bool:
 
 @functools.cache
 def hindrance(part: str) -> str:
-    """Load the library "cpu" or "cuda", compiled first if needed -> "", or why not, as a warning says, too."""
+    """Load the library "cpu" or "cuda", compiled first if needed -> "", or why not, after a warning."""
     if switched_off():
         return "LDARTS_FUSED=off"
     try:
@@ -96,8 +96,10 @@ def sources(part: str) -> list[Path]:
 
 def compile_flags(part: str) -> list[str]:
     """The flags of the compiler, which is nvcc for all files of the part "cuda"."""
+    level = torch.backends.cpu.get_cpu_capability()
+    level = level if level in LEVELS else "DEFAULT"
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    host = ["-fPIC", *vector_flags(), *openmp,
+    host = ["-fPIC", *LEVELS[level], f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}", *openmp,
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     if part == "cpu":
         return ["-O3", "-std=c++20", *host]
@@ -178,14 +180,7 @@ def diagnosis(output: str, log: Path) -> tuple[str, str]:
                         f"The compiler's whole output is in {log}")
 
 
-# ---- what compiles: the flags for this processor, C++, ninja, nvcc, the GPUs' architectures
-
-def vector_flags() -> list[str]:
-    """The flags for at::vec: those of PyTorch's own level on this machine."""
-    level = torch.backends.cpu.get_cpu_capability()
-    level = level if level in LEVELS else "DEFAULT"
-    return [*LEVELS.get(level, []), f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
-
+# ---- what compiles: C++, ninja, nvcc, the GPUs' architectures
 
 def cxx() -> list[str]:
     """The command of the C++ compiler: CXX from the environment, else the first of c++, g++ and clang++."""
