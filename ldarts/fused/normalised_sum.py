@@ -38,19 +38,17 @@ def normalised_terms(edges: Sequence[Sequence[tuple[Tensor, nn.BatchNorm2d | Non
 
     The norms have one eps. Moves their running statistics, as BatchNorm2d does in training.
     """
-    all_terms = [term for edge in edges for term in edge]
-    places: dict[tuple[int, bool], int] = {}  # of each z, with and without norms
-    place_of_term = [places.setdefault((id(z), norm is None), len(places)) for z, norm in all_terms]
-    zs, norms = [None] * len(places), [[] for _ in places]
-    for place, (z, norm) in zip(place_of_term, all_terms):
-        zs[place] = z
-        norms[place] += [] if norm is None else [norm]
-    widths = [len(edge) for edge in edges]
-    behind = Norms(split(place_of_term, widths), [bool(of_z) for of_z in norms], pixels(zs[0]))
-    eps = next((norm.eps for _, norm in all_terms if norm is not None), 0.0)
-    scale_shift = scale_shift_of([norm for _, norm in all_terms], p)
-    _, moments, coefficients, *placeholders = NormalisedTerms.apply(behind, eps, *scale_shift, *zs)
-    move_statistics(norms, moments, behind.count)
+    terms = [term for edge in edges for term in edge]
+    norms = [norm for _, norm in terms]
+    places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm
+    place_of_term = [places.setdefault((id(z), norm is None), len(places)) for z, norm in terms]
+    zs = [*dict(zip(place_of_term, (z for z, _ in terms))).values()]
+    of_edges = split(place_of_term, [len(edge) for edge in edges])
+    behind = Norms(of_edges, [not plain for _, plain in places], pixels(zs[0]))
+    eps = next((norm.eps for norm in norms if norm is not None), 0.0)
+    _, moments, coefficients, *placeholders = NormalisedTerms.apply(
+        behind, eps, *scale_shift_of(norms, p), *zs)
+    move_statistics(norms, place_of_term, moments, behind.count)
     return terms_of_edges(placeholders, [[z for z, _ in edge] for edge in edges], coefficients)
 
 
@@ -91,18 +89,18 @@ def scale_shift_of(norms: Sequence[nn.BatchNorm2d | None], p: Tensor) -> tuple[T
 
 
 @torch.no_grad()
-def move_statistics(norms: Sequence[Sequence[nn.BatchNorm2d]], moments: Tensor, count: int) -> None:
-    """Running statistics after a batch. norms: those behind each z; moments: mean and unbiased variance of
-    each z, [z, 2, C], over `count` pixels; ValueError if that is one, as PyTorch's"""
-    if count == 1 and any(norms):
+def move_statistics(norms: Sequence[nn.BatchNorm2d | None], places: Sequence[int], moments: Tensor,
+                    count: int) -> None:
+    """Running statistics after a batch. places: of the z in front of each norm; moments: mean and unbiased
+    variance of each z, [z, 2, C], over `count` pixels; ValueError if that is one, as PyTorch's"""
+    if count == 1 and any(norm is not None for norm in norms):
         raise ValueError("Expected more than 1 value per channel when training: one image of one pixel")
     of_all = moments.flatten(0, 1).unbind()
     by_momentum: dict[float, list[tuple[nn.BatchNorm2d, Tensor, Tensor]]] = {}
-    for its_norms, mean, variance in zip(norms, of_all[::2], of_all[1::2]):
-        for norm in its_norms:
-            if norm.track_running_stats and norm.running_mean is not None:
-                dtype = norm.running_mean.dtype
-                by_momentum.setdefault(norm.momentum, []).append((norm, mean.to(dtype), variance.to(dtype)))
+    for norm, k in zip(norms, places):
+        if norm is not None and norm.track_running_stats and norm.running_mean is not None:
+            mean, variance = (t.to(norm.running_mean.dtype) for t in of_all[2 * k : 2 * k + 2])
+            by_momentum.setdefault(norm.momentum, []).append((norm, mean, variance))
     for momentum, tracked in by_momentum.items():
         tracking, mean, variance = zip(*tracked)
         torch._foreach_lerp_([norm.running_mean for norm in tracking], mean, momentum)

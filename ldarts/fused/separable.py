@@ -76,12 +76,13 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
     """
     widths = Counter(edges)  # of each edge
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
-    scale_shift = scale_shift_of([norm for _, _, norm in pairs], p)
+    norms = [norm for _, _, norm in pairs]
     weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
     inner, _, moments, coefficients, *tensors = SeparableConvolutions.apply(
-        (stride, dilations), pairs[0][2].eps, [*widths.values()], affine, *scale_shift, *x, *weights)
+        (stride, dilations), norms[0].eps, [*widths.values()], affine, *scale_shift_of(norms, p), *x,
+        *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
-    move_statistics([[norm] for _, _, norm in pairs], moments, pixels(z[0]))
+    move_statistics(norms, range(len(norms)), moments, pixels(z[0]))
     of_edges = split(z[len(inner) :], widths.values())
     return Separable(z, inner, dict(zip(widths, terms_of_edges(placeholders, of_edges, coefficients))))
 
@@ -177,24 +178,24 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
                 x, tangent, affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, of_terms, of_z,
                 with_input, True, True)
 
-        # Of each summand, where a, D or P is replaced by its tangent: by x, affine, D, P; w and sums of w
-        summands = [([],) * 6]
+        # By x, affine, D, P; w and sums of w: added up over the summands, a, D or P replaced by its tangent
+        total = [[]] * 6
         has_affine = affine is not None
         if v_affine is not None or any(t is not None for t in v_x):
             tangents = affine if v_affine is None else torch.cat([affine, v_affine], 1)
             by_x, sums, *by_weights, w, w_sums = derive(zeros_for_none(v_x, x), tangents, depthwise,
                                                         pointwise, has_affine)
             by_affine = [torch.stack([torch.zeros_like(sums[:, 2]), sums[:, 2]], 1)] if has_affine else []
-            summands.append((by_x, by_affine, *by_weights, w, [w_sums]))
-        if any(t is not None for t in v_depthwise):
-            tangents = zeros_for_none(v_depthwise, depthwise)
-            by_x, sums, _, by_pointwise, w, w_sums = derive([], affine, tangents, pointwise)
-            summands.append((by_x, [sums[:, :2]] if has_affine else [], [], by_pointwise, w, [w_sums]))
-        if any(t is not None for t in v_pointwise):
-            tangents = zeros_for_none(v_pointwise, pointwise)
-            by_x, sums, by_depthwise, _, w, w_sums = derive([], affine, depthwise, tangents)
-            summands.append((by_x, [sums[:, :2]] if has_affine else [], by_depthwise, [], w, [w_sums]))
-        by_x, by_affine, by_depthwise, by_pointwise, w, w_sums = map(add_up, zip(*summands))
+            total = add_up(total, (by_x, by_affine, *by_weights, w, [w_sums]))
+        for replaced, v_weights in enumerate((v_depthwise, v_pointwise)):
+            if any(t is not None for t in v_weights):
+                weights = [depthwise, pointwise]
+                weights[replaced] = zeros_for_none(v_weights, weights[replaced])
+                by_x, sums, *by_weights, w, w_sums = derive([], affine, *weights)
+                by_weights[replaced] = []
+                by_affine = [sums[:, :2]] if has_affine else []
+                total = add_up(total, (by_x, by_affine, *by_weights, w, [w_sums]))
+        by_x, by_affine, by_depthwise, by_pointwise, w, w_sums = total
         # By what csrc/norms.h computes: scale by Σ w G, of_z by Σ w and Σ w z, by_p by v_p.
         by_scale, by_of_z = (w_sums[0][:, 2], w_sums[0][:, :2]) if w else (None, None)
         *by_inputs, by_sums = norms.derivatives(inputs, (by_scale, by_of_z, v_p, v_beta))
@@ -217,6 +218,6 @@ def zeros_for_none(tensors, like):
     return [torch.zeros_like(t) if v is None else v for v, t in zip(tensors, like)]
 
 
-def add_up(lists):
-    """The sum of lists of tensors, place by place, of which any may be []."""
-    return [sum(others, first) for first, *others in zip(*filter(None, lists))]
+def add_up(old, new):
+    """The sums of lists of tensors, of which any may be []."""
+    return [[*map(torch.add, a, b)] if a and b else a or b for a, b in zip(old, new)]
