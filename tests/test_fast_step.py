@@ -48,10 +48,10 @@ def test_a_bank_is_its_operations(dtype, tolerance, stride, size, C):
     weights = [w for op in ops for w in op.parameters()]
 
     of_all = torch.cat([torch.ones(2, dtype=dtype), p[2:]])
-    zs, inner, dils = separable_convolutions([x], None, [tuple(op.op[1:4]) for op in ops], of_all, None, [2])
+    zs, inner, dils = separable_convolutions([x], None, [tuple(op.op[1:4]) for op in ops], of_all, [0, 0])
     second = [tuple(op.op[5:8]) for op in seps]
-    twice = separable_convolutions(zs[:2], inner, second, p[:2], None, [1, 1])
-    found = node_sum([*twice.terms, *dils])
+    twice = separable_convolutions(zs[:2], inner, second, p[:2], [0, 1])
+    found = node_sum([*twice.terms.values(), *dils.values()])
     statistics = [b.clone() for op in ops for b in op.buffers()]
     for op in ops:
         for module in op.modules():
@@ -73,8 +73,8 @@ def test_only_asked_gradients_of_a_separable_convolutions(asked):
         op.requires_grad_(False)
     inputs = [x] if asked == "x" else list(op.parameters())
     p = torch.ones(1, dtype=torch.float64)
-    zs, inner, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], p, None, [])
-    found = node_sum(separable_convolutions(zs, inner, [tuple(op.op[5:8])], p, None, [1])[2])
+    zs, inner, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], p, [])
+    found = node_sum([separable_convolutions(zs, inner, [tuple(op.op[5:8])], p, [0]).terms[0]])
     grad = images(*found.shape)
     compare(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(op(x), inputs, grad), 1e-10)
 
@@ -118,7 +118,8 @@ def test_a_fan_is_its_products():
     norms = [[torch.nn.BatchNorm2d(3, affine=False).double() for _ in range(count)] for count in (2, 0, 1)]
 
     def fused(p, *z):
-        return tuple(node_sum([terms]) for terms in normalised_terms(z, norms, [[0, 1], [2, 0]], p))
+        edges = [(z[0], norms[0][0]), (z[1], None)], [(z[2], norms[2][0]), (z[0], norms[0][1])]
+        return tuple(node_sum([terms]) for terms in normalised_terms(edges, p))
 
     def plain(p, *z):
         normed = [F.batch_norm(one, None, None, training=True) if of_z else one
@@ -145,7 +146,7 @@ def test_the_same_bits_whatever_the_number_of_threads_of_a_separable_convolution
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            zs, inner, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], torch.ones(1), None, [])
+            zs, inner, _ = separable_convolutions([x], None, [tuple(op.op[1:4])], torch.ones(1), [])
             grads = torch.autograd.grad((zs[0] ** 2).sum(), [x, op.op[1].weight, op.op[2].weight])
             results.append([*zs, inner, *grads])
     finally:
@@ -323,8 +324,7 @@ def test_rows_of_the_sum_are_printed_with_their_ratios(monkeypatch, capsys):
 def test_a_pass_in_inference_mode_leaves_nothing_that_training_cannot_read(space, layers):
     net = ldarts.SearchNetwork(4, 10, layers, space).to(memory_format=torch.channels_last)
     x = images(4, 3, 16, 16, dtype=torch.float32)
-    norms._constant.cache_clear()
-    norms._membership.cache_clear()
+    norms.constant.cache_clear()
     with torch.inference_mode():
         net(x)
     F.cross_entropy(net(x), torch.arange(4)).backward()

@@ -77,13 +77,6 @@ def test_opcheck(device):
     entries = [0, 1, 2, 0], [0, 3, -1, 2], [1, -1, -1, 0], [3, 1]  # z, scales, shifts; of sums of 3 and of 1
     torch.library.opcheck(ops.affine_sums.default, (images, [rows[:2], rows[2:]], [rows[:2]], *entries))
     torch.library.opcheck(ops.channel_sums.default, (images, [images[0], images[2], images[1]]))
-    sums, p = torch.rand(2, 2, 3, device=device) + 1, torch.rand(3, device=device)
-    has_norm, z_of_term = [1, 1], [0, 1, 1]
-    statistics = sums, has_norm, p, None, z_of_term, 4, 1e-5
-    torch.library.opcheck(ops.norm_statistics.default, statistics)
-    rstd_mean, *_ = ops.norm_statistics(*statistics)
-    gradients = rstd_mean, p, None, sums.double(), z_of_term, has_norm, 4
-    torch.library.opcheck(ops.norm_gradients.default, gradients)
 
 
 @needs_build

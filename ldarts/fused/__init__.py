@@ -1,6 +1,6 @@
 """The engine: what `model_search` defines, computed faster. Its door is `Engine.runner`.
 
-    build, toolkit   compile and load csrc/
+    build            compile and load csrc/
     recognise        what a module is, by its contents
     sums             the two sums on which all is built, and `mixed_sum`
     norms            batch norms behind terms: arithmetic on numbers per channel
@@ -37,8 +37,7 @@ def engine_supports(x: Tensor) -> bool:
     FlopCounterMode hooks all modules, so it counts the plain form. A dispatch mode without hooks sees the
     engine's operators instead of PyTorch's: use LDARTS_FUSED=off with it.
     """
-    return (isinstance(x, Tensor) and not isinstance(x, FakeTensor) and compiled_for(x.device.type)
-            and is_unwatched()
+    return (not isinstance(x, FakeTensor) and compiled_for(x.device.type) and is_unwatched()
             and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
             and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not transformed()
             and not (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")))
@@ -52,10 +51,9 @@ def is_unwatched() -> bool:
 class Engine:
     """How the engine computes the modules of one network. devices: the types of device on which it does"""
 
-    def __init__(self, devices: Sequence[str] = ("cpu", "cuda", "meta")):
+    def __init__(self, devices: Sequence[str] = ("cpu", "cuda")):
         self.devices = devices
-        # For each module what was read of it and its plan, or why it has none. Checked at every use.
-        self._plans: weakref.WeakKeyDictionary[nn.Module, tuple[Reader, Plan | str]]
+        # For each module (Reader, Plan or why it has none). Checked at every use.
         self._plans = weakref.WeakKeyDictionary()
 
     def __reduce__(self):  # a copy of a network has other modules
@@ -71,13 +69,13 @@ class Engine:
         """How a module is computed, or why it runs as it is. Made again when the module has changed."""
         reader, plan = self._plans.get(module, (None, None))
         if reader is None or not reader.unchanged():
-            reader, name = Reader(), type(module).__name__
+            reader = Reader()
             try:
                 plan = make_plan(module, reader)
             except Unrecognised as reason:
-                plan = name if str(reason) == name else f"{name} with {reason}"
+                plan = reason.of(module)
             except Exception as error:  # a module that lacks the usual parts
-                plan = f"{name}, which cannot be read ({error!r})"
+                plan = f"{type(module).__name__}, which cannot be read ({error!r})"
             self._plans[module] = reader, plan
         return plan
 
@@ -86,13 +84,13 @@ class Engine:
 
         cells: those of a network, in training mode; blocks of other kinds do not count.
         """
-        cells = [cell for cell in cells if count_operations(cell)]
-        recognised, operations, refusals = 0, sum(map(count_operations, cells)), []
+        plans = [self.plan_of(cell) for cell in cells if count_operations(cell)]
+        recognised = sum(plan.recognised for plan in plans if isinstance(plan, CellPlan))
+        refusals = [reason for plan in plans
+                    for reason in (plan.refusals if isinstance(plan, CellPlan) else [plan])]
+        operations = sum(map(count_operations, cells))
         if not is_unwatched():
             return f"0 of {operations} operations run in the engine; PyTorch is patched or has a global hook"
-        for plan in map(self.plan_of, cells):
-            recognised += plan.recognised if isinstance(plan, CellPlan) else 0
-            refusals += plan.refusals if isinstance(plan, CellPlan) else [plan]
         text = f"{recognised} of {operations} operations run in the engine"
         return f"{text}; {refusals[0]} runs as it is, slower" if refusals else text
 

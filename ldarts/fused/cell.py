@@ -7,13 +7,12 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .leaving import Leaving, Operation, State, Whole, concat, groups_separable, outgoing_terms, run_chains
+from .leaving import Leaving, Operation, State, concat, groups_separable, outgoing_terms, run_chains
 from .normalised_sum import Terms, node_sum
 from .norms import constant, ones
 from .recognise import Link, Reader, Unrecognised, drop_path_of, known_forwards, meaning
 
-ON_A_GPU = torch.float32, torch.float64, torch.bfloat16
-DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": ON_A_GPU, "meta": ON_A_GPU}
+ON_A_CPU, ON_A_GPU = (torch.float32, torch.float64), (torch.float32, torch.float64, torch.bfloat16)
 MOST_TERMS = 384  # that leave one state: kMaxNormed of csrc/norms.h
 
 
@@ -23,6 +22,10 @@ class ModuleTerm(NamedTuple):
     module: nn.Module
     edge: int
     operation: int | None  # None: the whole edge
+
+    def __call__(self, x: Tensor, weights: Tensor) -> Tensor:
+        p = weights[self.edge]
+        return self.module(x, p) if self.operation is None else p[self.operation] * self.module(x)
 
 
 class Edge(NamedTuple):
@@ -38,8 +41,9 @@ class Plan:
 
     def fits(self, *inputs: Tensor) -> bool:
         """Whether the engine can compute the module on these inputs: dtype, layout, dimensions."""
-        return all(isinstance(x, Tensor) and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ())
-                   and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
+        return all(isinstance(x, Tensor) and x.dim() == 4 and x.numel() > 0 and x.dtype == inputs[0].dtype
+                   and x.dtype in (ON_A_CPU if x.device.type == "cpu" else ON_A_GPU)
+                   and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 class ChainPlan(Plan):
@@ -48,7 +52,7 @@ class ChainPlan(Plan):
     def __init__(self, chain: list[Link]):
         self.chain = chain
 
-    def run(self, state_of: Callable[[Tensor], "State"], x: Tensor) -> Tensor:
+    def run(self, state_of: Callable[[Tensor], State], x: Tensor) -> Tensor:
         return run_chains([state_of(x)], [self.chain])[0]
 
 
@@ -88,7 +92,11 @@ class CellPlan(Plan):
                 empty = empty and not operations and not module_terms
             if empty:
                 raise Unrecognised("a node of `none` alone")
-        if shares_norms(leaving, self.preprocess, self.left):
+        chains = [[*op.chain, op.norm] for of_state in leaving for edge in of_state for op in edge]
+        elsewhere = {part for module in self.left for part in module.modules()}
+        links = [link for chain in (*self.preprocess, *chains, elsewhere) for link in chain]
+        norms = [link for link in links if type(link) is nn.BatchNorm2d]
+        if len(norms) > len(set(norms)):
             raise Unrecognised("a norm used twice, whose running statistics depend on the order")
         if any(len(sum(of_state, [])) > MOST_TERMS for of_state in leaving):
             raise Unrecognised(f"more than {MOST_TERMS} operations that leave one state")
@@ -101,7 +109,7 @@ class CellPlan(Plan):
             return self.reader.chain(block)
         except Unrecognised as reason:
             self._leave(block, reason)
-            return [Whole(block)]
+            return [block.__call__]
 
     def _operations_of(self, edge: int, module: nn.Module) -> tuple[list[Operation], list[ModuleTerm]]:
         """The recognised operations of an edge, and the others as terms of their modules."""
@@ -116,11 +124,11 @@ class CellPlan(Plan):
         operations, module_terms = [], []
         for k, op in enumerate(modules):
             try:
-                chain = self.reader.operation(op)
-                if chain is None:  # `none`
+                kind = self.reader.kind(op)
+                if kind == "zero":
                     module_terms += [ModuleTerm(op, edge, k)] if self.derived else []
                     continue
-                norm = None
+                chain, norm = self.reader.chain(op, kind), None
                 if chain and type(chain[-1]) is nn.BatchNorm2d and (self.derived or not chain[-1].affine):
                     *chain, norm = chain
                     self.eps = norm.eps if self.eps is None else self.eps
@@ -142,28 +150,24 @@ class CellPlan(Plan):
 
     def _leave(self, module: nn.Module, reason: Unrecognised) -> None:
         """Note that a module runs as it is."""
-        name, why = type(module).__name__, str(reason)
         if any(getattr(part, "inplace", False) for part in module.modules()):
-            raise Unrecognised(f"{name}, which may change a state in place")
+            raise Unrecognised(f"{type(module).__name__}, which may change a state in place")
         self.left.append(module)
-        self.refusals.append(name if why == name else f"{name} with {why}")
+        self.refusals.append(reason.of(module))
 
     def fits(self, *inputs: Tensor) -> bool:
         *states, weights = inputs
-        return (self.fits_states(states) and isinstance(weights, Tensor)
+        return (Plan.fits(self, *states) and isinstance(weights, Tensor)
                 and weights.shape == (self.edges, self.width or weights.shape[-1])
                 and weights.dtype == torch.promote_types(states[0].dtype, torch.float32))
 
-    def fits_states(self, states: Sequence[Tensor]) -> bool:
-        return super().fits(*states) and len({x.dtype for x in states}) == 1
-
-    def run(self, state_of: Callable[[Tensor], "State"], *inputs: Tensor) -> Tensor:
+    def run(self, state_of: Callable[[Tensor], State], *inputs: Tensor) -> Tensor:
         """The cell's output, of its input states and p [edges, ops]."""
         *states, weights = inputs
-        return self.output(state_of, states, weights, None)
+        return self.output(state_of, states, weights)
 
-    def output(self, state_of: Callable[[Tensor], "State"], states: Sequence[Tensor], weights: Tensor,
-               drop: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def output(self, state_of: Callable[[Tensor], State], states: Sequence[Tensor], weights: Tensor,
+               drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """drop: called on the result of each edge that is no identity, in the order of the edges. Where it
         `drops_images` as the published one does, it is called on ones [N, 1, 1, 1] instead, which gives the
         factor of each image."""
@@ -171,7 +175,7 @@ class CellPlan(Plan):
         if self.preprocess:
             states = run_chains([state_of(x) for x in states], self.preprocess)
         plans = self.leaving[groups_separable(states[0])]
-        columns = constant(tuple(k for plan in plans for k in plan.columns), torch.int64, weights)
+        columns = constant(tuple(k for plan in plans for k in plan.columns), torch.int64, weights.device)
         p = weights.flatten().index_select(0, columns).split([len(plan.columns) for plan in plans])
         leaving: list[Iterator[list[Terms]]] = []  # of each state the terms of its edges, node by node
         for node in self.nodes:
@@ -180,7 +184,7 @@ class CellPlan(Plan):
             terms, factors, others = [], [], []
             for edge in node:
                 of_edge, x = next(leaving[edge.source]), states[edge.source]
-                of_modules = [module_term(term, x, weights[term.edge]) for term in edge.module_terms]
+                of_modules = [term(x, weights) for term in edge.module_terms]
                 dropped = drop is not None and not edge.identity
                 if dropped and (of_modules or not self.drops_images):
                     others.append(drop(add_up(of_edge, of_modules)))
@@ -214,20 +218,15 @@ class DerivedPlan(CellPlan):
         """drop_prob has to be one number for all images, without a gradient."""
         one_number = all(not isinstance(p, Tensor) or p.dim() == 0 and not p.requires_grad
                          for p in inputs[self.inputs :])
-        return one_number and self.fits_states(inputs[: self.inputs])
+        return one_number and Plan.fits(self, *inputs[: self.inputs])
 
-    def run(self, state_of: Callable[[Tensor], "State"], *inputs: Any) -> Tensor:
+    def run(self, state_of: Callable[[Tensor], State], *inputs: Any) -> Tensor:
         """The cell's output, of its input states and, if it drops paths, the probability to drop one."""
         states, drop_prob = inputs[: self.inputs], inputs[self.inputs :]
         drop = None
         if drop_prob and (isinstance(drop_prob[0], Tensor) or drop_prob[0] > 0):
             drop = lambda x: self.drop_path(x, *drop_prob)  # noqa: E731
         return self.output(state_of, states, ones(self.edges, states[0])[:, None], drop)
-
-
-def module_term(term: ModuleTerm, x: Tensor, p: Tensor) -> Tensor:
-    """p: of the edge"""
-    return term.module(x, p) if term.operation is None else p[term.operation] * term.module(x)
 
 
 def add_up(terms: Sequence[Terms], others: Sequence[Tensor], factors: Sequence[Tensor] = ()) -> Tensor:
@@ -239,16 +238,6 @@ def add_up(terms: Sequence[Terms], others: Sequence[Tensor], factors: Sequence[T
              for edges in alike.values()]
     parts += others
     return sum(parts[1:], parts[0])
-
-
-def shares_norms(leaving: Sequence[Sequence[Sequence[Operation]]], chains: Sequence[Sequence[Link]],
-                 left: Sequence[nn.Module]) -> bool:
-    """Whether a norm is in two recognised chains, or in one and in a module that runs as it is."""
-    operations = [op for of_state in leaving for edge in of_state for op in edge]
-    all_chains = [*chains, *([*op.chain, op.norm] for op in operations)]
-    norms = [id(link) for chain in all_chains for link in chain if type(link) is nn.BatchNorm2d]
-    elsewhere = {id(part) for module in left for part in module.modules()}
-    return len(norms) > len(set(norms)) or not elsewhere.isdisjoint(norms)
 
 
 def make_plan(module: nn.Module, reader: Reader) -> Plan:
@@ -271,4 +260,4 @@ def make_plan(module: nn.Module, reader: Reader) -> Plan:
     if kind == "derived_nas201_cell":
         return DerivedPlan(reader, [], [*reader.members(module).values()], [range(i) for i in (1, 2, 3)], [3],
                            None)
-    return ChainPlan(reader.chain_of(module, kind))
+    return ChainPlan(reader.chain(module, kind))

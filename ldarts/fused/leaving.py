@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalised_sum import Copies, Terms, normalise, normalised_terms, scale_shift_of
+from .normalised_sum import Copies, Terms, normalise, normalised_terms
 from .norms import ones
 from .recognise import SETTINGS, Halves, Link, is_1x1
 from .separable import Pair, pairs_of, separable_convolutions
@@ -25,44 +25,31 @@ class Operation(NamedTuple):
     norm: nn.BatchNorm2d | None
 
 
-class Whole(NamedTuple):
-    """A link that runs as its module says."""
-
-    module: nn.Module
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.module(x).contiguous(memory_format=torch.channels_last)
-
-
 class Leaving:
     """The operations on the edges that leave a state, sorted by the way in which they are computed.
 
-    separable (twice a depthwise and a pointwise convolution), dilated (once), others: of each edge a list;
-    columns: those of all separable ones, then of all dilated ones, then of the others.
+    separable (twice a depthwise and a pointwise convolution), dilated (once), others: each with the number of
+    its edge among these; columns: those of all separable ones, then of all dilated ones, then of the others.
     """
 
     def __init__(self, edges: Sequence[Sequence[Operation]], grouped: bool):
         """grouped: whether separable convolutions are one call, else they are among the others"""
-        self.separable: list[list[list[Pair]]] = []
-        self.dilated: list[list[list[Pair]]] = []
-        self.others: list[list[Operation]] = []
-        columns: tuple[list[int], ...] = [], [], []
-        stride = None
-        for edge in edges:
-            for kind in (self.separable, self.dilated, self.others):
-                kind.append([])
+        self.edges, stride = len(edges), None
+        self.separable: list[tuple[int, list[Pair]]] = []
+        self.dilated: list[tuple[int, list[Pair]]] = []
+        self.others: list[tuple[int, Operation]] = []
+        kinds = (self.others, []), (self.dilated, []), (self.separable, [])  # by the number of pairs
+        for number, edge in enumerate(edges):
             for op in edge:
                 pairs = pairs_of(op.chain, op.norm) if grouped else []
                 if pairs and stride is None:
                     stride = pairs[0].depthwise.stride
-                if pairs and pairs[0].depthwise.stride == stride:
-                    kind = 0 if len(pairs) == 2 else 1
-                    (self.separable, self.dilated)[kind][-1].append(pairs)
-                else:
-                    kind = 2
-                    self.others[-1].append(op)
-                columns[kind].append(op.column)
-        self.columns = sum(columns, [])
+                if pairs and pairs[0].depthwise.stride != stride:
+                    pairs = []
+                of_kind, columns = kinds[len(pairs)]
+                of_kind.append((number, pairs or op))
+                columns.append(op.column)
+        self.columns = [column for _, columns in reversed(kinds) for column in columns]
 
 
 def groups_separable(x: Tensor) -> bool:
@@ -72,60 +59,39 @@ def groups_separable(x: Tensor) -> bool:
 
 def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]:
     """The terms p_k op_k(state) of each edge that leaves a state. p: in the order of plan.columns"""
-    separable, dilated = (sum(kind, []) for kind in (plan.separable, plan.dilated))
-    p_separable, p_dilated, p_others = p.split(
-        [len(separable), len(dilated), len(p) - len(separable) - len(dilated)])
-    terms: list[list[Terms]] = [[] for _ in plan.others]
-
-    def share_out(of_edges: list[Terms], kind: Sequence[Sequence]) -> None:
-        with_terms = [of_edge for of_edge, ops in zip(terms, kind) if ops]
-        for of_edge, its_terms in zip(with_terms, of_edges, strict=True):
-            of_edge.append(its_terms)
-
+    separable, dilated, others = plan.separable, plan.dilated, plan.others
+    count = len(separable)
+    p_separable, p_dilated, p_others = p.split([count, len(dilated), len(others)])
+    parts: list[dict[int, Terms]] = []
     if separable or dilated:
-        pairs, count = [of_op[0] for of_op in separable + dilated], len(separable)
+        pairs = [of_op[0] for _, of_op in separable + dilated]
         p_pairs = torch.cat([ones(count, p), p_dilated]) if separable else p_dilated
-        scale_shift = scale_shift_of([pair.norm for pair in pairs], p_pairs)
-        first = separable_convolutions([state], None, pairs, *scale_shift, widths_of(plan.dilated))
-        share_out(first.terms, plan.dilated)
+        first = separable_convolutions([state], None, pairs, p_pairs, [edge for edge, _ in dilated])
+        parts.append(first.terms)
     if separable:
-        pairs = [of_op[1] for of_op in separable]
-        scale_shift = scale_shift_of([pair.norm for pair in pairs], p_separable)
-        second = separable_convolutions(first.z[:count], first.coefficients, pairs, *scale_shift,
-                                        widths_of(plan.separable))
-        share_out(second.terms, plan.separable)
-    for of_edges, edges in terms_of_others(state, plan.others, p_others):
-        share_out(of_edges, edges)
-    return terms
+        pairs = [of_op[1] for _, of_op in separable]
+        second = separable_convolutions(first.z[:count], first.coefficients, pairs, p_separable,
+                                        [edge for edge, _ in separable])
+        parts.append(second.terms)
+    parts += terms_of_others(state, others, p_others)
+    return [[part[edge] for part in parts if edge in part] for edge in range(plan.edges)]
 
 
-def terms_of_others(state: Tensor, edges: Sequence[Sequence[Operation]],
-                    p: Tensor) -> Iterator[tuple[list[Terms], list[list[int]]]]:
-    """For each shape and dtype of results (several in some forks): the terms of each edge with such
-    operations, and the numbers of these operations on every edge."""
-    operations = sum(edges, [])
-    readers = sum(type(op.chain[0]) is nn.ReLU for op in operations if op.chain) + 2  # two for the pixels
-    results = run_chains([State(state, readers)] * len(operations), [op.chain for op in operations])
-    numbers, kinds = iter(range(len(operations))), [(z.shape, z.dtype) for z in results]
-    numbered = [[next(numbers) for _ in edge] for edge in edges]
+def terms_of_others(state: Tensor, operations: Sequence[tuple[int, Operation]],
+                    p: Tensor) -> Iterator[dict[int, Terms]]:
+    """The terms of each edge, for each shape and dtype of results: several in some forks."""
+    chains = [op.chain for _, op in operations]
+    readers = sum(type(chain[0]) is nn.ReLU for chain in chains if chain) + 2  # two for the pixels
+    results = run_chains([State(state, readers)] * len(chains), chains)
+    kinds = [(z.shape, z.dtype) for z in results]
     for kind in dict.fromkeys(kinds):
-        of_kind = [[k for k in edge if kinds[k] == kind] for edge in numbered]
-        chosen = sum(of_kind, [])
-        places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm, in their order
-        place_of = {k: places.setdefault((id(results[k]), operations[k].norm is None), len(places))
-                    for k in chosen}
-        zs = {place_of[k]: results[k] for k in chosen}
-        norms: list[list[nn.BatchNorm2d]] = [[] for _ in places]
+        chosen = [k for k, its_kind in enumerate(kinds) if its_kind == kind]
+        its_p = p if len(chosen) == len(results) else torch.stack([p[k] for k in chosen])
+        of_edges: dict[int, list[tuple[Tensor, nn.BatchNorm2d | None]]] = {}
         for k in chosen:
-            norms[place_of[k]] += [] if operations[k].norm is None else [operations[k].norm]
-        of_edges = [[place_of[k] for k in edge] for edge in of_kind if edge]
-        its_p = p if len(chosen) == len(operations) else torch.stack([p[k] for k in chosen])
-        scale_shift = scale_shift_of([operations[k].norm for k in chosen], its_p)
-        yield normalised_terms([*zs.values()], norms, of_edges, *scale_shift), of_kind
-
-
-def widths_of(edges: Sequence[Sequence]) -> list[int]:
-    return [len(ops) for ops in edges if ops]
+            edge, op = operations[k]
+            of_edges.setdefault(edge, []).append((results[k], op.norm))
+        yield dict(zip(of_edges, normalised_terms([*of_edges.values()], its_p)))
 
 
 class State:
@@ -161,7 +127,7 @@ class State:
             return normalise([self.x], [link])[0]
         if is_1x1(link, 1) and type(before) is not nn.Conv2d:  # a separable convolution is cuDNN's
             return conv_1x1(self.x, link.weight)
-        return link(self.x)
+        return link(self.x).contiguous(memory_format=torch.channels_last)
 
 
 def run_chains(states: Sequence[State], chains: Sequence[Sequence[Link]]) -> list[Tensor]:
@@ -217,9 +183,7 @@ relu, concat = ReLU.apply, Concat.apply
 
 
 def conv_1x1(x: Tensor, weight: Tensor) -> Tensor:
-    """F.conv2d(x, weight) for weights [out, in, 1, 1]; channels-last as a product of matrices, whose
+    """F.conv2d(x, weight) for weights [out, in, 1, 1] and channels-last x, as a product of matrices, whose
     gradients of gradients copy nothing."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return F.conv2d(x, weight)
     # The gradient by a weight in channels-last then has the strides of the weight.
     return F.linear(x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)

@@ -15,13 +15,13 @@ A z may be a term of several nodes. So that its gradient is one affine sum, auto
 edges that leave a state as one function; what it gives to a node is a placeholder for each edge, whose
 gradient is G.
 """
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .norms import Norms, ones
-from .sums import affine_sums, channel_sums
+from .sums import affine_sums, channel_sums, split
 
 
 class Terms(NamedTuple):
@@ -32,18 +32,24 @@ class Terms(NamedTuple):
     coefficients: Tensor  # [K, 2, C], shift and scale
 
 
-def normalised_terms(z: Sequence[Tensor], norms: Sequence[Sequence[nn.BatchNorm2d]],
-                     edges: Sequence[Sequence[int]], p: Tensor, beta: Tensor | None = None) -> list[Terms]:
-    """-> for each edge the terms p ẑ_k + beta, k from `edges`; p, beta: see scale_shift_of.
+def normalised_terms(edges: Sequence[Sequence[tuple[Tensor, nn.BatchNorm2d | None]]],
+                     p: Tensor) -> list[Terms]:
+    """-> for each edge the terms p norm(z), of its pairs of z [N, C, H, W] and norm; None: p z. p: [terms]
 
-    norms: the batch norms behind z_k, which all give the same ẑ_k; none: the term is p z_k. Moves their
-    running statistics, as BatchNorm2d does in training.
+    The norms have one eps. Moves their running statistics, as BatchNorm2d does in training.
     """
-    behind = Norms(edges, [bool(of_z) for of_z in norms], pixels(z[0]))
-    eps = next((of_z[0].eps for of_z in norms if of_z), 0.0)
-    _, moments, coefficients, *placeholders = NormalisedTerms.apply(behind, eps, p, beta, *z)
-    move_statistics(norms, moments, behind.count)
-    return terms_of_edges(placeholders, [[z[k] for k in edge] for edge in edges], coefficients)
+    terms = [term for edge in edges for term in edge]
+    norms = [norm for _, norm in terms]
+    places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm
+    place_of_term = [places.setdefault((id(z), norm is None), len(places)) for z, norm in terms]
+    zs = [*dict(zip(place_of_term, (z for z, _ in terms))).values()]
+    of_edges = split(place_of_term, [len(edge) for edge in edges])
+    behind = Norms(of_edges, [not plain for _, plain in places], pixels(zs[0]))
+    eps = next((norm.eps for norm in norms if norm is not None), 0.0)
+    _, moments, coefficients, *placeholders = NormalisedTerms.apply(
+        behind, eps, *scale_shift_of(norms, p), *zs)
+    move_statistics(norms, place_of_term, moments, behind.count)
+    return terms_of_edges(placeholders, [[z for z, _ in edge] for edge in edges], coefficients)
 
 
 def no_sums(z: Tensor, rows: int = 0) -> Tensor:
@@ -65,8 +71,7 @@ def node_sum(terms: Sequence[Terms], factors: Sequence[Tensor] | None = None) ->
 
 def normalise(z: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> list[Tensor]:
     """norm(z) of each z [N, C, H, W] in training, as a node of one term."""
-    p, beta = scale_shift_of(norms, ones(len(z), z[0]))
-    terms = normalised_terms(z, [[norm] for norm in norms], [[k] for k in range(len(z))], p, beta)
+    terms = normalised_terms([[term] for term in zip(z, norms)], ones(len(z), z[0]))
     return [node_sum([term]) for term in terms]
 
 
@@ -84,18 +89,18 @@ def scale_shift_of(norms: Sequence[nn.BatchNorm2d | None], p: Tensor) -> tuple[T
 
 
 @torch.no_grad()
-def move_statistics(norms: Sequence[Sequence[nn.BatchNorm2d]], moments: Tensor, count: int) -> None:
-    """Running statistics after a batch. norms: those behind each z; moments: mean and unbiased variance of
-    each z, [z, 2, C], over `count` pixels; ValueError if that is one, as PyTorch's"""
-    if count == 1 and any(norms):
+def move_statistics(norms: Sequence[nn.BatchNorm2d | None], places: Sequence[int], moments: Tensor,
+                    count: int) -> None:
+    """Running statistics after a batch. places: of the z in front of each norm; moments: mean and unbiased
+    variance of each z, [z, 2, C], over `count` pixels; ValueError if that is one, as PyTorch's"""
+    if count == 1 and any(norm is not None for norm in norms):
         raise ValueError("Expected more than 1 value per channel when training: one image of one pixel")
     of_all = moments.flatten(0, 1).unbind()
     by_momentum: dict[float, list[tuple[nn.BatchNorm2d, Tensor, Tensor]]] = {}
-    for its_norms, mean, variance in zip(norms, of_all[::2], of_all[1::2]):
-        for norm in its_norms:
-            if norm.track_running_stats and norm.running_mean is not None:
-                dtype = norm.running_mean.dtype
-                by_momentum.setdefault(norm.momentum, []).append((norm, mean.to(dtype), variance.to(dtype)))
+    for norm, k in zip(norms, places):
+        if norm is not None and norm.track_running_stats and norm.running_mean is not None:
+            mean, variance = (t.to(norm.running_mean.dtype) for t in of_all[2 * k : 2 * k + 2])
+            by_momentum.setdefault(norm.momentum, []).append((norm, mean, variance))
     for momentum, tracked in by_momentum.items():
         tracking, mean, variance = zip(*tracked)
         torch._foreach_lerp_([norm.running_mean for norm in tracking], mean, momentum)
@@ -145,8 +150,6 @@ class Copies(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         grads = [grad.contiguous(memory_format=torch.channels_last) for grad in grads if grad is not None]
-        if len(grads) == 1:
-            return grads[0], None
         return affine_sums(grads, [], [], [[(k, -1, -1) for k in range(len(grads))]])[0], None
 
 
@@ -174,37 +177,58 @@ class NormalisedTerms(torch.autograd.Function):
 
 
 class TermGradients(torch.autograd.Function):
-    """forward: the gradient by 1/σ and μ (None: 0) and G of each edge -> those by p, beta and each z: channel
-    sums of G and z, arithmetic, an affine sum. backward: autograd's, but in one pass over the tensors."""
+    """forward: term_gradients. backward: autograd's, but in one pass over the tensors."""
 
     @staticmethod
-    def forward(ctx, norms, rstd_mean, p, beta, grad_rstd_mean, *tensors):
-        zs, grads = tensors[: len(norms.has_norm)], tensors[len(norms.has_norm) :]
-        inputs = rstd_mean, p, beta, grad_rstd_mean, channel_sums(*norms.terms_of(grads, zs))
-        scale, of_z, by_p, by_beta = norms.gradients(*inputs)
+    def forward(ctx, norms, *inputs):
+        results, between = term_gradients(norms, *inputs)
         ctx.norms = norms
-        ctx.save_for_backward(*inputs, scale, of_z, *tensors)
-        # By a z: Σ scale G over its terms + of_z[0] + of_z[1] z
-        K, M = len(zs), len(norms.z_of_term)
-        entries = [[(k, M + 2 * k + 1, 2 * k)] if has else [] for k, has in enumerate(norms.has_norm)]
-        for m, (k, edge) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
-            entries[k].append((K + edge, m, -1))
-        rows = of_z.flatten(0, 1)
-        return by_p, by_beta, *affine_sums(tensors, [scale, rows], [rows], entries)
+        ctx.save_for_backward(*between, *inputs)
+        return results
 
     @staticmethod
     def backward(ctx, grad_p, grad_beta, *w):
-        *inputs, sums, scale, of_z = ctx.saved_tensors[:7]
-        norms, K, tensors = ctx.norms, len(w), ctx.saved_tensors[7:]
-        zs, grads, w = tensors[:K], tensors[K:], channels_last(w, tensors[0])
+        norms, (sums, scale, of_z, *inputs) = ctx.norms, ctx.saved_tensors
         if torch.is_grad_enabled():  # for a third derivative
-            sums = channel_sums(*norms.terms_of(grads, zs))
-            scale, of_z, *_ = norms.gradients(*inputs, sums)
-        of_w = channel_sums([*w, *norms.terms_of(grads, w)[0]], [*zs, *norms.terms_of(grads, w)[1]])
+            return None, *differentiate(lambda *inputs: term_gradients(norms, *inputs)[0], inputs,
+                                        (grad_p, grad_beta, *w))
+        inputs, tensors = inputs[:4], inputs[4:]
+        K = len(w)
+        zs, grads, w = tensors[:K], tensors[K:], channels_last(w, tensors[0])
+        grads_of_terms, w_of_terms = norms.terms_of(grads, w)
+        of_w = channel_sums([*w, *grads_of_terms], [*zs, *w_of_terms])
         by_results = of_w[K:, 1], of_w[:K], grad_p, grad_beta
         *by_inputs, by_sums = norms.derivatives((*inputs, sums), by_results)
         by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_sums)
         return None, *by_inputs, *by_z, *by_grads
+
+
+def term_gradients(norms, rstd_mean, p, beta, grad_rstd_mean, *tensors):
+    """The gradient by 1/σ and μ (None: 0), each z and G of each edge -> (by p, by beta, by each z): channel
+    sums of G and z, arithmetic, an affine sum; (the sums, what the arithmetic gives for the affine sum)."""
+    zs, grads = tensors[: len(norms.has_norm)], tensors[len(norms.has_norm) :]
+    sums = channel_sums(*norms.terms_of(grads, zs))
+    scale, of_z, by_p, by_beta = norms.gradients(rstd_mean, p, beta, grad_rstd_mean, sums)
+    # By a z: Σ scale G over its terms + of_z[0] + of_z[1] z
+    K, M = len(zs), len(norms.z_of_term)
+    entries = [[(k, M + 2 * k + 1, 2 * k)] if has else [] for k, has in enumerate(norms.has_norm)]
+    for m, (k, edge) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
+        entries[k].append((K + edge, m, -1))
+    rows = of_z.flatten(0, 1)
+    return (by_p, by_beta, *affine_sums(tensors, [scale, rows], [rows], entries)), (sums, scale, of_z)
+
+
+def differentiate(function: Callable, inputs: Sequence[Tensor | None],
+                  grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients by the inputs of a function, of those by its results, to be differentiated again. None:
+    no input, no result."""
+    # Views, because what one input owes to another is no part of these derivatives.
+    leaves = [t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+              for t in inputs]
+    results, grads = zip(*((t, grad) for t, grad in zip(function(*leaves), grads) if grad is not None))
+    by_leaf = iter(torch.autograd.grad(results, [t for t in leaves if t is not None], grads,
+                                       create_graph=True, materialize_grads=True))
+    return [None if t is None else next(by_leaf) for t in leaves]
 
 
 def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):
@@ -221,11 +245,9 @@ def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):
         by_z[k].append((e, row, -1))
         by_grads[e] += [(E + k, row, 2 * m), *([(E + K + k, m, -1)] if w else [])]
     rows = by_grad_sums.flatten(0, 1)
-    wanted = [*by_grads, *(entries for entries in by_z if entries)]
-    sums = iter(affine_sums([*grads, *zs, *(w or [])], [scale, of_z.flatten(0, 1), rows], [rows], wanted)
-                if wanted else [])
-    by_grads = [next(sums) for _ in grads]
-    return [next(sums) if entries else None for entries in by_z], by_grads
+    tensors = [*grads, *zs, *(w or [])]
+    sums = affine_sums(tensors, [scale, of_z.flatten(0, 1), rows], [rows], [*by_grads, *by_z])
+    return sums[E:], sums[:E]
 
 
 def channels_last(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:

@@ -16,8 +16,9 @@ from typing import Any, Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair  # one number stands for both sides
 
-# Settings on which a result depends, beside parameters. `training` is read of every module.
+# Settings on which a result depends, beside parameters and `training`.
 SETTINGS = {
     nn.Identity: (),
     nn.ReLU: ("inplace",),
@@ -27,7 +28,7 @@ SETTINGS = {
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
 }
 WIRING = "_steps", "_multiplier", "max_nodes", "sources", "concat"  # what cells' forwards read beside modules
-SETTINGS_OF = {of_type: itemgetter(*names) for of_type, names in SETTINGS.items() if names}
+SETTINGS_OF = {of_type: itemgetter("training", *names) for of_type, names in SETTINGS.items()}
 
 
 def pytorch() -> list[Callable]:
@@ -145,7 +146,11 @@ def known_forwards() -> dict[str, tuple]:
 
 
 class Unrecognised(Exception):
-    """Why a module runs as it is."""
+    """Why a module runs as it is: the name of its type, or that of a part, or more words."""
+
+    def of(self, module: nn.Module) -> str:
+        name, reason = type(module).__name__, str(self)
+        return name if reason == name else f"{name} with {reason}"
 
 
 class Halves(NamedTuple):
@@ -155,7 +160,7 @@ class Halves(NamedTuple):
     conv_2: nn.Conv2d
 
 
-Link = nn.Module | Halves  # of a chain
+Link = Halves | Callable[[Tensor], Tensor]  # of a chain: a module, or what calls one
 
 
 class Reader:
@@ -197,17 +202,10 @@ class Reader:
         self.read.append((weakref.ref(container), contents(container)))
         return dict(container.__dict__["_modules"])
 
-    def operation(self, module: nn.Module) -> list[Link] | None:
-        """The chain of a candidate operation; None for `none`, which contributes nothing."""
-        kind = self.kind(module)
-        return None if kind == "zero" else self.chain_of(module, kind)
-
-    def chain(self, module: nn.Module) -> list[Link]:
-        """Modules of which each reads the result of the one before; [] for the identity."""
-        return self.chain_of(module, self.kind(module))
-
-    def chain_of(self, module: nn.Module, kind: str) -> list[Link]:
-        """The same of a module whose kind has been read."""
+    def chain(self, module: nn.Module, kind: str | None = None) -> list[Link]:
+        """Modules of which each reads the result of the one before; [] for the identity. kind: what `kind`
+        has said of this one, if it was asked"""
+        kind = kind or self.kind(module)
         children = module.__dict__["_modules"]
         if kind == "leaf":
             check_leaf(module)
@@ -239,8 +237,7 @@ def contents(module: nn.Module) -> tuple[Any, ...]:
     parameters = own["_parameters"]
     shapes = parameters and [None if p is None else (type(p), p.shape) for p in parameters.values()]
     if of_type in SETTINGS_OF:
-        return (of_type, len(own), "forward" in own, own["training"], is_hooked(own), shapes,
-                SETTINGS_OF[of_type](own))
+        return of_type, len(own), "forward" in own, is_hooked(own), shapes, SETTINGS_OF[of_type](own)
     functions = of_type.forward, getattr(of_type, "_edge", None), drop_path_of(of_type)
     code = [getattr(function, "__code__", None) for function in functions]
     wiring = [tuple(value) if isinstance(value, list) else value for value in map(own.get, WIRING)]
@@ -272,7 +269,7 @@ def check_leaf(module: nn.Module) -> None:
 
 def keeps_size(module: nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d) -> bool:
     """Whether the result is one image of ceil(H / stride) x ceil(W / stride)."""
-    kernel, padding, dilation = (two_numbers(getattr(module, name, 1))
+    kernel, padding, dilation = (_pair(getattr(module, name, 1))
                                  for name in ("kernel_size", "padding", "dilation"))
     return (not getattr(module, "ceil_mode", False) and not getattr(module, "return_indices", False)
             and all(k % 2 == 1 and p == d * (k - 1) // 2 for k, p, d in zip(kernel, padding, dilation)))
@@ -282,8 +279,3 @@ def is_1x1(conv: nn.Module, stride: int) -> bool:
     """Whether it is a product of each pixel with one matrix."""
     return (type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.stride == (stride, stride)
             and conv.groups == 1 and conv.bias is None)
-
-
-def two_numbers(setting: int | str | tuple[int, int]) -> tuple[int, int] | str:
-    """One number stands for both sides."""
-    return (setting, setting) if isinstance(setting, int) else setting

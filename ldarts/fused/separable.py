@@ -15,12 +15,14 @@ z otherwise,
 z is linear in each of a, D and P, so a derivative of these is the same computation with one of them replaced
 by its tangent. Tests compare all this, second derivatives included, with the plain form in operations.py.
 """
+from collections import Counter
 from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .normalised_sum import Terms, derivatives, move_statistics, no_sums, pixels, terms_of_edges
+from .normalised_sum import (Terms, channels_last, derivatives, move_statistics, no_sums, pixels,
+                             scale_shift_of, terms_of_edges)
 from .norms import Norms
 from .sums import channel_sums, split
 
@@ -38,7 +40,7 @@ class Separable(NamedTuple):
 
     z: list[Tensor]  # of each pair [N, C, H, W], channels-last
     coefficients: Tensor  # shift and scale of the inner norms, [those of no edge, 2, C] in float64
-    terms: list[Terms]  # of each edge
+    terms: dict[int, Terms]  # by the edge
 
 
 def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
@@ -66,20 +68,23 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
 
 
 def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Sequence[Pair], p: Tensor,
-                           beta: Tensor | None, widths: Sequence[int]) -> Separable:
+                           edges: Sequence[int]) -> Separable:
     """x: one input [N, C, H, W] for all pairs, or one each; affine: [pairs, 2, C], b and s; None: 0 and 1.
 
-    p, beta: of all pairs, see scale_shift_of; widths: of how many of the last pairs each edge is made, at
-    least 1. Moves the running statistics of the norms that track them, as BatchNorm2d does in training.
+    p: [pairs]; edges: of which edge each of the last pairs is a term, those of an edge side by side. Moves
+    the running statistics of the norms that track them, as BatchNorm2d does in training.
     """
+    widths = Counter(edges)  # of each edge
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
+    norms = [norm for _, _, norm in pairs]
     weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
     inner, _, moments, coefficients, *tensors = SeparableConvolutions.apply(
-        (stride, dilations), pairs[0][2].eps, widths, affine, p, beta, *x, *weights)
+        (stride, dilations), norms[0].eps, [*widths.values()], affine, *scale_shift_of(norms, p), *x,
+        *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
-    move_statistics([[norm] for _, _, norm in pairs], moments, pixels(z[0]))
-    of_edges = split(z[len(inner) :], widths)
-    return Separable(z, inner, terms_of_edges(placeholders, of_edges, coefficients))
+    move_statistics(norms, range(len(norms)), moments, pixels(z[0]))
+    of_edges = split(z[len(inner) :], widths.values())
+    return Separable(z, inner, dict(zip(widths, terms_of_edges(placeholders, of_edges, coefficients))))
 
 
 class SeparableConvolutions(torch.autograd.Function):
@@ -112,15 +117,12 @@ class SeparableConvolutions(torch.autograd.Function):
         x_count = len(saved) - 3 * count
         in_front = nodes[: affine is not None] + nodes[-2 * count - x_count : -2 * count]  # affine and x
         by_inputs = any(asked_for(node) for node in in_front)
-        grad_z, grad_edges = grads[:count], zeros_for_none(grads[count:], [saved[-1]] * len(grads[count:]))
+        grad_z, grad_edges = grads[:count], channels_last(grads[count:], saved[-1])
         if grad_inner is None:
             grad_inner = no_sums(saved[-1], ctx.norms.inner)
-        arguments = (ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, rstd_mean, p, beta,
-                     grad_rstd_mean, grad_inner, *saved, *grad_z, *grad_edges)
-        differentiable = torch.is_grad_enabled()  # else the plain call, which saves nothing
-        gradients = (SeparableConvolutionsGrad.apply(*arguments) if differentiable
-                     else SeparableConvolutionsGrad.compute(*arguments)[0])
-        return None, None, None, *gradients
+        return None, None, None, *SeparableConvolutionsGrad.apply(
+            ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, rstd_mean, p, beta, grad_rstd_mean,
+            grad_inner, *saved, *grad_z, *grad_edges)
 
 
 def asked_for(node: torch.autograd.graph.Node | None) -> bool:
@@ -139,9 +141,10 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
     backward: its derivatives, once."""
 
     @staticmethod
-    def compute(geometry, norms, asked, affine, rstd_mean, p, beta, grad_rstd_mean, grad_inner, *tensors):
-        """-> the results; sums that their derivatives need again. asked: by x and affine, by the weights"""
-        x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
+    def forward(ctx, geometry, norms, asked, affine, rstd_mean, p, beta, grad_rstd_mean, grad_inner,
+                *tensors):
+        """asked: by x and affine, by the weights"""
+        x, depthwise, pointwise, zs, grad_z, grads = parts(geometry, norms, tensors)
         grad_terms, z_of_terms = norms.terms_of(grads, zs)
         grad_sums = torch.cat([grad_inner, channel_sums(grad_terms, z_of_terms)]) if grads else grad_inner
         scale, of_z, by_p, by_beta = norms.gradients(rstd_mean, p, beta, grad_rstd_mean, grad_sums)
@@ -149,24 +152,12 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
             x, [], affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, scale[norms.inner :],
             of_z, *asked, False)
         by_affine = sums[:, :2] if affine is not None and asked[0] else None
-        nothing = [None] * len(zs)
-        return (by_affine, by_p, by_beta, *(by_x or [None] * len(x)), *(by_depthwise or nothing),
-                *(by_pointwise or nothing)), grad_sums
-
-    @staticmethod
-    def parts(geometry, norms, tensors):
-        count = len(geometry[1])
-        edges = len(norms.edges)
-        return split(tensors, [len(tensors) - 4 * count - edges, *[count] * 4, edges])
-
-    @staticmethod
-    def forward(ctx, geometry, norms, asked, affine, *arguments):
-        results, grad_sums = SeparableConvolutionsGrad.compute(geometry, norms, asked, affine, *arguments)
-        rstd_mean, p, beta, grad_rstd_mean, _, *tensors = arguments
         ctx.geometry, ctx.norms = geometry, norms
         ctx.save_for_backward(affine, rstd_mean, p, beta, grad_rstd_mean, grad_sums, *tensors)
         ctx.set_materialize_grads(False)
-        return results
+        nothing = [None] * len(zs)
+        return (by_affine, by_p, by_beta, *(by_x or [None] * len(x)), *(by_depthwise or nothing),
+                *(by_pointwise or nothing))
 
     @staticmethod
     def backward(ctx, v_affine, v_p, v_beta, *v):
@@ -175,61 +166,58 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
                                "LDARTS_FUSED=off in the environment computes without it")
         affine, *inputs = ctx.saved_tensors[:6]
         geometry, norms, tensors = ctx.geometry, ctx.norms, ctx.saved_tensors[6:]
-        x, depthwise, pointwise, zs, grad_z, grads = SeparableConvolutionsGrad.parts(geometry, norms, tensors)
+        x, depthwise, pointwise, zs, grad_z, grads = parts(geometry, norms, tensors)
         grad_terms, _ = norms.terms_of(grads, zs)
         scale, of_z, *_ = norms.gradients(*inputs)
         of_terms = scale[norms.inner :]
         v_x, v_depthwise, v_pointwise = split(v, [len(x), len(zs), len(zs)])
-        w = w_sums = by_affine = by_x = by_depthwise = by_pointwise = None
 
-        def add_pass(tangent, affine, depthwise, pointwise, with_input):
-            """The gradients of one summand of z': a, D or P replaced by its tangent. Adds to w and by_x."""
-            nonlocal w, w_sums, by_x
-            found_x, sums, *of_weights, found_w, found_sums = torch.ops.ldarts.separable_backward(
+        def derive(tangent, affine, depthwise, pointwise, with_input=True):
+            """By x, input sums, by D, by P, w and sums of w, of one summand of z'."""
+            return torch.ops.ldarts.separable_backward(
                 x, tangent, affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, of_terms, of_z,
                 with_input, True, True)
-            w, w_sums = add_lists(w, found_w), add(w_sums, found_sums)
-            by_x = add_lists(by_x, found_x or None)
-            return sums, *of_weights
 
-        if v_affine is not None or any(t is not None for t in v_x):  # a replaced: by D, P, s
+        # By x, affine, D, P; w and sums of w: added up over the summands, a, D or P replaced by its tangent
+        total = [[]] * 6
+        has_affine = affine is not None
+        if v_affine is not None or any(t is not None for t in v_x):
             tangents = affine if v_affine is None else torch.cat([affine, v_affine], 1)
-            sums, by_depthwise, by_pointwise = add_pass(zeros_for_none(v_x, x), tangents, depthwise,
-                                                        pointwise, affine is not None)
-            if affine is not None:
-                by_affine = torch.stack([torch.zeros_like(sums[:, 2]), sums[:, 2]], 1)
+            by_x, sums, *by_weights, w, w_sums = derive(zeros_for_none(v_x, x), tangents, depthwise,
+                                                        pointwise, has_affine)
+            by_affine = [torch.stack([torch.zeros_like(sums[:, 2]), sums[:, 2]], 1)] if has_affine else []
+            total = add_up(total, (by_x, by_affine, *by_weights, w, [w_sums]))
         for replaced, v_weights in enumerate((v_depthwise, v_pointwise)):
-            if all(t is None for t in v_weights):
-                continue
-            weights = [depthwise, pointwise]
-            weights[replaced] = zeros_for_none(v_weights, weights[replaced])
-            sums, found_depthwise, found_pointwise = add_pass([], affine, *weights, True)
-            if replaced == 0:  # D replaced: no gradient by D
-                by_pointwise = add_lists(by_pointwise, found_pointwise)
-            else:
-                by_depthwise = add_lists(by_depthwise, found_depthwise)
-            if affine is not None:
-                by_affine = add(by_affine, sums[:, :2])
+            if any(t is not None for t in v_weights):
+                weights = [depthwise, pointwise]
+                weights[replaced] = zeros_for_none(v_weights, weights[replaced])
+                by_x, sums, *by_weights, w, w_sums = derive([], affine, *weights)
+                by_weights[replaced] = []
+                by_affine = [sums[:, :2]] if has_affine else []
+                total = add_up(total, (by_x, by_affine, *by_weights, w, [w_sums]))
+        by_x, by_affine, by_depthwise, by_pointwise, w, w_sums = total
         # By what csrc/norms.h computes: scale by Σ w G, of_z by Σ w and Σ w z, by_p by v_p.
-        by_scale, by_of_z = (None, None) if w is None else (w_sums[:, 2], w_sums[:, :2])
+        by_scale, by_of_z = (w_sums[0][:, 2], w_sums[0][:, :2]) if w else (None, None)
         *by_inputs, by_sums = norms.derivatives(inputs, (by_scale, by_of_z, v_p, v_beta))
         by_inner, by_grad_sums = by_sums.split([norms.inner, len(zs) - norms.inner])
         by_z, by_grads = derivatives(norms, zs, grads, w, of_terms, of_z, by_grad_sums)
         nothing = [None] * len(zs)
-        by_grad_z = [None if g is None or w is None else w[k] for k, g in enumerate(grad_z)]
-        return (None, None, None, by_affine, *by_inputs, by_inner,
+        by_grad_z = [None if g is None else by for g, by in zip(grad_z, w or nothing)]
+        return (None, None, None, *(by_affine or [None]), *by_inputs, by_inner,
                 *(by_x or [None] * len(x)), *(by_depthwise or nothing), *(by_pointwise or nothing),
                 *by_z, *by_grad_z, *by_grads)
+
+
+def parts(geometry, norms, tensors):
+    """-> x, depthwise and pointwise weights, z, the gradients by z, G of each edge"""
+    count, edges = len(geometry[1]), len(norms.edges)
+    return split(tensors, [len(tensors) - 4 * count - edges, *[count] * 4, edges])
 
 
 def zeros_for_none(tensors, like):
     return [torch.zeros_like(t) if v is None else v for v, t in zip(tensors, like)]
 
 
-def add(old, new):
-    """The sum of two tensors, of which either may be None."""
-    return new if old is None else old if new is None else old + new
-
-
-def add_lists(old, new):
-    return new if old is None else old if new is None else [add(a, b) for a, b in zip(old, new)]
+def add_up(old, new):
+    """The sums of lists of tensors, of which any may be []."""
+    return [[*map(torch.add, a, b)] if a and b else a or b for a, b in zip(old, new)]

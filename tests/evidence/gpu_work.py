@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from ldarts.architect import Architect, search_step  # noqa: E402
-from ldarts.fused import compiled_for  # noqa: E402
+from ldarts.fused import Engine, compiled_for  # noqa: E402
 from ldarts.model_search import SearchNetwork  # noqa: E402
 
 LAUNCH_SECONDS, BYTES_PER_SECOND = 2e-6, 3e12
@@ -50,6 +50,27 @@ KINDS = {  # of operations, by what their names contain
     "other additions": ("add",),
 }
 UNREAD = re.compile("copy_$|fill_$|zero_$|_like$|::new_")  # operators that do not read their own tensor
+
+
+def register_shapes() -> None:
+    """What the operators of csrc/norms.cpp return, for tensors without values."""
+    @torch.library.register_fake("ldarts::norm_statistics")
+    def _(z_sums, has_norm, p, beta, z_of_term, count, eps):
+        of_z = [p.new_empty(len(has_norm), 2, z_sums.shape[2]) for _ in range(2)]
+        return *of_z, p.new_empty(len(z_of_term), 2, z_sums.shape[2])
+
+    @torch.library.register_fake("ldarts::norm_gradients")
+    def _(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, count):
+        C = rstd_mean.shape[2]
+        return p.new_empty(len(p), C), p.new_empty(len(has_norm), 2, C), torch.empty_like(p)
+
+    @torch.library.register_fake("ldarts::norm_derivatives")
+    def _(rstd_mean, p, grad_rstd_mean, sums, grad_scale, grad_of_z, grad_p, z_of_term, has_norm, count):
+        return tuple(map(torch.empty_like, (rstd_mean, p, rstd_mean, sums)))
+
+
+if compiled_for("meta"):
+    register_shapes()
 
 
 def like_each(likes: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor | None]:
@@ -145,6 +166,7 @@ def step_on_meta(space: str, C: int, layers: int, batch_size: int, size: int = 3
     """A function that runs the step of train_search.py on images of size x size. Its keyword arguments are
     those of search_step: unrolled, hessian, kind, method."""
     net = SearchNetwork(C, 10, layers, space).to("meta", memory_format=torch.channels_last)
+    net.engine = Engine(["meta"])
     with torch.device("meta"):
         x = torch.empty(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
         batch = x, torch.empty(batch_size, dtype=torch.int64)
