@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ldarts import Network, NetworkImageNet, NetworkNAS201
+from ldarts.architect import clip
 from ldarts.data import Batches, eval_batches, folder_batches, load
 from ldarts.distributed import Processes
 from ldarts.fused import compiled_for
@@ -122,9 +123,8 @@ def main():
                 grads = torch.autograd.grad(total, weights, materialize_grads=True)
                 loss, *grads = processes.average([loss.detach(), *grads])
                 optimizer.zero_grad()  # of weights that were frozen since the last step
-                for p, grad in zip(weights, grads):
+                for p, grad in zip(weights, clip(grads, args.grad_clip)[0]):
                     p.grad = grad
-                nn.utils.clip_grad_norm_(weights, args.grad_clip)
                 optimizer.step()
                 run.after_step(loss, logits, y)
             scheduler.step()

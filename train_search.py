@@ -58,7 +58,9 @@ def measure_alphas(net, dataset):
     by_type = [torch.softmax(alpha.detach(), -1) for alpha in alphas]  # p [edges, ops], of any number of ops
     entropy = torch.cat([torch.special.entr(p).sum(-1) for p in by_type])
     gini = torch.cat([1 - p.square().sum(-1) for p in by_type])  # 0 where p is saturated
-    truth = nasbench201.look_up(genotype, dataset)._asdict() if in_201 else {}
+    truth = {}
+    if in_201 and nasbench201.has(genotype):
+        truth = nasbench201.look_up(genotype, dataset)._asdict()
     return {"entropy": float(entropy.mean()), "gini": float(gini.mean()),
             "skip_connections": str(genotype if in_201 else genotype.normal).count("skip_connect"),
             "alphas": [[[round(a, 6) for a in edge] for edge in alpha.tolist()] for alpha in alphas],
@@ -105,13 +107,16 @@ def main():
                            grad_clip=args.grad_clip)
 
     parts = {"model": net, "optimizer": optimizer, "arch": arch.optimizer, "scheduler": scheduler}
-    facts = {"machine": machine_facts(device, engine=True, graph=graph)}  # compiles the engine if need be
+    uses_engine = layout is torch.channels_last
+    facts = {"machine": machine_facts(device, uses_engine, graph)}  # compiles the engine if need be
     with Run("search", args, processes, parts, len(train_batches), [train_set], facts) as run:
         weights = sum(p.numel() for p in net.weight_parameters())
         run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
                 f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
-        if compiled_for(device.type) and layout is torch.channels_last:
+        if uses_engine and compiled_for(device.type):
             run.log(net.engine.coverage(net.searched_cells()))
+        if args.lambda_reg and args.epochs == 1:
+            run.log("warning: --epochs 1 is plain DARTS: λ grows from 0 in the first epoch")
         if graph:
             run_step = Captured(run_step, net, [optimizer, arch.optimizer], run.log)
         for epoch in range(run.epoch, args.epochs):
@@ -175,7 +180,7 @@ def report(run, genotype, args):
     if "lambda_train" in run.history[-1]:
         shown = run.history[:: max(1, len(run.history) // 10)]
         run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))
-    if args.search_space == "nasbench201":
+    if args.search_space == "nasbench201" and nasbench201.has(genotype):
         run.log(nasbench201.describe(genotype, args.dataset))
     options = "--arch", str(run.path), "--dataset", args.dataset, "--data", args.data
     run.log(f"train it: python {script_path('train_eval.py')} {shlex.join(options)}")

@@ -39,4 +39,4 @@ def cell_shares(grads: Tensor, p: Tensor) -> Tensor:
     """
     h = (p * (grads - (p * grads).sum(-1, keepdim=True))).flatten(1)  # [n, edges * ops]
     total = h.sum(0)
-    return h @ total / total.dot(total)
+    return h @ total / total.dot(total).clamp_min(torch.finfo(total.dtype).tiny)  # 0 where ∂L/∂α is 0

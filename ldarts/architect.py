@@ -1,7 +1,9 @@
 """`Architect`: the gradients by α, and the gradient of Λ by the weights; `search_step`: a step along them."""
+import random
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,6 @@ from .errors import InputError
 from .model_search import SearchNetwork
 
 Batch = tuple[Tensor, Tensor]  # x [N, 3, H, W], y [N]
-Start = tuple[list, list[Tensor]]  # see Architect._start
 METHODS = ("central", "exact", "random")
 
 
@@ -21,6 +22,14 @@ class WeightGrads(NamedTuple):
     d_lambda: Sequence[Tensor] | None  # ∇_w Λ
     alignment: Tensor | None  # Λ
     clipped: Tensor | None = None  # [1], of a search step: 1 where the gradient was clipped
+
+
+class Start(NamedTuple):
+    """What a pass depends on besides w, see Architect.kept."""
+
+    device: torch.device
+    generators: list  # see states_of_generators
+    buffers: list[Tensor | None]  # copies
 
 
 class Architect:
@@ -35,7 +44,8 @@ class Architect:
     No method changes a weight, a buffer or a momentum, but lambda_grads, a training pass, moves running
     statistics once. Weights that do not require a gradient stay as they are and are left out of all lists;
     where the loss does not reach a weight its gradient is 0. The passes of one difference draw the same
-    random numbers and begin with the same buffers. The modules of net are listed once, here: build it before.
+    random numbers (of PyTorch, NumPy and Python) and begin with the same buffers. The modules of net are
+    listed once, here: build it before.
     """
 
     def __init__(self, net: SearchNetwork, criterion: Callable[[Tensor, Tensor], Tensor], lr: float = 3e-4,
@@ -53,7 +63,7 @@ class Architect:
         batch_norms = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
         self._norms = [m for m in modules if type(m) in batch_norms]
         self._buffers = [(m._buffers, name) for m in modules if type(m) not in batch_norms
-                         for name, buffer in m._buffers.items() if buffer is not None]
+                         for name in m._buffers]
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -122,9 +132,6 @@ class Architect:
         `random` is no gradient but the control of an experiment: a direction drawn anew in every call, as
         long as what `central` gives on this batch.
         """
-        if method not in METHODS:
-            raise InputError(f"unknown method {method!r} for the gradient of Λ: "
-                             f"use one of {', '.join(METHODS)}")
         grads = self.weight_grads(batch, kind, epsilon, method)
         return grads.loss, grads.dw, grads.d_lambda, grads.alignment
 
@@ -135,6 +142,9 @@ class Architect:
         With lambda_t, dw is ∇_w (L − lambda_t Λ) and d_lambda is None; the first backward pass of `exact`
         then needs no gradients by w.
         """
+        if method not in (None, *METHODS):
+            raise InputError(f"unknown method {method!r} for the gradient of Λ: "
+                             f"use one of {', '.join(METHODS)}")
         w, p = self.weights, self.cell_leaves()
         method = method if w else None
         start = self._start(batch[0].device)
@@ -219,7 +229,7 @@ class Architect:
         return value
 
     @contextmanager
-    def kept(self, start: Start | None = None, values: Sequence[Tensor] | None = None,
+    def kept(self, start: "Start | None" = None, values: Sequence[Tensor] | None = None,
              grad: bool = False) -> Iterator[None]:
         """Within, passes leave the net as it was: batch norms track nothing, other buffers are copies.
 
@@ -228,10 +238,10 @@ class Architect:
         costs time.
         """
         w, tracking = self.weights, [norm for norm in self._norms if norm.track_running_stats]
-        before = [p.data for p in w], [of_module[name] for of_module, name in self._buffers]
-        generators, buffers = start or ([], before[1])
-        for set_state, state in generators:
-            set_state(state)
+        before = [p.data for p in w], self._own_buffers()
+        if start:
+            generators = states_of_generators(start.device)  # at the end as if the pass had drawn nothing
+            set_generators(start.device, start.generators)
 
         def put(values, buffers, grad, track):
             for p, value in zip(w, values):
@@ -242,20 +252,20 @@ class Architect:
             for norm in tracking:  # Module's own __setattr__ looks for parameters first
                 object.__setattr__(norm, "track_running_stats", track)
 
-        put(before[0] if values is None else values, [buffer.clone() for buffer in buffers], grad, False)
+        put(before[0] if values is None else values, copies(start.buffers if start else before[1]), grad,
+            False)
         try:
             yield
         finally:
             put(*before, True, True)
+            if start:
+                set_generators(start.device, generators)
 
-    def _start(self, device: torch.device) -> Start:
-        """What a pass depends on besides w, for `kept`: states of random generators, copies of buffers."""
-        generators = [(torch.set_rng_state, torch.get_rng_state())]
-        # A step that draws random numbers is not captured (capture.py).
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            generators.append((lambda state: torch.cuda.set_rng_state(state, device),
-                               torch.cuda.get_rng_state(device)))
-        return generators, [of_module[name].clone() for of_module, name in self._buffers]
+    def _start(self, device: torch.device) -> "Start":
+        return Start(device, states_of_generators(device), copies(self._own_buffers()))
+
+    def _own_buffers(self) -> list[Tensor | None]:
+        return [of_module[name] for of_module, name in self._buffers]
 
     def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None,
               amp: torch.dtype | None = None) -> Tensor:
@@ -275,6 +285,7 @@ def search_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch,
                 unrolled: bool, alpha_first: bool, hessian: str = "central", **of_weights) -> WeightGrads:
     """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
 
+    optimizer: of w, an SGD with one group of parameters, whose momentum and weight decay arch was told.
     of_weights: see weight_step. Waits for the device nowhere; numbers that change from step to step, lambda_t
     and the learning rate, may be tensors. Returns the WeightGrads of the training batch.
     """
@@ -296,11 +307,19 @@ def weight_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch,
     grads = arch.weight_grads(train, kind, epsilon, method, lambda_t)
     for p in arch._weights:
         p.grad = None  # also of one that was frozen since the last step
-    for p, grad in zip(arch.weights, grads.dw):
+    clipped, norm = clip(grads.dw, grad_clip)
+    for p, grad in zip(arch.weights, clipped):
         p.grad = grad
-    norm = nn.utils.clip_grad_norm_(arch.weights, grad_clip)
     optimizer.step()
     return grads._replace(clipped=(norm > grad_clip).to(norm).view(1))
+
+
+def clip(grads: Sequence[Tensor], longest: float) -> tuple[list[Tensor], Tensor]:
+    """(the gradients, scaled down if their norm as a whole is above `longest`; that norm). By the formula of
+    nn.utils.clip_grad_norm_, but not in place: weights that are added up share one tensor as gradient."""
+    norm = nn.utils.get_total_norm(grads)
+    factor = (longest / (norm + 1e-6)).clamp(max=1.0)
+    return torch._foreach_mul(grads, factor) if grads else [], norm
 
 
 def gradients(outputs: Tensor | Sequence[Tensor], tensors: Sequence[Tensor],
@@ -336,6 +355,26 @@ def full_float32() -> Iterator[None]:
     finally:
         for switch, name, value in before:
             setattr(switch, name, value)
+
+
+def states_of_generators(device: torch.device) -> list:
+    """Of Python, NumPy, PyTorch and, unless a graph is captured, a GPU: a step that draws is not captured."""
+    states = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
+    on_gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return [*states, torch.cuda.get_rng_state(device)] if on_gpu else states
+
+
+def set_generators(device: torch.device, states: Sequence) -> None:
+    of_python, of_numpy, of_host, *of_gpu = states
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+    torch.set_rng_state(of_host)
+    for state in of_gpu:
+        torch.cuda.set_rng_state(state, device)
+
+
+def copies(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [buffer if buffer is None else buffer.clone() for buffer in buffers]
 
 
 def moved(tensors: Sequence[Tensor], r: float | Tensor, vector: Sequence[Tensor]) -> list[Tensor]:

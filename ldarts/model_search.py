@@ -156,7 +156,10 @@ class SearchNetwork(nn.Module):
 
     def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
         """x [N, 3, H, W] -> logits [N, num_classes]. cell_weights: p of each searched cell; None: of α"""
-        weights = iter(self.cell_weights() if cell_weights is None else cell_weights)
+        cell_weights = self.cell_weights() if cell_weights is None else cell_weights
+        if len(cell_weights) != (count := len(self.searched_cells())):
+            raise ValueError(f"{len(cell_weights)} cell_weights for {count} searched cells: one for each")
+        weights = iter(cell_weights)
         run = self.engine.runner(x)  # the door to the engine: run(module, *inputs) is module(*inputs)
         before = x = run(self.stem, x)
         for cell in self.cells:

@@ -41,6 +41,11 @@ def rank_of(accuracy: float, name: str) -> int:
     return 1 + int((accuracies()[:, list(SETS).index(name)] > accuracy).sum())
 
 
+def has(arch: str) -> bool:
+    """Whether the benchmark has this cell: not one with an operation that a fork has added to the space."""
+    return set(parse_arch(arch)) <= set(OPERATIONS)
+
+
 def look_up(arch: str, dataset: str | None = None) -> Truth:
     """The true accuracy of an arch string. Raises InputError if NAS-Bench-201 has no such cell.
 

@@ -48,9 +48,14 @@ SPACES = {
 
 
 def get(name: str) -> Space:
-    """The space called `name`. Raises InputError for unknown ones, and for edges of unequal length."""
+    """The space called `name`. Raises InputError for unknown ones, for another number of edges than that of a
+    cell of four nodes (in nasbench201: of three), and for edges of unequal length."""
     if name not in SPACES:
         raise InputError(f"unknown search space {name!r}: use one of {', '.join(SPACES)}")
+    count, expected = tuple(map(len, SPACES[name])), (6, 0) if name == "nasbench201" else (14, 14)
+    if count != expected:
+        raise InputError(f"search space {name!r}: {count} edges in the normal and the reduction cell; "
+                         f"{expected} are needed")
     for edges in SPACES[name]:
         if len(counts := sorted({len(edge) for edge in edges})) > 1:
             raise InputError(f"search space {name!r}: its edges have {counts[0]} to {counts[-1]} operations, "

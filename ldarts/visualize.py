@@ -4,7 +4,10 @@
     python -m ldarts.visualize runs/one                          # cells, α, shares and curves, in runs/one
     python -m ldarts.visualize runs/a runs/b --out seeds         # and in seeds/curves.png mean and deviation
 """
+import io
 import math
+import os
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -16,6 +19,7 @@ from .genotypes import Genotype, is_text
 from .nasbench201 import SETS, searched_set
 from .operations import OPS
 from .runs import Parser, grouped, read_config, read_run, script
+from .runs.files import write_atomically
 
 PITCH, HEIGHT = 1.8, 0.36  # inches: from state to state; height of an edge's arc per state that it advances
 HEAT_MAP = dict(cmap="RdBu_r", aspect="auto", interpolation="nearest")  # blue, white in the middle, red
@@ -39,9 +43,11 @@ def pyplot():
 
 
 def save(figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight", facecolor="white")
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:], dpi=120, bbox_inches="tight", facecolor="white")
     pyplot().close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, picture.getvalue())
     return path
 
 
@@ -157,13 +163,16 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> Path:
     figure, axes = panels([CURVES[name] for name in shown], columns, (3.6, 2.5))
     for ax, name in zip(axes, shown):
         for k, (label, runs) in enumerate(groups.items()):
-            rows = zip(*([line[name] for line in run if name in line] for run in runs))
+            rows = zip_longest(*([line[name] for line in run if name in line] for run in runs),
+                               fillvalue=math.nan)  # of runs that have not come so far
             values = torch.tensor([*rows], dtype=torch.float64).view(-1, len(runs))  # [epochs, runs]
-            mean, marker = values.mean(1), "." if len(values) in (1, 2) else None
+            mean, marker = values.nanmean(1), "." if len(values) in (1, 2) else None
             ax.plot(mean, label=f"{label} (n = {len(runs)})", color=f"C{k}", marker=marker)
             if len(values) and len(runs) > 1:
-                low, high = mean - values.std(1), mean + values.std(1)
-                ax.fill_between(range(len(mean)), low, high, lw=0, color=f"C{k}", alpha=0.2)
+                squares, counts = (values - mean[:, None]).square(), values.isfinite().sum(1)
+                deviation = (squares.nansum(1) / (counts - 1)).sqrt()  # of one run: not a number, no band
+                ax.fill_between(range(len(mean)), mean - deviation, mean + deviation, lw=0, color=f"C{k}",
+                                alpha=0.2)
         ax.grid(alpha=0.3)
     lines = {line.get_label(): line for ax in axes for line in ax.lines}
     across = max(1, 60 * columns // (8 + max(map(len, lines))))  # as many as fit in the width
@@ -201,7 +210,8 @@ def metrics_of(path: str | Path) -> list[dict]:
 
 def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
     """Draw cells, curves and, for a search, alphas and shares into the run's folder; return the new paths."""
-    metrics, genotype, folder = metrics_of(path), genotypes.load(str(path)), Path(path)
+    metrics, folder = metrics_of(path), Path(path)
+    genotype = genotypes.load(str(folder / "genotype.json"))
     pictures = {"cells": (draw_cells, genotype), "curves": (draw_curves, {folder.name: [metrics]})}
     if "alphas" in metrics[-1]:
         space, alphas = read_config(path)["search_space"], [line["alphas"] for line in metrics]
@@ -229,6 +239,7 @@ def main() -> None:
     what, out = list(dict.fromkeys(args.what)), Path(args.out)
     runs = [name for name in what if not is_text(name) and Path(name, "config.json").is_file()]
     names = file_names([name for name in what if name not in runs])
+    runs = [*{os.path.realpath(run): run for run in runs}.values()]  # runs/a and runs/a/ are one
     written = [picture for run in runs for picture in draw_run(run, args.format)]
     for cell, name in names.items():
         written.append(draw_cells(genotypes.load(cell), out / f"{name}.{args.format}"))

@@ -153,6 +153,33 @@ def test_a_pickle_runs_no_code(tmp_path, protocol):
     assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-batches-py"]
 
 
+def hostile(labels: str, dtype: str) -> bytes:
+    """A batch whose arrays NumPy would make of 8 bytes of the file and of memory that is not theirs: an array of
+    objects, at an address that the file gives, or of a dtype of 3,072 bytes."""
+    def pushed(value):
+        return pickle.dumps(value, 4)[2:-1]  # without protocol and stop
+
+    u1 = b"cnumpy\ndtype\n" + pushed(("u1", 0, 1)) + b"R"
+    wide = u1 + b"(" + pushed(3) + pushed("|") + b"(" + u1 + pushed((3072,)) + b"tNN" + pushed(3072) + pushed(1) + (
+        pushed(0) + b"tb")
+    objects = b"cnumpy\ndtype\n" + pushed(("O",)) + b"R"
+    types = {"u1": u1, "wide": wide, "objects": objects}
+
+    def array(shape, name, content):
+        return b"cnumpy\nndarray\n(" + pushed(shape) + types[name] + pushed(content) + b"tR"
+
+    images = array((1,) if dtype == "wide" else (1, 3072), dtype, bytes(8 if dtype == "wide" else 3072))
+    of_labels = array((1,), labels, b"A" * 8) if labels else pushed([1])
+    return b"\x80\x04}(" + pushed(b"labels") + of_labels + pushed(b"data") + images + b"u."
+
+
+@pytest.mark.parametrize("labels, dtype", [("objects", "u1"), ("", "wide"), ("u1", "u1")])
+def test_a_pickle_reads_no_memory_of_others(labels, dtype, tmp_path):
+    folder = write_cifar10(tmp_path / "cifar-10-batches-py")
+    (folder / "test_batch").write_bytes(hostile(labels, dtype))
+    assert "test_batch: cannot be read" in load_error(tmp_path)
+
+
 def test_missing_files_and_unknown_names(tmp_path):
     with pytest.raises(InputError, match="cifar10, cifar100, svhn, synthetic"):
         data.load("cifar", tmp_path, "cpu")

@@ -138,6 +138,15 @@ def test_gpu_sees_the_batches_of_the_cpu_without_synchronising():
         assert torch.equal(y_gpu.cpu(), y)
 
 
+def test_what_leaves_nothing_to_train_on_is_refused():
+    data.Batches(image_set(height=8, width=8), None, 8, 0, cutout_length=14)
+    with pytest.raises(InputError, match="--cutout_length 16: it covers images of 8 pixels"):
+        data.Batches(image_set(height=8, width=8), None, 8, 0, cutout_length=16)
+    data.halves(100, 0.01, 0)
+    with pytest.raises(InputError, match="--train_portion 0.01: of 50 images"):
+        data.halves(50, 0.01, 0)
+
+
 # ---- data sets
 
 def test_gray_images_get_three_equal_channels():
@@ -156,7 +165,8 @@ def test_gray_images_get_three_equal_channels():
     ({"labels": torch.arange(39)}, r"labels of torch.int64 \[39\]; expected torch.int64 \[40\]"),
     ({"labels": torch.arange(40).float()}, "labels of torch.float32"),
     ({"images": torch.zeros(40, 32, 32, 3, dtype=torch.uint8)}, r"\[40, 32, 32, 3\]; expected"),
-    ({"images": torch.zeros(40, 3, 32, 32)}, "images of torch.float32")])
+    ({"images": torch.zeros(40, 3, 32, 32)}, "images of torch.float32"),
+    ({"images": torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "labels": torch.arange(0)}, "it has no images")])
 def test_a_set_that_is_not_what_it_says_is_refused(changed, said, monkeypatch):
     monkeypatch.setattr(data, "synthetic", lambda seed: [image_set()._replace(**changed)])
     with pytest.raises(InputError, match="data set synthetic: .*" + said):

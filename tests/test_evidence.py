@@ -93,7 +93,8 @@ def test_no_label_of_a_cell_covers_another(name, monkeypatch):
 
 
 def test_a_group_of_runs_has_one_colour_in_all_panels_and_in_the_legend(monkeypatch):
-    groups = {"search": [[{"train_loss": 3.0, "valid_accuracy": 30.0}] * 3] * 2,
+    search = [{"train_loss": 3.0, "valid_accuracy": 30.0}] * 3
+    groups = {"search": [search, search[:2]],
               "evaluation": [[{"train_loss": 2.0, "test_accuracy": 60.0 + k}, {"train_loss": 1.0}]
                              for k in range(2)]}
     axes = drawn(monkeypatch, visualize.draw_curves, groups)

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -28,6 +29,7 @@ import train_search
 from ldarts import InputError, genotypes, runs
 from ldarts.data.archives import SOURCES, locate, read_file
 from ldarts.distributed import Processes
+from ldarts.errors import NotFinite
 from ldarts.locks import locked
 from ldarts.runs.files import CHECKPOINT, PREVIOUS, SEAL, load_checkpoint
 from test_archives import Exploit, python2_pickle, write_cifar10
@@ -496,6 +498,17 @@ def test_a_checkpoint_is_written_when_its_minutes_are_over(resumable, tmp_path, 
         for seconds[0] in (59.0, 61.0):
             run.after_step(torch.ones(()), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
     assert saved == [run.step]
+
+
+def test_a_metric_that_is_not_finite_is_named_wherever_it_stands(resumable, tmp_path):
+    resumable(sealed(resumable.state))
+    args = argparse.Namespace(resume=str(tmp_path / "one"), save=None, epochs=1, report_freq=9, seed=0,
+                              checkpoint_minutes=1)
+    parts = {"model": torch.nn.Linear(2, 2)}
+    with runs.Run("search", args, Processes(torch.device("cpu")), parts, 9, []) as run:
+        for value in (math.nan, [0.5, math.inf], {"skip_connect": math.nan}):
+            with pytest.raises(NotFinite, match="cell_shares is .* after step 1 of epoch 0"):
+                run.end_epoch({"epoch": 0, "cell_shares": value})
 
 
 def test_another_number_of_processes_is_named(resumable):

@@ -1,13 +1,18 @@
 """The supernet's spaces and derivation, and what an Architect leaves alone."""
+import random
+
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 
 import ldarts
 import train_search
-from ldarts import genotypes, nasbench201, spaces
+from ldarts import genotypes, nasbench201, runs, spaces
 from ldarts.alignment import cell_shares
-from ldarts.architect import METHODS, search_step
+from ldarts.architect import METHODS, search_step, weight_step
+from ldarts.distributed import Processes
 from ldarts.model_search import derive
 from ldarts.operations import OPS, drop_path
 
@@ -169,6 +174,86 @@ def test_what_an_epoch_says_of_cells_and_of_alpha():
     assert values["true_cifar10"] == nasbench201.look_up(cell, "cifar10").cifar10
 
 
+def test_an_operation_that_the_benchmark_lacks_is_searched_without_a_true_accuracy(monkeypatch):
+    edges = (("none", "sep_conv_3x3"),) * 6
+    monkeypatch.setitem(spaces.SPACES, "nasbench201", spaces.Space(edges, ()))
+    net = make("nasbench201")[0]
+    with torch.no_grad():
+        net.arch_parameters()[0][:, 1] = 1.0
+    values = train_search.measure_alphas(net, "cifar10")
+    assert "sep_conv_3x3" in net.genotype() and values["skip_connections"] == 0
+    assert not any(name.startswith("true_") for name in values)
+
+
+@pytest.mark.parametrize("name, edges, said", [("own", (12, 14), "12, 14"), ("own", (14, 0), "14, 0"),
+                                               ("nasbench201", (10, 0), "10, 0")])
+def test_a_space_has_the_edges_of_its_cells(name, edges, said, monkeypatch):
+    space = spaces.Space(*((("skip_connect",),) * count for count in edges))
+    monkeypatch.setitem(spaces.SPACES, name, space)
+    with pytest.raises(ldarts.InputError, match=f"{said}.* edges"):
+        ldarts.SearchNetwork(2, 10, 4, name)
+
+
+def test_each_searched_cell_wants_its_weights():
+    net, (x, _) = make("s2")[0], double(batch())
+    for cell_weights in (net.cell_weights()[:2], [*net.cell_weights(), net.cell_weights()[0]]):
+        with pytest.raises(ValueError, match="cell_weights for 4 searched cells"):
+            net(x, cell_weights)
+
+
+@pytest.mark.parametrize("method", [None, "central", "exact"])
+def test_weights_that_are_added_up_are_clipped_once(method):
+    """Their gradient is one tensor, which a clip in place would scale twice."""
+    class Sum(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.other = torch.nn.Parameter(torch.zeros_like(weight))
+
+        def forward(self, weight):
+            return weight + self.other
+
+    net = make("s2")[0]
+    parametrize.register_parametrization(net.classifier, "weight", Sum(net.classifier.weight))
+    arch = ldarts.Architect(net, F.cross_entropy)
+    options = {"lambda_t": 0.1, "kind": "cosine", "epsilon": 1e-4, "method": method}
+    optimizer = torch.optim.SGD(net.weight_parameters(), 1.0)
+    before = [p.clone() for p in arch.weights]
+    grads = weight_step(arch, optimizer, double(batch()), grad_clip=0.01, **options)
+    norm = float(torch.nn.utils.get_total_norm(grads.dw))
+    assert norm > 0.1 and grads.clipped.item() == 1
+    for p, old, grad in zip(arch.weights, before, grads.dw):  # of ∇_w (L − λΛ), which stays as it was
+        torch.testing.assert_close(old - p, 0.01 / norm * grad, rtol=1e-3, atol=1e-9)
+
+
+def test_passes_of_a_difference_draw_the_same_numbers_of_every_library():
+    class Noisy(OwnSupernet):
+        def forward(self, x, cell_weights=None):
+            factor = 1 + torch.rand(1, dtype=x.dtype) + random.random() + numpy.random.rand()
+            return super().forward(x * factor, cell_weights)
+
+    net, (x, y) = Noisy().double(), double(batch())
+    arch, states = ldarts.Architect(net, F.cross_entropy), []
+    for method in ("exact", "central"):
+        runs.seed_everything(3)
+        states.append((arch.lambda_grads((x, y % 3), "cosine", 1e-4, method)[2], random.random(),
+                       numpy.random.rand(), float(torch.rand(1))))
+    torch.testing.assert_close(*(flat(gradient) for gradient, *_ in states), rtol=1e-4, atol=1e-8)
+    assert states[0][1:] == states[1][1:]  # what follows does not repeat a pass
+
+
+def test_an_evaluation_reads_running_statistics_and_leaves_them():
+    net, criterion = make("s2")[0], torch.nn.CrossEntropyLoss()
+    for _ in range(3):
+        net(double(batch())[0])
+    before, (x, y) = [b.clone() for b in net.buffers()], double(batch(2, 6))
+    loss, accuracy = runs.evaluate(net, criterion, [(x[:4], y[:4]), (x[4:], y[4:])], Processes(x.device))
+    with torch.no_grad():
+        logits = net.eval()(x)
+    assert loss == pytest.approx(float(criterion(logits, y)))
+    assert accuracy == pytest.approx(100 * float((logits.argmax(1) == y).double().mean()))
+    assert all(map(torch.equal, before, net.buffers()))
+
+
 def test_drop_path_keeps_the_mean():
     dropped = drop_path(torch.ones(20_000, 2, 1, 2), 0.25)
     assert torch.equal(dropped.amin((1, 2, 3)), dropped.amax((1, 2, 3)))  # whole images
@@ -291,6 +376,7 @@ def test_unknown_ways_name_the_known_ones():
     net, arch, _ = make("s2")
     for call, named in (
             (lambda: arch.lambda_grads(batch(), "cosine", 1e-4, "magic"), "central, exact, random"),
+            (lambda: arch.weight_grads(batch(), "cosine", 1e-4, "Exact"), "central, exact, random"),
             (lambda: arch.alpha_grads(batch(), batch(), 0.1, None, True, "magic"), "central or exact"),
             (lambda: ldarts.layer_alignment([torch.ones(2)] * 2, "magic"), "cosine")):
         with pytest.raises(ValueError, match=named):

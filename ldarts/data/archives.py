@@ -72,7 +72,9 @@ def locate(source: Source, root: Path) -> Path:
     files, archive = source.train + source.test, root / Path(source.url).name
     if root.is_file() or source.folder and root.name == archive.name and not root.exists():
         archive, root = root, root.parent
-    folder = root if any((root / file).is_file() for file in files) else root / source.folder
+    folder = root / source.folder
+    if not folder.is_dir() and any((root / file).is_file() for file in files):
+        folder = root
     if not source.folder:
         for file, md5 in zip(files, source.md5):
             fetch(source.url + file, md5, folder / file)
@@ -134,10 +136,29 @@ def unpack(archive: Path, folder: Path, source: Source) -> None:
         raise damaged(archive, f"cannot be unpacked ({brief(error)})", source) from error
 
 
+class Recorded:
+    """What a pickle says of an array or a dtype, instead of them: NumPy's own, made as a hostile file asks,
+    read memory that is not theirs. The state of an array: version, shape, dtype, Fortran order, bytes."""
+
+    def __init__(self, *arguments):
+        self.arguments = self.state = arguments
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def uint8(self) -> np.ndarray:
+        """The array. Raises ValueError if it has another dtype."""
+        _, shape, dtype, _, content = self.state
+        if dtype.arguments[0] not in ("u1", b"u1"):
+            raise ValueError("the images are not uint8")
+        return np.frombuffer(bytes(content), np.uint8).reshape(shape)
+
+
 ALLOWED = {  # the names in a pickled array and what they stand for; NumPy 2 has numpy._core
-    "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype, "_codecs.encode": str.encode,
-    "numpy.core.multiarray._reconstruct": np.empty(1).__reduce__()[0],
-    "numpy.core.numeric._frombuffer": np.empty(1).__reduce_ex__(5)[0],
+    "numpy.ndarray": Recorded, "numpy.dtype": Recorded, "numpy.core.multiarray._reconstruct": Recorded,
+    "numpy.core.numeric._frombuffer": lambda content, dtype, shape, order: Recorded(
+        1, shape, dtype, False, content),
+    "_codecs.encode": str.encode,
 }
 
 
@@ -173,7 +194,7 @@ def read_cifar(path: Path) -> tuple[np.ndarray, list[int]]:
     labels = by_name.get("fine_labels") or by_name["labels"]  # CIFAR-100 has coarse ones, too
     if {*map(type, labels)} != {int}:
         raise ValueError("the labels are not a list of integers")
-    return by_name["data"].reshape(len(labels), 3, 32, 32), labels
+    return by_name["data"].uint8().reshape(len(labels), 3, 32, 32), labels
 
 
 def read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -37,6 +37,8 @@ class ImageSet(NamedTuple):
         if self.labels.shape != images.shape[:1] or self.labels.dtype != torch.int64:
             raise InputError(f"data set {name}: labels of {self.labels.dtype} {list(self.labels.shape)}; "
                              f"expected torch.int64 [{len(images)}], one an image")
+        if not len(images):
+            raise InputError(f"data set {name}: it has no images")
         outside = self.labels[(self.labels < 0) | (self.labels >= self.num_classes)]
         if len(outside):
             raise InputError(f"data set {name}: label {int(outside[0])} with {self.num_classes} classes; "
@@ -73,6 +75,8 @@ def generator_of(*key: int | str) -> torch.Generator:
 
 def halves(images: int, portion: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the images for w, a share `portion` of them, and for α: a random split by the seed."""
+    if not 0 < int(portion * images) < images:
+        raise InputError(f"--train_portion {portion}: of {images} images one half gets none")
     order = torch.randperm(images, generator=generator_of(seed, "halves"))
     return tuple(order.tensor_split([int(portion * images)]))
 
@@ -136,6 +140,9 @@ class Batches:
     def __init__(self, data: ImageSet, indices: Tensor | None, batch_size: int, seed: int, *,
                  tag: str = "train", cutout_length: int = 0, rank: int = 0, world: int = 1,
                  memory_format=torch.contiguous_format):
+        if cutout_length >= 2 * min(data.images.shape[2:]):
+            raise InputError(f"--cutout_length {cutout_length}: it covers images of {data.images.shape[-1]} "
+                             "pixels wherever it lies; use less")
         self.indices = torch.arange(len(data.labels)) if indices is None else indices.cpu()
         self.share = share_of(batch_size, len(self.indices), rank, world)
         self.data, self.batch_size, self.seed, self.tag = data, batch_size, seed, tag

@@ -86,7 +86,7 @@ def cache() -> Path:
 
 def sources(part: str) -> list[Path]:
     """The files of csrc/ that a part depends on. Headers and checks.cpp belong to both."""
-    csrc = PACKAGE.parent / "csrc" if (PACKAGE.parent / "csrc").is_dir() else PACKAGE / "csrc"
+    csrc = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
 
     def belongs(path: Path) -> bool:
         for_cuda = path.suffix != ".cpp" or path.stem.endswith("_cuda")

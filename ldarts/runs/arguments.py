@@ -64,7 +64,7 @@ BOTH = [
     ("--seed", 0, SEED, "of all random numbers"),
     ("--momentum", 0.9, NUMBER, "of SGD"),
     ("--grad_clip", 5.0, POSITIVE, "largest norm of the weights' gradient"),
-    ("--cutout_length", 16, COUNT, "pixels a side of the square that cutout removes"),
+    ("--cutout_length", 16, COUNT, "pixels a side of the square that cutout removes, an even number"),
     ("--report_freq", 50, COUNT, "steps between two lines of the log"),
     ("--checkpoint_minutes", 10.0, NUMBER, "between two checkpoints within an epoch; 0: after every step"),
     ("--device", "auto", str.lower, "auto, cpu, cuda or cuda:N; auto is a GPU if there is one"),
@@ -235,8 +235,8 @@ def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str, list[str]]:
     else:
         args.arch = args.arch or "LAMBDA_DARTS"
         # A run's folder holds its genotype, unless the run was stopped before it was written.
-        in_run = args.resume and Path(args.resume, "genotype.json").exists()
-        genotype = genotypes.load(args.resume if in_run else args.arch)
+        of_run = Path(args.resume or "", "genotype.json")
+        genotype = genotypes.load(str(of_run) if args.resume and of_run.exists() else args.arch)
     folder, search = search_of(args.arch)
     if search and not (args.resume or args.evaluate) and (so_far := unfinished(folder)):
         remarks.append(f"warning: {folder} is an unfinished search, {so_far}: this is its cell so far; to "

@@ -1,13 +1,13 @@
 """The run folder: configuration, log, metrics and checkpoints."""
 import argparse
 import json
-import math
 import os
 import secrets
 import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -94,8 +94,8 @@ class Run:
     def log(self, line: str) -> None:
         """Print a line and append it, with the time, to log.txt."""
         if self.writes:
-            print(line, flush=True)
             try:
+                print(line, flush=True)
                 with open(self.path / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(f"{datetime.now():%m-%d %H:%M:%S} {line}\n")
             except OSError as error:
@@ -138,8 +138,10 @@ class Run:
     def end_epoch(self, values: dict[str, Any]) -> None:
         """Write the values as a line of metrics.jsonl, and a checkpoint; go on to the next epoch."""
         for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise self._not_finite(f"{name} is {value} after", self.step)
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError as error:
+                raise self._not_finite(f"{name} is {value} after", self.step) from error
         self.history.append(values | {"seconds": round(time.perf_counter() - self.epoch_started, 3)})
         self._write_metrics()
         if self.board:
@@ -176,8 +178,10 @@ class Run:
                 self.path.mkdir(parents=True)
             at_end.enter_context(locked(self.path / "lock", wait=False))
         except FileExistsError as error:
-            raise InputError(f"{self.path} exists already: give another name with --save, or continue it "
-                             f"with {resume_flag(self.path)}") from error
+            or_resume = f", or continue it with {resume_flag(self.path)}"
+            is_run = (self.path / "config.json").exists()
+            raise InputError(f"{self.path} exists already: give another name with --save"
+                             + or_resume * is_run) from error
         except OSError as error:
             raise not_written(self.path / "lock", error) from error
 
@@ -247,6 +251,8 @@ class Run:
             self.epoch_started -= float(state["seconds"])  # spent in this epoch before the stop
             self.meter.totals.copy_(state["meters"][self.processes.rank])
             self._write_metrics()  # without lines of epochs after the checkpoint
+            # False where the stop was between the last step of an epoch and its end.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         except InputError:
             raise
         except Exception as error:  # other names, types or shapes raise many kinds

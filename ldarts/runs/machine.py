@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import __version__
@@ -54,6 +55,7 @@ def seed_everything(seed: int, *position: int) -> None:
     if position:
         seed = generator_of(seed, *position).initial_seed()
     random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
