@@ -111,7 +111,7 @@ def main():
             drop_path_prob = args.drop_path_prob * epoch / args.epochs
             if args.compile and args.drop_path_prob:  # as a tensor, or every epoch would compile again
                 drop_path_prob = torch.tensor(drop_path_prob, device=device)
-            for step, (x, y) in enumerate(train_batches.epoch(epoch, start=run.step), run.step):
+            for x, y in train_batches.epoch(epoch, start=run.step):
                 run.seed()
                 logits, logits_aux = forward(x, drop_path_prob)
                 loss = smoothed(logits.float(), y)

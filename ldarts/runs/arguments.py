@@ -34,14 +34,9 @@ def one_of(names: Iterable[str]) -> Callable:
     return checked(lambda text: by_lower_case.get(text.lower()), f"one of {', '.join(names)}", bool)
 
 
-def absolute(path: str) -> str:
-    """A path that means the same from every folder, as a run records it."""
-    return os.path.abspath(os.path.expanduser(path))
-
-
 def cell_name(name: str) -> str:
     """--arch: a path that exists, as an absolute one."""
-    path = absolute(name)
+    path = os.path.abspath(os.path.expanduser(name))
     return path if os.path.exists(path) and name not in genotypes.PUBLISHED else name
 
 
@@ -185,7 +180,7 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
                 raise InputError(f"--{name} {value}: {typed['resume']} was started with {was}; leave it out, "
                                  f"only {', '.join(MAY_CHANGE)} may change (the schedules run over --epochs)")
     args = Namespace(**defaults | of_run | typed)
-    args.data = absolute(args.data)
+    args.data = os.path.abspath(os.path.expanduser(args.data))  # the same from every folder
     keys = getattr(args, "search_space", None), args.dataset, "usual"
     for name, value in vars(args).items():
         if isinstance(value, dict):
