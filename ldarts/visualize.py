@@ -11,7 +11,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from . import genotypes, spaces
 from .errors import require
