@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .leaving import Leaving, Operation, State, concat, groups_separable, outgoing_terms, run_chains
 from .normalised_sum import Terms, node_sum
 from .norms import constant, ones
-from .recognise import Link, Reader, Unrecognised, drop_path_of, known_forwards, meaning
+from .recognise import KNOWN, Link, Reader, Unrecognised, drop_path_of, meaning
 
 ON_A_CPU, ON_A_GPU = (torch.float32, torch.float64), (torch.float32, torch.float64, torch.bfloat16)
 MOST_TERMS = 384  # that leave one state: kMaxNormed of csrc/norms.h
@@ -70,7 +70,7 @@ class CellPlan(Plan):
         """blocks: one for each input, before the nodes, or none; edges: node by node; sources: of each node
         the states that its edges read; outputs: the states whose concatenation is the cell's output;
         drop_path: that which the cell's edges call"""
-        self.drop_path, self.drops_images = drop_path, meaning(drop_path) == known_forwards()["drop_path"]
+        self.drop_path, self.drops_images = drop_path, meaning(drop_path) == KNOWN["drop_path"]
         self.reader, self.recognised, self.refusals = reader, 0, []
         self.left: list[nn.Module] = []  # those that run as they are
         self.edges, self.width = len(edges), None  # the shape of p

@@ -45,8 +45,8 @@ class Separable(NamedTuple):
 
 def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
     """The one or two pairs that norm(chain(x)) consists of, each behind a ReLU; [] for anything else."""
-    links = [*chain, norm]
-    if norm is None or len(links) not in (4, 8) or any(type(relu) is not nn.ReLU for relu in links[::4]):
+    links, types = [*chain, norm], [nn.ReLU, nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]
+    if [type(link) for link in links] not in (types, 2 * types):
         return []
     pairs = [Pair(*links[i + 1 : i + 4]) for i in range(0, len(links), 4)]
     return pairs if all(is_pair(*pair, norm, first=pair is pairs[0]) for pair in pairs) else []
@@ -54,8 +54,6 @@ def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
 
 def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
     """Whether the operators of csrc/separable.cpp compute these three. norm: that at the end of the chain."""
-    if not type(depthwise) is type(pointwise) is nn.Conv2d or type(inner) is not nn.BatchNorm2d:
-        return False
     C, no_bias = depthwise.in_channels, depthwise.bias is None and pointwise.bias is None
     square = all(len(set(getattr(depthwise, name))) == 1 for name in ("kernel_size", "stride", "dilation"))
     return (no_bias and square and depthwise.stride[0] in (1, 2)
