@@ -222,9 +222,8 @@ class Reader:
 
 def calls_as_modules_do(of_type: type, children: dict[str, nn.Module]) -> bool:
     """Whether a class calls forward, and finds its children, as nn.Module does."""
-    return (of_type.__call__ is nn.Module.__call__ and of_type._call_impl is nn.Module._call_impl
-            and of_type.__getattr__ is nn.Module.__getattr__
-            and of_type.__getattribute__ is object.__getattribute__
+    inherited = "__call__", "_call_impl", "__getattr__", "__getattribute__"
+    return (all(getattr(of_type, name) is getattr(nn.Module, name) for name in inherited)
             and not any(hasattr(of_type, name) for name in children))
 
 
