@@ -67,13 +67,13 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
     if separable or dilated:
         pairs = [of_op[0] for _, of_op in separable + dilated]
         p_pairs = torch.cat([ones(count, p), p_dilated]) if separable else p_dilated
-        first = separable_convolutions([state], None, pairs, p_pairs, [edge for edge, _ in dilated])
-        parts.append(first.terms)
+        z, inner, terms = separable_convolutions([state], None, pairs, p_pairs, [edge for edge, _ in dilated])
+        parts.append(terms)
     if separable:
         pairs = [of_op[1] for _, of_op in separable]
-        second = separable_convolutions(first.z[:count], first.coefficients, pairs, p_separable,
-                                        [edge for edge, _ in separable])
-        parts.append(second.terms)
+        _, _, terms = separable_convolutions(z[:count], inner, pairs, p_separable,
+                                             [edge for edge, _ in separable])
+        parts.append(terms)
     parts += terms_of_others(state, others, p_others)
     return [[part[edge] for part in parts if edge in part] for edge in range(plan.edges)]
 

@@ -35,14 +35,6 @@ class Pair(NamedTuple):
     norm: nn.BatchNorm2d
 
 
-class Separable(NamedTuple):
-    """What separable_convolutions computes."""
-
-    z: list[Tensor]  # of each pair [N, C, H, W], channels-last
-    coefficients: Tensor  # shift and scale of the inner norms, [those of no edge, 2, C] in float64
-    terms: dict[int, Terms]  # by the edge
-
-
 def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
     """The one or two pairs that norm(chain(x)) consists of, each behind a ReLU; [] for anything else."""
     links, types = [*chain, norm], [nn.ReLU, nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]
@@ -66,11 +58,13 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
 
 
 def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Sequence[Pair], p: Tensor,
-                           edges: Sequence[int]) -> Separable:
-    """x: one input [N, C, H, W] for all pairs, or one each; affine: [pairs, 2, C], b and s; None: 0 and 1.
+                           edges: Sequence[int]) -> tuple[list[Tensor], Tensor, dict[int, Terms]]:
+    """-> z of each pair [N, C, H, W], channels-last; shift and scale of the norms behind those of no edge,
+    [these, 2, C] in float64; the terms of each edge.
 
-    p: [pairs]; edges: of which edge each of the last pairs is a term, those of an edge side by side. Moves
-    the running statistics of the norms that track them, as BatchNorm2d does in training.
+    x: one input [N, C, H, W] for all pairs, or one each; affine: [pairs, 2, C], b and s; None: 0 and 1; p:
+    [pairs]; edges: of which edge each of the last pairs is a term, those of an edge side by side. Moves the
+    running statistics of the norms that track them, as BatchNorm2d does in training.
     """
     widths = Counter(edges)  # of each edge
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
@@ -82,7 +76,7 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
     move_statistics(norms, range(len(norms)), moments, pixels(z[0]))
     of_edges = split(z[len(inner) :], widths.values())
-    return Separable(z, inner, dict(zip(widths, terms_of_edges(placeholders, of_edges, coefficients))))
+    return z, inner, dict(zip(widths, terms_of_edges(placeholders, of_edges, coefficients)))
 
 
 class SeparableConvolutions(torch.autograd.Function):
