@@ -46,10 +46,9 @@ def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
 
 def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
     """Whether the operators of csrc/separable.cpp compute these three. norm: that at the end of the chain."""
-    C, no_bias = depthwise.in_channels, depthwise.bias is None and pointwise.bias is None
+    C, no_bias = depthwise.groups, depthwise.bias is None and pointwise.bias is None
     square = all(len(set(getattr(depthwise, name))) == 1 for name in ("kernel_size", "stride", "dilation"))
     return (no_bias and square and depthwise.stride[0] in (1, 2)
-            and C == depthwise.groups == depthwise.out_channels == pointwise.out_channels
             and depthwise.padding_mode == "zeros" and (first or depthwise.stride == (1, 1))
             and pointwise.kernel_size == pointwise.stride == (1, 1) and pointwise.groups == 1
             and depthwise.weight.shape == (C, 1, *depthwise.kernel_size)
@@ -69,7 +68,7 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
     widths = Counter(edges)  # of each edge
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
     norms = [norm for _, _, norm in pairs]
-    weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
+    weights = [pair[k].weight for k in (0, 1) for pair in pairs]  # depthwise ones, pointwise ones
     inner, _, moments, coefficients, *tensors = SeparableConvolutions.apply(
         (stride, dilations), norms[0].eps, [*widths.values()], affine, *scale_shift_of(norms, p), *x,
         *weights)
