@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .leaving import Leaving, Operation, State, concat, groups_separable, outgoing_terms, run_chains
 from .normalised_sum import Terms, node_sum
 from .norms import constant, ones
-from .recognise import Link, Reader, Unrecognised, drop_path_of, known_forwards, meaning
+from .recognise import KNOWN, Link, Reader, Unrecognised, drop_path_of, meaning
 
 ON_A_CPU, ON_A_GPU = (torch.float32, torch.float64), (torch.float32, torch.float64, torch.bfloat16)
 MOST_TERMS = 384  # that leave one state: kMaxNormed of csrc/norms.h
@@ -63,12 +63,14 @@ class CellPlan(Plan):
     Unrecognised where the whole cell runs as it is.
     """
 
-    derived = drops_images = False
+    derived = False
 
     def __init__(self, reader: Reader, blocks: Sequence[nn.Module], edges: Sequence[nn.Module],
-                 sources: Sequence[Sequence[int]], outputs: Sequence[int]):
+                 sources: Sequence[Sequence[int]], outputs: Sequence[int], drop_path: Callable | None = None):
         """blocks: one for each input, before the nodes, or none; edges: node by node; sources: of each node
-        the states that its edges read; outputs: the states whose concatenation is the cell's output"""
+        the states that its edges read; outputs: the states whose concatenation is the cell's output;
+        drop_path: that which the cell's edges call"""
+        self.drop_path, self.drops_images = drop_path, meaning(drop_path) == KNOWN["drop_path"]
         self.reader, self.recognised, self.refusals = reader, 0, []
         self.left: list[nn.Module] = []  # those that run as they are
         self.edges, self.width = len(edges), None  # the shape of p
@@ -114,7 +116,7 @@ class CellPlan(Plan):
     def _operations_of(self, edge: int, module: nn.Module) -> tuple[list[Operation], list[ModuleTerm]]:
         """The recognised operations of an edge, and the others as terms of their modules."""
         try:
-            modules = self._candidates(module)
+            modules = [module] if self.derived else self._candidates(module)
         except Unrecognised as reason:
             self._leave(module, reason)
             return [], [ModuleTerm(module, edge, None)]
@@ -142,7 +144,7 @@ class CellPlan(Plan):
         return operations, module_terms
 
     def _candidates(self, edge: nn.Module) -> Sequence[nn.Module]:
-        """The operations of an edge."""
+        """The operations of an edge of the supernet."""
         kind = self.reader.kind(edge)
         if kind not in ("mixed_op", "nas201_edge"):
             raise Unrecognised(type(edge).__name__)
@@ -205,15 +207,6 @@ class DerivedPlan(CellPlan):
 
     derived = True
 
-    def __init__(self, reader: Reader, blocks: Sequence[nn.Module], edges: Sequence[nn.Module],
-                 sources: Sequence[Sequence[int]], outputs: Sequence[int], drop_path: Callable | None):
-        """drop_path: that which the cell's edges call"""
-        super().__init__(reader, blocks, edges, sources, outputs)
-        self.drop_path, self.drops_images = drop_path, meaning(drop_path) == known_forwards()["drop_path"]
-
-    def _candidates(self, edge: nn.Module) -> Sequence[nn.Module]:
-        return [edge]
-
     def fits(self, *inputs: Any) -> bool:
         """drop_prob has to be one number for all images, without a gradient."""
         one_number = all(not isinstance(p, Tensor) or p.dim() == 0 and not p.requires_grad
@@ -244,20 +237,19 @@ def make_plan(module: nn.Module, reader: Reader) -> Plan:
     """Raises Unrecognised where the module has to run as it is."""
     kind, children = reader.kind(module), module.__dict__["_modules"]
     if kind in ("cell", "derived_cell"):
-        blocks, edges = [children["preprocess0"], children["preprocess1"]], reader.members(children["_ops"])
-        if kind == "cell":
-            last = 2 + module._steps
-            return CellPlan(reader, blocks, [*edges.values()], [range(2 + i) for i in range(module._steps)],
-                            range(last)[-module._multiplier :])
+        blocks = [children["preprocess0"], children["preprocess1"]]
+        edges = [*reader.members(children["_ops"]).values()]
+    if kind == "cell":
+        sources = [range(2 + i) for i in range(module._steps)]
+        return CellPlan(reader, blocks, edges, sources, range(2 + module._steps)[-module._multiplier :])
+    if kind == "derived_cell":
         sources = [module.sources[k : k + 2] for k in range(0, len(edges), 2)]
-        return DerivedPlan(reader, blocks, [*edges.values()], sources, module.concat,
-                           drop_path_of(type(module)))
+        return DerivedPlan(reader, blocks, edges, sources, module.concat, drop_path_of(type(module)))
     if kind == "nas201_cell":
         edges = reader.members(children["edges"])
         names = [f"{i}<-{j}" for i in range(1, module.max_nodes) for j in range(i)]
         return CellPlan(reader, [], [edges[name] for name in names],
                         [range(i) for i in range(1, module.max_nodes)], [module.max_nodes - 1])
     if kind == "derived_nas201_cell":
-        return DerivedPlan(reader, [], [*reader.members(module).values()], [range(i) for i in (1, 2, 3)], [3],
-                           None)
+        return DerivedPlan(reader, [], [*reader.members(module).values()], [range(i) for i in (1, 2, 3)], [3])
     return ChainPlan(reader.chain(module, kind))

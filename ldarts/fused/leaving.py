@@ -3,6 +3,7 @@
 What they have in common is computed once: the state's ReLU, its pools, on a CPU all its separable
 convolutions in one call.
 """
+from collections import deque
 from functools import cached_property
 from itertools import repeat
 from typing import Iterator, NamedTuple, Sequence
@@ -66,13 +67,13 @@ def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]
     if separable or dilated:
         pairs = [of_op[0] for _, of_op in separable + dilated]
         p_pairs = torch.cat([ones(count, p), p_dilated]) if separable else p_dilated
-        first = separable_convolutions([state], None, pairs, p_pairs, [edge for edge, _ in dilated])
-        parts.append(first.terms)
+        z, inner, terms = separable_convolutions([state], None, pairs, p_pairs, [edge for edge, _ in dilated])
+        parts.append(terms)
     if separable:
         pairs = [of_op[1] for _, of_op in separable]
-        second = separable_convolutions(first.z[:count], first.coefficients, pairs, p_separable,
-                                        [edge for edge, _ in separable])
-        parts.append(second.terms)
+        _, _, terms = separable_convolutions(z[:count], inner, pairs, p_separable,
+                                             [edge for edge, _ in separable])
+        parts.append(terms)
     parts += terms_of_others(state, others, p_others)
     return [[part[edge] for part in parts if edge in part] for edge in range(plan.edges)]
 
@@ -97,9 +98,10 @@ def terms_of_others(state: Tensor, operations: Sequence[tuple[int, Operation]],
 class State:
     """A tensor [N, C, H, W], and what links that read it have in common."""
 
-    def __init__(self, x: Tensor, readers: int = 0):
-        """readers: unless 0, how often relu(x) is read at most; its gradients are then added up at once"""
-        self.x, self.readers = x, readers
+    def __init__(self, x: Tensor, readers: int = 0, before: Link | None = None):
+        """readers: unless 0, how often relu(x) is read at most; its gradients are then added up at once;
+        before: the link whose result x is"""
+        self.x, self.readers, self.before = x, readers, before
         self.pools: dict[tuple, Tensor] = {}
 
     @cached_property
@@ -112,8 +114,8 @@ class State:
         """What the two convolutions of a FactorizedReduce read."""
         return next(self.relus)[:, :, ::2, ::2].clone(), next(self.relus)[:, :, 1::2, 1::2].clone()
 
-    def apply(self, link: Link, before: Link | None = None) -> Tensor:
-        """link(x). before: the link whose result x is"""
+    def apply(self, link: Link) -> Tensor:
+        """link(x) of a link that is no norm."""
         if type(link) is nn.ReLU:
             return next(self.relus)
         if type(link) is Halves:
@@ -123,33 +125,29 @@ class State:
             if key not in self.pools:
                 self.pools[key] = link(self.x)
             return self.pools[key]
-        if type(link) is nn.BatchNorm2d:
-            return normalise([self.x], [link])[0]
-        if is_1x1(link, 1) and type(before) is not nn.Conv2d:  # a separable convolution is cuDNN's
+        if is_1x1(link, 1) and type(self.before) is not nn.Conv2d:  # a separable convolution is cuDNN's
             return conv_1x1(self.x, link.weight)
         return link(self.x).contiguous(memory_format=torch.channels_last)
 
 
 def run_chains(states: Sequence[State], chains: Sequence[Sequence[Link]]) -> list[Tensor]:
     """Each chain's result from its state. Norms that several chains have come to are computed together."""
-    values = [state.apply(chain[0]) if chain else state.x for state, chain in zip(states, chains)]
-    places = [1] * len(chains)
+    states, left = [*states], [deque(chain) for chain in chains]
     while True:
         waiting: dict[tuple, list[int]] = {}  # for a norm, by what norms computed together have in common
-        for i, chain in enumerate(chains):
-            while places[i] < len(chain) and type(chain[places[i]]) is not nn.BatchNorm2d:
-                values[i] = State(values[i]).apply(chain[places[i]], chain[places[i] - 1])
-                places[i] += 1
-            if places[i] < len(chain):
-                key = values[i].shape, values[i].dtype, chain[places[i]].eps
-                waiting.setdefault(key, []).append(i)
+        for i, links in enumerate(left):
+            while links and type(links[0]) is not nn.BatchNorm2d:
+                link = links.popleft()
+                states[i] = State(states[i].apply(link), before=link)
+            if links:
+                x = states[i].x
+                waiting.setdefault((x.shape, x.dtype, links[0].eps), []).append(i)
         if not waiting:
-            return values
+            return [state.x for state in states]
         for together in waiting.values():
-            results = normalise([values[i] for i in together], [chains[i][places[i]] for i in together])
+            results = normalise([states[i].x for i in together], [left[i].popleft() for i in together])
             for i, result in zip(together, results):
-                values[i] = result
-                places[i] += 1
+                states[i] = State(result)
 
 
 class ReLU(torch.autograd.Function):

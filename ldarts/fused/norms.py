@@ -54,6 +54,7 @@ class Norms:
         The gradient by a z is Σ scale G over its terms + of_z[0] + of_z[1] z. grad_rstd_mean: that by 1/σ and
         μ of what else reads them, or None.
         """
+        # With gradients it is called for third derivatives alone.
         compute = norm_gradients_ref if torch.is_grad_enabled() else torch.ops.ldarts.norm_gradients
         gradients = compute(rstd_mean, p, grad_rstd_mean, sums, *self.numbers)
         return *gradients, None if beta is None else sums[:, 0].to(beta.dtype)

@@ -6,7 +6,6 @@ through a chain is recognised by its code, that of the functions below: an edite
 """
 import builtins
 import dis
-import functools
 import os
 import types
 import weakref
@@ -138,11 +137,9 @@ def drop_path_of(of_type: type) -> Callable | None:
     return getattr(getattr(of_type, "_edge", None), "__globals__", {}).get("drop_path")
 
 
-@functools.cache
-def known_forwards() -> dict[str, tuple]:
-    return {known.__name__: meaning(known)
-            for known in (block, factorized_reduce, zero, mixed_op, nas201_edge, cell, nas201_cell,
-                          derived_cell, derived_edge, derived_nas201_cell, drop_path)}
+KNOWN = {known.__name__: meaning(known)
+         for known in (block, factorized_reduce, zero, mixed_op, nas201_edge, cell, nas201_cell, derived_cell,
+                       derived_edge, derived_nas201_cell, drop_path)}
 
 
 class Unrecognised(Exception):
@@ -187,9 +184,9 @@ class Reader:
         if of_type is nn.Sequential:
             return "sequential"
         text = meaning(of_type.forward)
-        kind = next((name for name, known in known_forwards().items() if text == known), None)
+        kind = next((name for name, known in KNOWN.items() if text == known), None)
         if (kind is None or not calls_as_modules_do(of_type, own["_modules"])
-                or kind == "derived_cell" and meaning(of_type._edge) != known_forwards()["derived_edge"]):
+                or kind == "derived_cell" and meaning(of_type._edge) != KNOWN["derived_edge"]):
             raise Unrecognised(of_type.__name__)
         return kind
 
@@ -225,9 +222,8 @@ class Reader:
 
 def calls_as_modules_do(of_type: type, children: dict[str, nn.Module]) -> bool:
     """Whether a class calls forward, and finds its children, as nn.Module does."""
-    return (of_type.__call__ is nn.Module.__call__ and of_type._call_impl is nn.Module._call_impl
-            and of_type.__getattr__ is nn.Module.__getattr__
-            and of_type.__getattribute__ is object.__getattribute__
+    inherited = "__call__", "_call_impl", "__getattr__", "__getattribute__"
+    return (all(getattr(of_type, name) is getattr(nn.Module, name) for name in inherited)
             and not any(hasattr(of_type, name) for name in children))
 
 

@@ -35,18 +35,10 @@ class Pair(NamedTuple):
     norm: nn.BatchNorm2d
 
 
-class Separable(NamedTuple):
-    """What separable_convolutions computes."""
-
-    z: list[Tensor]  # of each pair [N, C, H, W], channels-last
-    coefficients: Tensor  # shift and scale of the inner norms, [those of no edge, 2, C] in float64
-    terms: dict[int, Terms]  # by the edge
-
-
 def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
     """The one or two pairs that norm(chain(x)) consists of, each behind a ReLU; [] for anything else."""
-    links = [*chain, norm]
-    if norm is None or len(links) not in (4, 8) or any(type(relu) is not nn.ReLU for relu in links[::4]):
+    links, types = [*chain, norm], [nn.ReLU, nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]
+    if [type(link) for link in links] not in (types, 2 * types):
         return []
     pairs = [Pair(*links[i + 1 : i + 4]) for i in range(0, len(links), 4)]
     return pairs if all(is_pair(*pair, norm, first=pair is pairs[0]) for pair in pairs) else []
@@ -54,12 +46,9 @@ def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
 
 def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
     """Whether the operators of csrc/separable.cpp compute these three. norm: that at the end of the chain."""
-    if not type(depthwise) is type(pointwise) is nn.Conv2d or type(inner) is not nn.BatchNorm2d:
-        return False
-    C, no_bias = depthwise.in_channels, depthwise.bias is None and pointwise.bias is None
+    C, no_bias = depthwise.groups, depthwise.bias is None and pointwise.bias is None
     square = all(len(set(getattr(depthwise, name))) == 1 for name in ("kernel_size", "stride", "dilation"))
     return (no_bias and square and depthwise.stride[0] in (1, 2)
-            and C == depthwise.groups == depthwise.out_channels == pointwise.out_channels
             and depthwise.padding_mode == "zeros" and (first or depthwise.stride == (1, 1))
             and pointwise.kernel_size == pointwise.stride == (1, 1) and pointwise.groups == 1
             and depthwise.weight.shape == (C, 1, *depthwise.kernel_size)
@@ -68,23 +57,25 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
 
 
 def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Sequence[Pair], p: Tensor,
-                           edges: Sequence[int]) -> Separable:
-    """x: one input [N, C, H, W] for all pairs, or one each; affine: [pairs, 2, C], b and s; None: 0 and 1.
+                           edges: Sequence[int]) -> tuple[list[Tensor], Tensor, dict[int, Terms]]:
+    """-> z of each pair [N, C, H, W], channels-last; shift and scale of the norms behind those of no edge,
+    [these, 2, C] in float64; the terms of each edge.
 
-    p: [pairs]; edges: of which edge each of the last pairs is a term, those of an edge side by side. Moves
-    the running statistics of the norms that track them, as BatchNorm2d does in training.
+    x: one input [N, C, H, W] for all pairs, or one each; affine: [pairs, 2, C], b and s; None: 0 and 1; p:
+    [pairs]; edges: of which edge each of the last pairs is a term, those of an edge side by side. Moves the
+    running statistics of the norms that track them, as BatchNorm2d does in training.
     """
     widths = Counter(edges)  # of each edge
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
     norms = [norm for _, _, norm in pairs]
-    weights = [conv.weight for convs in zip(*(pair[:2] for pair in pairs)) for conv in convs]
+    weights = [pair[k].weight for k in (0, 1) for pair in pairs]  # depthwise ones, pointwise ones
     inner, _, moments, coefficients, *tensors = SeparableConvolutions.apply(
         (stride, dilations), norms[0].eps, [*widths.values()], affine, *scale_shift_of(norms, p), *x,
         *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
     move_statistics(norms, range(len(norms)), moments, pixels(z[0]))
     of_edges = split(z[len(inner) :], widths.values())
-    return Separable(z, inner, dict(zip(widths, terms_of_edges(placeholders, of_edges, coefficients))))
+    return z, inner, dict(zip(widths, terms_of_edges(placeholders, of_edges, coefficients)))
 
 
 class SeparableConvolutions(torch.autograd.Function):

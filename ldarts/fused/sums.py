@@ -8,6 +8,7 @@ the two sums, a channel sum has ∂L/∂x = A + B y and ∂L/∂y = B x. So grad
 """
 import functools
 import itertools
+import math
 from typing import Any, Callable, Sequence
 
 import torch
@@ -138,14 +139,9 @@ def flat(t: Tensor, dense: torch.memory_format) -> Tensor:
     for sums over all of them."""
     t = t.contiguous(memory_format=dense)
     t = t.permute(0, 2, 3, 1) if dense is torch.channels_last else t
-    channels = power_of_two(t.numel(), 64)
-    images = power_of_two(t.numel() // channels, 8)
+    channels = math.gcd(t.numel(), 64)
+    images = math.gcd(t.numel() // channels, 8)
     return t.reshape(images, -1, 1, channels).permute(0, 3, 1, 2)
-
-
-def power_of_two(number: int, most: int) -> int:
-    """The largest that divides a number, up to `most`."""
-    return min(number & -number, most) if number else 1
 
 
 def dense_format(tensors: Sequence[Tensor]) -> torch.memory_format:
