@@ -24,10 +24,11 @@ from torch.utils.benchmark import timer
 from . import Architect, Network, SearchNetwork, genotypes
 from .architect import search_step, weight_step
 from .capture import Captured
-from .errors import progress
+from .errors import InputError, progress
 from .fused import run_plainly
 from .fused.sums import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, one_of, pick_device, script
+from .runs.arguments import COUNT, COUNT_OR_0
 
 STAGES = {"1": (64, 16, 32, 32), "2": (64, 32, 16, 16), "3": (64, 64, 8, 8)}  # shapes of terms
 # Ways to compute a step, and their memory format: two of plain PyTorch, and ours, in that of --memory_format.
@@ -39,13 +40,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     sums = commands.add_parser("mixed_sum", help="the weighted sum: fused, reference, compiled reference")
     sums.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    sums.add_argument("--terms", nargs="+", type=int, default=[7, 14, 35])
+    sums.add_argument("--terms", nargs="+", type=COUNT, default=[7, 14, 35])
     sums.add_argument("--layouts", nargs="+", choices=MEMORY_FORMATS, default=list(MEMORY_FORMATS))
     sums.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     sums.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
     step = commands.add_parser("step", help="a search step: seconds, peak memory, the costliest operations")
     step.add_argument("--search_space", default="darts")
-    step.add_argument("--layers", type=int, help="default 8, in nasbench201 5 a stage")
+    step.add_argument("--layers", type=COUNT, help="default 8, in nasbench201 5 a stage")
     step.add_argument("--unrolled", action="store_true")
     step.add_argument("--lambda_grad", type=one_of(("none", "central", "exact")), default="central")
     step.add_argument("--compare", dest="variant", action="store_const", const=None, default="ours",
@@ -53,18 +54,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     step.add_argument("--graph", action=argparse.BooleanOptionalAction, help="default: on a GPU, but for s4")
     train = commands.add_parser("eval", help="a training step of a derived network")
     train.add_argument("--arch", default="LAMBDA_DARTS")
-    train.add_argument("--layers", type=int, default=20)
+    train.add_argument("--layers", type=COUNT, default=20)
     train.add_argument("--compile", action="store_true", help="in comparisons for ours only")
     train.set_defaults(graph=False)
     names = ", ".join(VARIANTS)
     for command, batch_size, channels, variant in ((step, 16, 16, "ours"), (train, 96, 36, None)):
-        command.add_argument("--batch_size", type=int, default=batch_size)
-        command.add_argument("--init_channels", type=int, default=channels)
+        command.add_argument("--batch_size", type=COUNT, default=batch_size)
+        command.add_argument("--init_channels", type=COUNT, default=channels)
         command.add_argument("--memory_format", type=one_of(MEMORY_FORMATS), default="channels_last")
         command.add_argument("--amp", type=one_of(AMP), default="none", help="in comparisons for ours only")
         command.add_argument("--variant", type=one_of(VARIANTS), default=variant, help=f"one of {names}")
-        command.add_argument("--steps", type=int, default=3, help="timed steps, after a first one")
-        command.add_argument("--profile", type=int, default=10, help="operations to list, 0: none")
+        command.add_argument("--steps", type=COUNT, default=3, help="timed steps, after a first one")
+        command.add_argument("--profile", type=COUNT_OR_0, default=10, help="operations to list, 0: none")
     for command in (sums, step, train):
         command.add_argument("--device", default="auto")
         command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -92,14 +93,18 @@ def report(args: argparse.Namespace, name: str, rows: Iterable[dict[str, Any]], 
         print(" | ".join(map(shown, row.values())), flush=True)
 
 
-def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median seconds of each function's calls. They take turns; the first round is not counted."""
+def in_turn(functions: dict[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, float]:
+    """The median seconds of each function's calls. They take turns; the first round is not counted.
+
+    calls: in a turn, without waiting for the device in between: one short call is mostly its launch.
+    """
     times = {name: [] for name in functions}
     for _ in progress(range(rounds + 1), f"{', '.join(functions)}: round"):
         for name, function in functions.items():
             started = timer()  # waits for the device
-            function()
-            times[name].append(timer() - started)
+            for _ in range(calls):
+                function()
+            times[name].append((timer() - started) / calls)
     return {name: statistics.median(own_times[1:]) for name, own_times in times.items()}
 
 
@@ -141,7 +146,7 @@ def time_sums(args: argparse.Namespace, stage: str, count: int, layout: str, dty
     if not args.no_compile:
         torch.compiler.reset()
         functions["compiled"] = partial(run, torch.compile(mixed_sum_ref))
-    seconds = in_turn(functions, 15)
+    seconds = in_turn(functions, 15, calls=20 if args.device.type == "cuda" else 1)
     size = grad.numel() * grad.element_size()
     rate = (3 * count + 2 if backward else count + 1) * size / seconds["fused"]
     row = {"stage": stage, "terms": count, "layout": layout, "dtype": dtype, "phase": phase,
@@ -222,6 +227,8 @@ def bench_step(args: argparse.Namespace) -> None:
                 for variant, own in seconds.items()]
         return report(args, "variants", rows)
     on_gpu = args.device.type == "cuda"
+    if args.graph and not on_gpu:
+        raise InputError("--graph: needs a GPU; leave it out")
     graph = on_gpu and args.search_space != "s4" if args.graph is None else args.graph
     net, optimizers, steps = steps_of(args, args.variant)
     facts = {"graph": graph}

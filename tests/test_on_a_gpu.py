@@ -233,7 +233,8 @@ SEARCHES = {
     "s1, second order": ["--search_space", "s1", "--unrolled", "--deterministic"],
     "s2, exact": ["--search_space", "s2", "--unrolled", "--hessian", "exact", "--lambda_grad", "exact"],
     "s3, sign": ["--search_space", "s3", "--lambda_kind", "sign", "--memory_format", "contiguous"],
-    "s4, second order": ["--search_space", "s4", "--unrolled", "--cutout", "--deterministic"],
+    "s4, second order": ["--search_space", "s4", "--unrolled", "--cutout", "--cutout_length", "8",
+                         "--deterministic"],
     "nasbench201, random": ["--search_space", "nasbench201", "--layers", "1", "--lambda_grad", "random",
                             "--eigenvalue", "--deterministic"],
 }

@@ -43,24 +43,17 @@ def normalised_terms(edges: Sequence[Sequence[tuple[Tensor, nn.BatchNorm2d | Non
     places: dict[tuple[int, bool], int] = {}  # of each z, with and without a norm
     place_of_term = [places.setdefault((id(z), norm is None), len(places)) for z, norm in terms]
     zs = [*dict(zip(place_of_term, (z for z, _ in terms))).values()]
-    of_edges = split(place_of_term, [len(edge) for edge in edges])
-    behind = Norms(of_edges, [not plain for _, plain in places], pixels(zs[0]))
+    widths = [len(edge) for edge in edges]
+    behind = Norms(split(place_of_term, widths), [not plain for _, plain in places], pixels(zs[0]))
     eps = next((norm.eps for norm in norms if norm is not None), 0.0)
     _, moments, coefficients, *placeholders = NormalisedTerms.apply(
         behind, eps, *scale_shift_of(norms, p), *zs)
     move_statistics(norms, place_of_term, moments, behind.count)
-    return terms_of_edges(placeholders, [[z for z, _ in edge] for edge in edges], coefficients)
+    return [*map(Terms, placeholders, [[z for z, _ in edge] for edge in edges], coefficients.split(widths))]
 
 
 def no_sums(z: Tensor, rows: int = 0) -> Tensor:
     return z.new_zeros(rows, 2, z.shape[1], dtype=torch.float64)
-
-
-def terms_of_edges(placeholders: Sequence[Tensor], z: Sequence[Sequence[Tensor]],
-                   coefficients: Tensor) -> list[Terms]:
-    """z: of each edge; coefficients: of the terms of all edges"""
-    of_edges = coefficients.split([len(edge) for edge in z])
-    return [Terms(*edge) for edge in zip(placeholders, z, of_edges)]
 
 
 def node_sum(terms: Sequence[Terms], factors: Sequence[Tensor] | None = None) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .normalised_sum import (Terms, channels_last, derivatives, move_statistics, no_sums, pixels,
-                             scale_shift_of, terms_of_edges)
+                             scale_shift_of)
 from .norms import Norms
 from .sums import channel_sums, split
 
@@ -65,17 +65,17 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
     [pairs]; edges: of which edge each of the last pairs is a term, those of an edge side by side. Moves the
     running statistics of the norms that track them, as BatchNorm2d does in training.
     """
-    widths = Counter(edges)  # of each edge
+    counts = Counter(edges)
+    widths = [*counts.values()]
     stride, dilations = pairs[0][0].stride[0], [depthwise.dilation[0] for depthwise, _, _ in pairs]
     norms = [norm for _, _, norm in pairs]
     weights = [pair[k].weight for k in (0, 1) for pair in pairs]  # depthwise ones, pointwise ones
     inner, _, moments, coefficients, *tensors = SeparableConvolutions.apply(
-        (stride, dilations), norms[0].eps, [*widths.values()], affine, *scale_shift_of(norms, p), *x,
-        *weights)
+        (stride, dilations), norms[0].eps, widths, affine, *scale_shift_of(norms, p), *x, *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
     move_statistics(norms, range(len(norms)), moments, pixels(z[0]))
-    of_edges = split(z[len(inner) :], widths.values())
-    return z, inner, dict(zip(widths, terms_of_edges(placeholders, of_edges, coefficients)))
+    terms = map(Terms, placeholders, split(z[len(inner) :], widths), coefficients.split(widths))
+    return z, inner, dict(zip(counts, terms))
 
 
 class SeparableConvolutions(torch.autograd.Function):
@@ -118,10 +118,8 @@ class SeparableConvolutions(torch.autograd.Function):
 
 def asked_for(node: torch.autograd.graph.Node | None) -> bool:
     """Whether the running backward pass computes the gradient that goes to this node of the graph."""
-    if node is None:
-        return False
     try:
-        return torch._C._will_engine_execute_node(node)
+        return node is not None and torch._C._will_engine_execute_node(node)
     except RuntimeError:  # how it says that autograd.grad asks for a leaf
         return True
 
