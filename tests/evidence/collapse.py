@@ -173,9 +173,8 @@ def differences(searches: Searches, one: str, other: str, of: Callable[[Search],
     return [of(searches[one][seed]) - of(searches[other][seed]) for seed in sorted(pairs)]
 
 
-def tests_table(rows: dict[str, list[float]], corrected: bool) -> str:
-    """The tests of differences, by their names; no p before all seeds of all of them are there."""
-    complete = all(len(values) == PLANNED["DARTS"] for values in rows.values())
+def tests_table(rows: dict[str, list[float]], corrected: bool, complete: bool) -> str:
+    """The tests of differences, by their names. complete: whether all searches are there; no p before"""
     p_values = [sign_flip(values) if complete else math.nan for values in rows.values()]
     columns = [p_values, holm(p_values)] if corrected else [p_values]
     return table(["difference", "pairs", "mean ± deviation", "p", "p, Holm"][: 3 + len(columns)], [
@@ -202,9 +201,11 @@ def findings(searches: Searches) -> str:
 
     def ends(variant: str, of_variant: Seeds) -> list:
         collapsed = sum(skips(search) >= 5 for search in of_variant.values())
+        columns = [([value for search in of_variant.values() if (value := of(search)) is not None], digits)
+                   for of, digits in COLUMNS.values()]
         return [f"{len(of_variant)} of {PLANNED[variant]}", f"{collapsed} of {len(of_variant)}",
-                *(spread([value for search in of_variant.values() if (value := of(search)) is not None], digits)
-                  for of, digits in COLUMNS.values())]
+                *(spread(values, digits) + f" (of {len(values)})" * (0 < len(values) < len(of_variant))
+                  for values, digits in columns)]
 
     def cells(_, of_variant: Seeds) -> list:
         return [f"{accuracy(of_variant[seed]):.2f} ({skips(of_variant[seed])})" if seed in of_variant else ""
@@ -220,6 +221,7 @@ def findings(searches: Searches) -> str:
             for operation in nasbench201.OPERATIONS])
 
     seeds = sorted({seed for of_variant in searches.values() for seed in of_variant})
+    complete = {name: len(of_variant) for name, of_variant in searches.items()} == PLANNED
     text = "The regimes, plain DARTS:\n\n" + explored_table()
     text += f"\n{sum(map(len, searches.values()))} of {sum(PLANNED.values())} searches are finished.\n"
     text += "\nThe end of a search, mean ± deviation over the seeds:\n\n"
@@ -229,14 +231,14 @@ def findings(searches: Searches) -> str:
     for name, of in (("true accuracy, %", accuracy), ("skips", skips)):
         text += f"\nExact tests of the difference in {name}, paired by seed:\n\n"
         text += tests_table({f"{one} − {other}": differences(searches, one, other, of)
-                             for one, other in TESTED}, corrected=True)
-    text += "\nExact tests of what the paper explains collapse by:\n\n"
+                             for one, other in TESTED}, True, complete)
+    text += "\nTests of what the paper explains collapse by (the first is exact for a symmetric distribution):\n\n"
     text += tests_table({
         "DARTS: share of stage 3 − 1/3": [last_stage(search) - 1 / 3
                                           for search in searches.get("DARTS", {}).values()],
         "exact − DARTS: share of stage 3": differences(searches, "exact", "DARTS", last_stage),
         "exact − DARTS: gradient for skips, times 1000": differences(searches, "exact", "DARTS", skips_pull)},
-        corrected=False)
+        False, complete)
     text += "\nWho decides: the share of each stage's cells in the gradient by α:\n\n"
     text += by_variant([f"stage {stage}, {part} quarter" for part in ("first", "last")
                         for stage in (1, 2, 3)], stages)

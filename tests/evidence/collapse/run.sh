@@ -8,6 +8,7 @@
 # and its processor time. Finished searches are skipped and stopped ones resumed, so it can be killed and started
 # again. PYTHON in the environment: another interpreter than `python`.
 set -u
+[ $# -ge 4 ] || { echo "run.sh: use run.sh explore|compare A DATA OUT [N]" >&2; exit 2; }
 DATA=$(realpath "$3") OUT=$(realpath -m "$4")/$2 N=${5:-2}
 ROOT=$(realpath "$(dirname "$0")/../../..") PYTHON=${PYTHON:-python}
 EPOCHS=60
