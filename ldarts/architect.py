@@ -1,7 +1,8 @@
 """`Architect`: the gradients by α, and the gradient of Λ by the weights; `search_step`: a step along them."""
 import random
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
+from functools import partial
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Start(NamedTuple):
     """What a pass depends on besides w, see Architect.kept."""
 
     device: torch.device
-    generators: list  # see states_of_generators
+    generators: list[tuple[Callable, Any]]
     buffers: list[Tensor | None]  # copies
 
 
@@ -229,7 +230,7 @@ class Architect:
         return value
 
     @contextmanager
-    def kept(self, start: "Start | None" = None, values: Sequence[Tensor] | None = None,
+    def kept(self, start: Start | None = None, values: Sequence[Tensor] | None = None,
              grad: bool = False) -> Iterator[None]:
         """Within, passes leave the net as it was: batch norms track nothing, other buffers are copies.
 
@@ -239,9 +240,9 @@ class Architect:
         """
         w, tracking = self.weights, [norm for norm in self._norms if norm.track_running_stats]
         before = [p.data for p in w], self._own_buffers()
-        if start:
-            generators = states_of_generators(start.device)  # at the end as if the pass had drawn nothing
-            set_generators(start.device, start.generators)
+        drawn = generators(start.device) if start else []  # at the end as if the pass had drawn nothing
+        for restore, state in start.generators if start else []:
+            restore(state)
 
         def put(values, buffers, grad, track):
             for p, value in zip(w, values):
@@ -258,11 +259,11 @@ class Architect:
             yield
         finally:
             put(*before, True, True)
-            if start:
-                set_generators(start.device, generators)
+            for restore, state in drawn:
+                restore(state)
 
-    def _start(self, device: torch.device) -> "Start":
-        return Start(device, states_of_generators(device), copies(self._own_buffers()))
+    def _start(self, device: torch.device) -> Start:
+        return Start(device, generators(device), copies(self._own_buffers()))
 
     def _own_buffers(self) -> list[Tensor | None]:
         return [of_module[name] for of_module, name in self._buffers]
@@ -357,20 +358,14 @@ def full_float32() -> Iterator[None]:
             setattr(switch, name, value)
 
 
-def states_of_generators(device: torch.device) -> list:
-    """Of Python, NumPy, PyTorch and, unless a graph is captured, a GPU: a step that draws is not captured."""
-    states = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
-    on_gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-    return [*states, torch.cuda.get_rng_state(device)] if on_gpu else states
-
-
-def set_generators(device: torch.device, states: Sequence) -> None:
-    of_python, of_numpy, of_host, *of_gpu = states
-    random.setstate(of_python)
-    np.random.set_state(of_numpy)
-    torch.set_rng_state(of_host)
-    for state in of_gpu:
-        torch.cuda.set_rng_state(state, device)
+def generators(device: torch.device) -> list[tuple[Callable, Any]]:
+    """(restore, state) for the random generators of Python, NumPy, PyTorch and a GPU: restore(state)."""
+    states = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()),
+              (torch.set_rng_state, torch.get_rng_state())]
+    # A step that draws random numbers is not captured (capture.py).
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        states.append((partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)))
+    return states
 
 
 def copies(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
