@@ -17,8 +17,8 @@ class Captured:
     from call to call are inputs; learning rates are read from the optimizers. A graph holds addresses and
     numbers: if one has changed since the capture (a weight was frozen, its data replaced, inputs have another
     shape, an option or a momentum another value) the step is captured again. No parameter or buffer of net
-    may become another object. warn: called once, with a line, if a
-    capture fails; from then on step runs without a graph. Each call's result overwrites the one before.
+    may become another object. warn: called once, with a line, if a capture fails; from then on step runs
+    without a graph. Each call's result overwrites the one before.
     """
 
     def __init__(self, step: Callable[..., Any], net: nn.Module, optimizers: Sequence[torch.optim.Optimizer],

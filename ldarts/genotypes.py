@@ -138,8 +138,9 @@ def is_text(name: str) -> bool:
     return bool(re.match(r"\s*[\ufeff{|]", name) or re.search(r"Genotype\s*\(|~0\|\+", name))
 
 
-# `Genotype(…)`, with calls and tuples in it, and others in those.
-CALL = re.compile(r"\bGenotype\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
+# `Genotype(…)`, with calls and tuples in it, three deep; a call of range.
+CALL = re.compile(r"\bGenotype\s*\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)")
+RANGE = re.compile(r"range\(\s*(?:(\d+)\s*,\s*)?(\d+)\s*\)")
 
 
 def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
@@ -170,7 +171,7 @@ def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
 
 def arguments(call: str) -> dict[str, Any]:
     """The arguments of `Genotype(…)` by name; tuples and ranges become lists, as in JSON."""
-    call = re.sub(r"range\((\d+), *(\d+)\)", lambda m: str([*range(int(m[1]), int(m[2]))[:100]]), call)
+    call = RANGE.sub(lambda match: str([*range(int(match[1] or 0), int(match[2]))[:100]]), call)
     call = re.sub(r"\b(list|tuple)\(", "(", call)
     node = ast.parse(call, mode="eval").body
     by_name = dict(zip(Genotype._fields, node.args)) | {each.arg: each.value for each in node.keywords}

@@ -23,7 +23,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # PermissionError: on some NFS file systems
             file.seek(0)
-            used = f"{path.parent} is in use by {file.read(100).strip() or 'another process'}"
+            what = path.with_suffix("") if wait else path.parent  # what is made, or the folder of a run
+            used = f"{what} is in use by {file.read(100).strip() or 'another process'}"
             if not wait:
                 raise InputError(f"{used}: wait until it ends, or stop it") from error
             if os.environ.get("RANK", "0") == "0":

@@ -180,6 +180,19 @@ def test_a_pickle_reads_no_memory_of_others(labels, dtype, tmp_path):
     assert "test_batch: cannot be read" in load_error(tmp_path)
 
 
+def test_images_in_another_order_are_read_or_refused(tmp_path):
+    folder = write_cifar10(tmp_path / "cifar-10-batches-py")
+    expected = data.load("cifar10", tmp_path, "cpu")[1].images
+    batch = pickle.loads((folder / "test_batch").read_bytes(), encoding="bytes")
+    images = np.asarray(batch[b"data"], dtype=np.uint8)
+    for protocol in (2, 4, 5):
+        (folder / "test_batch").write_bytes(pickle.dumps(batch | {b"data": np.asfortranarray(images)}, protocol))
+        assert torch.equal(data.load("cifar10", tmp_path, "cpu")[1].images, expected)
+        by_pixel = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        (folder / "test_batch").write_bytes(pickle.dumps(batch | {b"data": by_pixel}, protocol))
+        assert "test_batch: cannot be read" in load_error(tmp_path)
+
+
 def test_missing_files_and_unknown_names(tmp_path):
     with pytest.raises(InputError, match="cifar10, cifar100, svhn, synthetic"):
         data.load("cifar", tmp_path, "cpu")

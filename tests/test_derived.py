@@ -43,7 +43,7 @@ FILES = {
 
 @pytest.mark.parametrize("name, cell", [
     (TEXT, CELL), (original(CELL, ""), CELL), (original(CELL, "list(range(2, 6))"), CELL),
-    (f"\n {TEXT}\n", CELL), (f"genotypes.{TEXT}", CELL), (to_json(CELL), CELL), ("\ufeff" + NO_CONCAT, CELL),
+    (f"\n {TEXT}\n", CELL), (original(CELL, "tuple(list(range( 2,\n 6 )))"), CELL), (f"genotypes.{TEXT}", CELL), (to_json(CELL), CELL), ("\ufeff" + NO_CONCAT, CELL),
     (f"Genotype({list(CELL.normal)}, [2, 3, 4, 5], {CELL.reduce}, range(2, 6))", CELL), (ARCH, ARCH),
     (json.dumps({"arch": ARCH}), ARCH), ("log.txt", CELL), ("log.txt/utf-16", CELL), ("201.log", ARCH),
     ("genotypes.py:V2", CELL), ("genotypes.py:BEST", CELL), ("genotypes.py:V1", PUBLISHED["DARTS_V1"]),

@@ -131,8 +131,9 @@ def test_a_transformed_sum_is_that_of_the_reference():
     for transform in (lambda f: torch.func.jvp(f, (weights,), (weights,))[1],
                       lambda f: torch.func.jacrev(f)(weights),
                       lambda f: torch.func.grad(lambda w: f(w).square().sum())(weights),
-                      lambda f: torch.func.vmap(f)(torch.stack([weights, 2 * weights]))):
-        found, expected = (transform(lambda w, f=f: f(w, terms)) for f in (mixed_sum, mixed_sum_ref))
+                      lambda f: torch.func.vmap(f)(torch.stack([weights, 2 * weights])),
+                      lambda f: torch.func.vmap(lambda t: f(weights, [t, t, t]))(torch.stack(terms))):
+        found, expected = (transform(lambda w, ts=terms, f=f: f(w, ts)) for f in (mixed_sum, mixed_sum_ref))
         torch.testing.assert_close(found, expected)
         assert float(found.abs().max()) > 0
 

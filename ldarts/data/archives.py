@@ -2,7 +2,6 @@
 
 Files from elsewhere run no code: the unpickler allows only arrays. Nothing is unpacked outside the folder.
 """
-import contextlib
 import hashlib
 import http.client
 import os
@@ -127,8 +126,11 @@ def unpack(archive: Path, folder: Path, source: Source) -> None:
                         shutil.copyfileobj(tar.extractfile(member), file)
             if not any(unpacked.iterdir()):
                 raise tarfile.TarError(f"it has no files {folder.name}/…")
-            with contextlib.suppress(OSError):  # without locks another process may have been faster
+            try:
                 os.rename(unpacked, folder)
+            except OSError:
+                if not folder.is_dir():  # made by another process, where there are no locks
+                    raise
     except Exception as error:  # damaged bytes raise many kinds
         if isinstance(error, OSError) and error.errno:  # of the disk: gzip's errors have no number
             raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); unpack it elsewhere and give "
@@ -148,16 +150,16 @@ class Recorded:
 
     def uint8(self) -> np.ndarray:
         """The array. Raises ValueError if it has another dtype."""
-        _, shape, dtype, _, content = self.state
+        _, shape, dtype, in_fortran_order, content = self.state
         if dtype.arguments[0] not in ("u1", b"u1"):
             raise ValueError("the images are not uint8")
-        return np.frombuffer(bytes(content), np.uint8).reshape(shape)
+        return np.frombuffer(bytes(content), np.uint8).reshape(shape, order="F" if in_fortran_order else "C")
 
 
 ALLOWED = {  # the names in a pickled array and what they stand for; NumPy 2 has numpy._core
     "numpy.ndarray": Recorded, "numpy.dtype": Recorded, "numpy.core.multiarray._reconstruct": Recorded,
     "numpy.core.numeric._frombuffer": lambda content, dtype, shape, order: Recorded(
-        1, shape, dtype, False, content),
+        1, shape, dtype, order == "F", content),
     "_codecs.encode": str.encode,
 }
 
@@ -194,7 +196,10 @@ def read_cifar(path: Path) -> tuple[np.ndarray, list[int]]:
     labels = by_name.get("fine_labels") or by_name["labels"]  # CIFAR-100 has coarse ones, too
     if {*map(type, labels)} != {int}:
         raise ValueError("the labels are not a list of integers")
-    return by_name["data"].uint8().reshape(len(labels), 3, 32, 32), labels
+    images = by_name["data"].uint8()
+    if images.shape != (len(labels), 3072):
+        raise ValueError(f"images of shape {images.shape} for {len(labels)} labels")
+    return images.reshape(-1, 3, 32, 32), labels
 
 
 def read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:

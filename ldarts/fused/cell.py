@@ -111,7 +111,7 @@ class CellPlan(Plan):
             return self.reader.chain(block)
         except Unrecognised as reason:
             self._leave(block, reason)
-            return [block.__call__]
+            return [lambda x: block(x)]
 
     def _operations_of(self, edge: int, module: nn.Module) -> tuple[list[Operation], list[ModuleTerm]]:
         """The recognised operations of an edge, and the others as terms of their modules."""

@@ -95,7 +95,8 @@ def check_terms(weights: Tensor, terms: Sequence[Tensor]) -> None:
             if getattr(term, name) != getattr(terms[0], name):
                 raise ValueError(f"mixed_sum: term {m} has {name} {getattr(term, name)}, "
                                  f"expected {getattr(terms[0], name)}")
-        formats = [f for f in formats if term.is_contiguous(memory_format=f)]
+        # Under torch.func a tensor may have no memory format to ask for.
+        formats = [f for f in formats if transformed() or term.is_contiguous(memory_format=f)]
         if not formats:
             expected = "contiguous or channels-last" if m == 0 else f"that of term 0, {terms[0].stride()}"
             raise ValueError(f"mixed_sum: term {m} has memory format of strides {term.stride()}, "

@@ -36,12 +36,13 @@ def one_of(names: Iterable[str]) -> Callable:
 
 def cell_name(name: str) -> str:
     """--arch: a path that exists, as an absolute one."""
-    path = os.path.abspath(os.path.expanduser(name))
-    return path if os.path.exists(path) and name not in genotypes.PUBLISHED else name
+    name = os.path.expanduser(name)  # in --arch=~/x the shell does not
+    return os.path.abspath(name) if os.path.exists(name) and name not in genotypes.PUBLISHED else name
 
 
 COUNT = checked(int, "a whole number from 1", lambda value: value >= 1)
 COUNT_OR_0 = checked(int, "a whole number from 0", lambda value: value >= 0)
+EVEN = checked(int, "an even number from 2", lambda value: value >= 2 and value % 2 == 0)
 SEED = checked(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 POSITIVE = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
 NUMBER = checked(float, "a number from 0", lambda value: 0 <= value < math.inf)
@@ -59,7 +60,7 @@ BOTH = [
     ("--seed", 0, SEED, "of all random numbers"),
     ("--momentum", 0.9, NUMBER, "of SGD"),
     ("--grad_clip", 5.0, POSITIVE, "largest norm of the weights' gradient"),
-    ("--cutout_length", 16, COUNT, "pixels a side of the square that cutout removes, an even number"),
+    ("--cutout_length", 16, EVEN, "pixels a side of the square that cutout removes"),
     ("--report_freq", 50, COUNT, "steps between two lines of the log"),
     ("--checkpoint_minutes", 10.0, NUMBER, "between two checkpoints within an epoch; 0: after every step"),
     ("--device", "auto", str.lower, "auto, cpu, cuda or cuda:N; auto is a GPU if there is one"),

@@ -43,8 +43,8 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
 
 def not_written(path: Path, error: OSError) -> InputError:
     begun = os.path.exists(path.parent / "config.json")
-    remedy = resume_flag(path.parent) if begun else "start again with another --save"
-    return InputError(f"{path}: cannot be written ({error.strerror}); correct that, then {remedy}")
+    remedy = f"; {resume_flag(path.parent)} continues the run" if begun else ", or choose another folder"
+    return InputError(f"{path}: cannot be written ({error.strerror}); correct that{remedy}")
 
 
 def resume_flag(folder: Path) -> str:

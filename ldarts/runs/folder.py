@@ -96,6 +96,10 @@ class Run:
         if self.writes:
             try:
                 print(line, flush=True)
+            except OSError as error:
+                raise InputError(f"standard output: cannot be written ({error.strerror}); correct that; "
+                                 f"{resume_flag(self.path)} continues the run") from error
+            try:
                 with open(self.path / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(f"{datetime.now():%m-%d %H:%M:%S} {line}\n")
             except OSError as error:
@@ -141,7 +145,7 @@ class Run:
             try:
                 json.dumps(value, allow_nan=False)
             except ValueError as error:
-                raise self._not_finite(f"{name} is {value} after", self.step) from error
+                raise self._not_finite(f"{name} is not finite after", self.step) from error
         self.history.append(values | {"seconds": round(time.perf_counter() - self.epoch_started, 3)})
         self._write_metrics()
         if self.board:
@@ -251,7 +255,7 @@ class Run:
             self.epoch_started -= float(state["seconds"])  # spent in this epoch before the stop
             self.meter.totals.copy_(state["meters"][self.processes.rank])
             self._write_metrics()  # without lines of epochs after the checkpoint
-            # False where the stop was between the last step of an epoch and its end.
+            # This warning is false where the run was stopped between the last step of an epoch and its end.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         except InputError:
             raise
