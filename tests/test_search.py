@@ -238,7 +238,13 @@ def test_passes_of_a_difference_draw_the_same_numbers_of_every_library():
         states.append((arch.lambda_grads((x, y % 3), "cosine", 1e-4, method)[2], random.random(),
                        numpy.random.rand(), float(torch.rand(1))))
     torch.testing.assert_close(*(flat(gradient) for gradient, *_ in states), rtol=1e-4, atol=1e-8)
-    assert states[0][1:] == states[1][1:]  # what follows does not repeat a pass
+    assert states[0][1:] == states[1][1:]
+    following = []  # what is drawn after a gradient does not repeat what its last passes have drawn
+    for hessian in ("exact", "central"):
+        runs.seed_everything(3)
+        arch.alpha_grads((x, y % 3), (x.flip(0), y % 3), 0.1, None, True, hessian)
+        following.append((random.random(), numpy.random.rand(), float(torch.rand(1))))
+    assert following[0] == following[1]
 
 
 def test_an_evaluation_reads_running_statistics_and_leaves_them():
