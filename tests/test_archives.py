@@ -168,16 +168,21 @@ def hostile(labels: str, dtype: str) -> bytes:
     def array(shape, name, content):
         return b"cnumpy\nndarray\n(" + pushed(shape) + types[name] + pushed(content) + b"tR"
 
-    images = array((1,) if dtype == "wide" else (1, 3072), dtype, bytes(8 if dtype == "wide" else 3072))
+    if dtype == "number":  # instead of bytes: bytes(10**13) would be ten terabytes
+        images = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + pushed((0,)) + pushed(b"b") + b"tR("
+                  + pushed(1) + pushed((1, 3072)) + u1 + pushed(False) + pushed(10**13) + b"tb")
+    else:
+        images = array((1,) if dtype == "wide" else (1, 3072), dtype, bytes(8 if dtype == "wide" else 3072))
     of_labels = array((1,), labels, b"A" * 8) if labels else pushed([1])
     return b"\x80\x04}(" + pushed(b"labels") + of_labels + pushed(b"data") + images + b"u."
 
 
-@pytest.mark.parametrize("labels, dtype", [("objects", "u1"), ("", "wide"), ("u1", "u1")])
+@pytest.mark.parametrize("labels, dtype", [("objects", "u1"), ("", "wide"), ("u1", "u1"), ("", "number")])
 def test_a_pickle_reads_no_memory_of_others(labels, dtype, tmp_path):
     folder = write_cifar10(tmp_path / "cifar-10-batches-py")
     (folder / "test_batch").write_bytes(hostile(labels, dtype))
-    assert "test_batch: cannot be read" in load_error(tmp_path)
+    assert "test_batch: cannot be read (" in (message := load_error(tmp_path))
+    assert dtype != "number" or "bytes-like object is required, not 'int'" in message
 
 
 def test_images_in_another_order_are_read_or_refused(tmp_path):

@@ -153,7 +153,7 @@ class Recorded:
         _, shape, dtype, in_fortran_order, content = self.state
         if dtype.arguments[0] not in ("u1", b"u1"):
             raise ValueError("the images are not uint8")
-        return np.frombuffer(bytes(content), np.uint8).reshape(shape, order="F" if in_fortran_order else "C")
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if in_fortran_order else "C")
 
 
 ALLOWED = {  # the names in a pickled array and what they stand for; NumPy 2 has numpy._core
