@@ -1,7 +1,6 @@
 """`Architect`: the gradients by α, and the gradient of Λ by the weights; `search_step`: a step along them."""
 import random
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -364,7 +363,8 @@ def generators(device: torch.device) -> list[tuple[Callable, Any]]:
               (torch.set_rng_state, torch.get_rng_state())]
     # A step that draws random numbers is not captured (capture.py).
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        states.append((partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)))
+        restore = lambda state: torch.cuda.set_rng_state(state, device)  # noqa: E731
+        states.append((restore, torch.cuda.get_rng_state(device)))
     return states
 
 
