@@ -205,7 +205,8 @@ def test_one_rank_downloads_the_archive(images, forks, tmp_path):
     argv = [*EVAL, "--data", "data", "--epochs", "1", "--batch_size", "6"]
     processes = pair(forks, folder, "train_eval.py", *argv, sabotage=forks.SlowArchive(content))
     assert [forks.finish(process) for process in processes] == [0, 0], printed(folder)
-    assert printed(folder).count("asked for") == 1 and printed(folder).count("ldarts: waiting") <= 1
+    assert printed(folder).count("asked for") == 1
+    assert printed(folder).count("ldarts: waiting") <= 2  # for the download, for the unpacking
     assert sorted(os.listdir(folder / "data")) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
 
 
