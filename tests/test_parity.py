@@ -64,6 +64,11 @@ def case(request, golden):
     return with_layout(golden(name), LAYOUTS[layout])
 
 
+@pytest.fixture(params=CASES)
+def in_engine(request, golden):
+    return with_layout(golden(request.param), LAYOUTS["engine"])
+
+
 def with_layout(case, layout):
     case.layout = layout
     return case
@@ -117,15 +122,17 @@ def test_lambda_gradient(case, prefix):
 
 
 @pytest.mark.parametrize("kind", ["cosine", "sign"])
-def test_exact_equals_central_at_a_small_radius(case, kind):
+def test_exact_equals_central_at_a_small_radius(in_engine, kind):
+    case = in_engine
     net, arch = supernet(case)
     exact, central = (arch.lambda_grads(batch(case, "train"), kind, epsilon, method)[2]
                       for method, epsilon in (("exact", 0.0), ("central", 1e-7)))
     assert relative(central, exact) < 1e-5
 
 
-def test_exact_second_order_equals_a_difference_at_a_small_radius(case):
+def test_exact_second_order_equals_a_difference_at_a_small_radius(in_engine):
     """The published radius crosses kinks of the ReLUs; 1e-7, in float64, does not."""
+    case = in_engine
     net, arch = supernet(case)
     arguments = batch(case, "train"), batch(case, "valid"), case.config["learning_rate"], None, True
     first = arch.alpha_grads(*arguments[:-1], False)
@@ -185,7 +192,7 @@ def test_three_steps(case):
     ids=str)
 def test_three_steps_notice_what_is_changed(changed, what, least, golden):
     """Another sign of Λ in the weights; w before α, and the first order, in α."""
-    case = with_layout(golden("s2_sign_unrolled"), torch.contiguous_format)
+    case = with_layout(golden("s2_sign_unrolled"), LAYOUTS["engine"])
     assert run_steps(case, **changed)[what] > least
 
 
