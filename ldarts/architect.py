@@ -1,6 +1,7 @@
 """`Architect`: the gradients by α, and the gradient of Λ by the weights; `search_step`: a step along them."""
 import random
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -341,20 +342,25 @@ def central_difference(gradient: Callable[[Tensor], Sequence[Tensor]], epsilon: 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within, convolutions of float32 on a GPU are not computed in TF32, PyTorch's default: its 10 bits are
-    fewer than a difference over ε₀ = 1e-4 needs, which would be that of two rounding errors."""
-    cudnn, before = torch.backends.cudnn, []
-    off = [(cudnn, "allow_tf32", False), *((of, "fp32_precision", "ieee") for of in (cudnn.conv, cudnn.rnn))]
-    for switch, name, _ in off:
-        with suppress(RuntimeError):  # the first, the old one, can't be read where the others say otherwise
-            before.append((switch, name, getattr(switch, name)))
-    for switch, name, value in off:
-        setattr(switch, name, value)
+    """Within, no product or convolution of float32 is computed in TF32 or bfloat16: 10 bits, as cuDNN's
+    convolutions have by default, are fewer than a difference over ε₀ = 1e-4 needs, which would be that of
+    two rounding errors."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    parts = torch.backends.cuda.matmul, mkldnn.matmul, mkldnn.conv, cudnn.conv, cudnn.rnn
+    attributes = [(cudnn, "allow_tf32", False), *((part, "fp32_precision", "ieee") for part in parts)]
+    switches = [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+                *((partial(getattr, *of), partial(setattr, *of), off) for *of, off in attributes)]
+    before = []
+    for read, write, _ in switches:
+        with suppress(RuntimeError):  # the old switches can't be read where the new ones say otherwise
+            before.append((write, read()))
+    for _, write, off in switches:
+        write(off)
     try:
         yield
     finally:
-        for switch, name, value in before:
-            setattr(switch, name, value)
+        for write, value in before:
+            write(value)
 
 
 def generators(device: torch.device) -> list[tuple[Callable, Any]]:

@@ -84,7 +84,7 @@ class Captured:
         before = {id(t): t.detach().clone() for t in self._state()}
         device = inputs[0].device
         random_numbers = torch.cuda.get_rng_state(device)
-        outside, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        outside, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         stream.wait_stream(outside)
         with torch.cuda.stream(stream):  # torch.cuda.graph does not leave its stream if a capture fails
             for _ in range(3):  # libraries choose and load their kernels, which a capture may not do

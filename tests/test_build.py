@@ -144,6 +144,13 @@ def test_nvcc_is_found_where_toolkits_lie(machine, monkeypatch, place):
     assert len(told(machine)) > 3 and all("/nvcc " in line for line in told(machine))
 
 
+def test_nvcc_uses_the_compiler_of_cxx(machine, monkeypatch):
+    nvcc(machine / "bin" / "nvcc")
+    monkeypatch.setenv("CXX", "ccache g++-13")
+    build.library("cuda")
+    assert len(told(machine)) > 3 and all("-ccbin g++-13 " in line for line in told(machine))
+
+
 @pytest.mark.parametrize("named, version, expected", [
     ("", "13.0", "sm_75 sm_80 sm_90 compute_90"), ("", "12.8", "sm_70 sm_75 sm_80 sm_90 compute_90"),
     ("8.0;9.0a+PTX", "13.0", "sm_80 sm_90a compute_90a"), ("8.0 8.6", "13.0", "sm_80 sm_86")])

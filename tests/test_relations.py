@@ -124,26 +124,42 @@ def test_gradients_have_the_layout_of_their_parameters(space, layout):
 
 
 class Tf32(TorchDispatchMode):
-    """Convolutions as a GPU computes them by default: of operands that are rounded to 10 bits."""
+    """Products and convolutions as a GPU computes them in TF32: of operands that are rounded to 10 bits."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        convolutions = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
-        if function.overloadpacket in convolutions and torch.backends.cudnn.conv.fp32_precision == "tf32":
-            args = [((arg.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+        aten, switch = torch.ops.aten, None
+        if function.overloadpacket in (aten.convolution, aten.convolution_backward):
+            switch = torch.backends.cudnn.conv
+        elif function.overloadpacket in (aten.mm, aten.addmm, aten.bmm):
+            switch = torch.backends.cuda.matmul
+        if switch and switch.fp32_precision == "tf32":
+            args = [((arg.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
                     if isinstance(arg, torch.Tensor) else arg for arg in args]
         return function(*args, **kwargs or {})
 
 
-def test_tf32_does_not_reach_the_passes_of_a_difference(monkeypatch):
-    """Else they differ by their rounding errors."""
-    monkeypatch.setattr("ldarts.fused.engine_supports", lambda x: False)
+@pytest.fixture
+def tf32_switches():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_tf32_does_not_reach_the_passes_of_a_difference(products, tf32_switches, monkeypatch):
+    """Else they differ by their rounding errors. As on a GPU: separable convolutions are convolutions, those of
+    one pixel are products, which some containers allow to be in TF32."""
+    monkeypatch.setattr("ldarts.fused.cell.groups_separable", lambda x: False)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, not products
     torch.manual_seed(0)
     net = ldarts.SearchNetwork(4, 10, 4, "s2")
     arch = ldarts.Architect(net, F.cross_entropy)
-    batch = torch.randn(8, 3, 16, 16), torch.arange(8)
+    x = torch.randn(8, 3, 16, 16).contiguous(memory_format=torch.channels_last)
 
     def by_w():
-        return torch.cat([t.flatten() for t in arch.lambda_grads(batch, "cosine", 1e-4, "central")[2]])
+        by_lambda = arch.lambda_grads((x, torch.arange(8)), "cosine", 1e-4, "central")[2]
+        return torch.cat([t.flatten() for t in by_lambda])
 
     expected = by_w()
     with Tf32():
@@ -156,18 +172,41 @@ def test_tf32_does_not_reach_the_passes_of_a_difference(monkeypatch):
     assert cosines[0] > 0.99 and cosines[1] < 0.2
 
 
-def test_the_switches_of_tf32_can_be_read_and_are_put_back():
-    cudnn = torch.backends.cudnn
+def switches() -> list:
+    """Their values. The old ones cannot be read where the new ones say otherwise."""
+    parts = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv,
+             torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    readers = [torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32]
+    values = [part.fp32_precision for part in parts]
+    for read in readers:
+        with contextlib.suppress(RuntimeError):
+            values.append(read())
+    return values
+
+
+def medium():
+    torch.set_float32_matmul_precision("medium")
+
+
+def old_products():
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def new_products():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def new_convolutions():
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # which makes the old switch unreadable
+
+
+@pytest.mark.parametrize("change", [None, medium, old_products, new_products, new_convolutions])
+def test_the_switches_of_tf32_can_be_read_and_are_put_back(change, tf32_switches):
+    if change:
+        change()
+    before = switches()
     with full_float32():
-        assert not cudnn.allow_tf32 and cudnn.conv.fp32_precision == "ieee"
-        with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # reads them all
+        assert switches() == [*["ieee"] * 5, "highest", False]
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # reads them
             pass
-    assert cudnn.allow_tf32 and cudnn.conv.fp32_precision == cudnn.rnn.fp32_precision == "tf32"
-    try:
-        cudnn.conv.fp32_precision = "ieee"  # which makes the old switch unreadable
-        with full_float32():
-            assert not cudnn.allow_tf32
-        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
-    finally:
-        cudnn.conv.fp32_precision = "tf32"
-        cudnn.allow_tf32 = True
+    assert switches() == before

@@ -1,7 +1,7 @@
 """ImageSet, which every data set but ImageNet becomes, and its batches: crop, flip and cutout on tensors.
 
-A batch depends on (seed, tag, epoch, step) alone, not on the device or the number of processes: one generator
-on the CPU draws all random numbers of an epoch, in tables over its images.
+A batch depends on (seed, tag, epoch, step) alone, but for rounding not on the device, nor on the number of
+processes: one generator on the CPU draws all random numbers of an epoch, in tables over its images.
 """
 import hashlib
 from typing import Iterator, NamedTuple, Sequence

@@ -202,7 +202,8 @@ def ninja() -> str:
 
 
 def nvcc() -> list[str]:
-    """The first nvcc of PyTorch's major CUDA version: in CUDA_HOME, on PATH, in USUAL_HOME, from pip."""
+    """The first nvcc of PyTorch's major CUDA version: in CUDA_HOME, on PATH, in USUAL_HOME, from pip; with the
+    compiler of CXX, if that is set: in "ccache g++" the last word."""
     if torch.version.cuda is None:
         raise BuildError(f"PyTorch {torch.__version__} is not one for CUDA", "Install PyTorch for CUDA")
     major = torch.version.cuda.split(".")[0]
@@ -215,7 +216,8 @@ def nvcc() -> list[str]:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace").stdout
         release = re.search(r"release (\d+)\.\d+", answer)
         if release and release[1] == major:
-            return [path]
+            own = shlex.split(os.environ.get("CXX", ""))[-1:]
+            return [path, *(["-ccbin", *own] if own else [])]
         others += f"; {path} is {release[0] if release else 'of unknown release'}"
     packages = " ".join(f"nvidia-{name}~={torch.version.cuda}.0" for name in PACKAGES)
     raise BuildError(f"no nvcc of CUDA {major}{others}", f"pip install {packages}" if int(major) > 12 else
