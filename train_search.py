@@ -44,8 +44,9 @@ def measure_cells(arch, probes, kind):
     by_cell = zip(zip(*by_batch), net.searched_cells())
     g = torch.stack([torch.stack(grads).mean(0) for grads, cell in by_cell if not cell.reduction])
     # g: [n, edges, ops]
-    values["cell_shares"] = cell_shares(g, torch.softmax(net.arch_parameters()[0].detach(), -1)).tolist()
-    by_edge = [*zip(chain(*net.primitives.normal), g.mean(0).flatten().tolist())]  # (operation, mean of g)
+    values["cell_shares"] = cell_shares(g, net.edge_weights()[0].detach()).tolist()
+    mean_g = g.mean(0).flatten().tolist()
+    by_edge = [*zip(chain(*net.primitives.normal), mean_g, strict=True)]  # (operation, mean of g)
     values["operation_grads"] = {op: fmean(grad for name, grad in by_edge if name == op)
                                  for op in dict.fromkeys(name for name, _ in by_edge)}
     return values
@@ -55,7 +56,7 @@ def measure_alphas(net, dataset):
     """What α says: values for a line of metrics.jsonl; skip connections are those of the normal cell."""
     genotype, alphas = net.genotype(), net.arch_parameters()
     in_201 = isinstance(genotype, str)
-    by_type = [torch.softmax(alpha.detach(), -1) for alpha in alphas]  # p [edges, ops], of any number of ops
+    by_type = [p.detach() for p in net.edge_weights()]  # p [edges, ops], of any number of ops
     entropy = torch.cat([torch.special.entr(p).sum(-1) for p in by_type])
     gini = torch.cat([1 - p.square().sum(-1) for p in by_type])  # 0 where p is saturated
     truth = {}

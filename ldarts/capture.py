@@ -16,14 +16,15 @@ class Captured:
     parameters and buffers of `net` and the state of `optimizers`, which starts as zeros. Numbers that change
     from call to call are inputs; learning rates are read from the optimizers. A graph holds addresses and
     numbers: if one has changed since the capture (a weight was frozen, its data replaced, inputs have another
-    shape, an option or a momentum another value) the step is captured again. No parameter or buffer of net
-    may become another object. warn: called once, with a line, if a capture fails; from then on step runs
-    without a graph. Each call's result overwrites the one before.
+    shape, an option, a momentum or a number that is an attribute of net itself another value) the step is
+    captured again. It does not see other numbers, nor that a parameter or buffer of net has become another
+    object. warn: called once, with a line, if a capture fails; from then on step runs without a graph. Each
+    call's result overwrites the one before.
     """
 
     def __init__(self, step: Callable[..., Any], net: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
                  warn: Callable[[str], object] = warnings.warn):
-        self.step, self.optimizers, self.warn = step, optimizers, warn
+        self.step, self.net, self.optimizers, self.warn = step, net, optimizers, warn
         self.net_tensors = [*net.parameters(), *net.buffers()]
         self.rates = self.held = self.graph = None
         self.failed = False
@@ -66,7 +67,8 @@ class Captured:
         groups = [{name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
                   for optimizer in self.optimizers for group in optimizer.param_groups]
         state = [(t.data_ptr(), t.requires_grad) for t in self._state()]
-        return state, groups, options, [(t.shape, t.dtype) for t in inputs]
+        numbers = [(name, value) for name, value in vars(self.net).items() if isinstance(value, (int, float))]
+        return state, groups, numbers, options, [(t.shape, t.dtype) for t in inputs]
 
     def _state(self) -> list[Tensor]:
         """The tensors that a step may change."""

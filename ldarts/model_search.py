@@ -149,9 +149,13 @@ class SearchNetwork(nn.Module):
         """The cells that α weighs, in order."""
         return [cell for cell in self.cells if isinstance(cell, (Cell, NAS201Cell))]
 
+    def edge_weights(self) -> list[Tensor]:
+        """p = softmax(α), [edges, ops] of each type of cell, for the cells, the genotype and the metrics."""
+        return [F.softmax(alpha, dim=-1) for alpha in self.arch_parameters()]
+
     def cell_weights(self) -> list[Tensor]:
-        """p = softmax(α), [edges, ops] for each searched cell; cells of one type share one tensor."""
-        p = [F.softmax(alpha, dim=-1) for alpha in self.arch_parameters()]
+        """p, [edges, ops] for each searched cell; cells of one type share one tensor."""
+        p = self.edge_weights()
         return [p[cell.reduction] for cell in self.searched_cells()]
 
     def forward(self, x: Tensor, cell_weights: Sequence[Tensor] | None = None) -> Tensor:
@@ -174,10 +178,11 @@ class SearchNetwork(nn.Module):
     def genotype(self) -> Genotype | str:
         """The strongest operation but `none` of the two strongest edges into each node; in nasbench201 the
         strongest of every edge, as the benchmark's arch string."""
-        p = [F.softmax(alpha.detach(), dim=-1).tolist() for alpha in self.arch_parameters()]
+        p = [of_type.tolist() for of_type in self.edge_weights()]
         if self.space == "nasbench201":
-            return ARCH.format(*(strongest(*edge)[1] for edge in zip(p[0], self.primitives.normal)))
-        normal, reduce = (derive(*of_type) for of_type in zip(p, self.primitives))
+            return ARCH.format(*(strongest(*edge)[1]
+                                 for edge in zip(p[0], self.primitives.normal, strict=True)))
+        normal, reduce = (derive(*of_type) for of_type in zip(p, self.primitives, strict=True))
         return Genotype(normal, (2, 3, 4, 5), reduce, (2, 3, 4, 5))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
@@ -200,12 +205,12 @@ class SearchNetwork(nn.Module):
 
 def strongest(p: Sequence[float], names: Sequence[str], excluded: str = "") -> tuple[float, str]:
     """The largest p of an edge, and its operation."""
-    return max((pair for pair in zip(p, names) if pair[1] != excluded), key=lambda pair: pair[0])
+    return max((pair for pair in zip(p, names, strict=True) if pair[1] != excluded), key=lambda pair: pair[0])
 
 
 def derive(p: Sequence[Sequence[float]], primitives: Sequence[Sequence[str]]) -> tuple[tuple[str, int], ...]:
     """Two (operation, input state) for each node of a cell, the stronger edge first. p: [edges, ops]"""
-    edges, chosen = list(zip(p, primitives)), []
+    edges, chosen = list(zip(p, primitives, strict=True)), []
     while edges:
         states = 2 + len(chosen) // 2  # those before this node, each with an edge into it
         best = [strongest(*edge, excluded="none") for edge in edges[:states]]

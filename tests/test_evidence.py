@@ -71,6 +71,9 @@ def test_the_eigenvalue_is_that_of_the_whole_hessian():
     assert found == pytest.approx(float(eigenvalues[eigenvalues.abs().argmax()]), rel=0.05)
     arch.average = lambda tensors: [2 * t for t in tensors]
     assert arch.alpha_eigenvalue(double(batch()), 30, 0.0) == pytest.approx(2 * found)
+    for alpha in arch.net.arch_parameters():
+        alpha.requires_grad_(False)
+    assert arch.alpha_eigenvalue(double(batch())) == 0
 
 
 def drawn(monkeypatch, draw, *what) -> list:

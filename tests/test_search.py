@@ -174,6 +174,38 @@ def test_what_an_epoch_says_of_cells_and_of_alpha():
     assert values["true_cifar10"] == nasbench201.look_up(cell, "cifar10").cifar10
 
 
+class MaskedNetwork(ldarts.SearchNetwork):
+    """A fork's weights of the operations: a sigmoid, without the first skip connection."""
+
+    def edge_weights(self):
+        p = [alpha.sigmoid() for alpha in self.arch_parameters()]
+        return [torch.cat([torch.cat([of_type[:1, :1] * 0, of_type[:1, 1:]], 1), of_type[1:]]) for of_type in p]
+
+
+def test_the_cells_the_genotype_and_the_metrics_read_one_p():
+    torch.manual_seed(0)
+    net = MaskedNetwork(4, 10, 4, "s2").double()
+    with torch.no_grad():
+        net.alphas_normal[:, 0] = 5.0  # skip_connect
+    expected = net.edge_weights()[0]
+    assert torch.equal(net.cell_weights()[0], expected) and float(expected.detach()[0, 0]) == 0
+    assert net.genotype().normal == (("skip_connect", 1), ("sep_conv_3x3", 0),
+                                     *(("skip_connect", j) for _ in range(3) for j in (0, 1)))
+    of_reduce = net.edge_weights()[1]
+    gini = torch.cat([1 - p.square().sum(-1) for p in (expected, of_reduce)]).mean()
+    assert train_search.measure_alphas(net, "cifar10")["gini"] == pytest.approx(float(gini))
+
+
+def test_alphas_that_do_not_fit_the_operations_give_no_genotype():
+    net = make("s2")[0]
+    net._parameters["alphas_normal"] = torch.nn.Parameter(torch.zeros(14, 1))  # of an operation that is gone
+    with pytest.raises(ValueError, match="longer"):
+        net.genotype()
+    net._alpha_names = 2 * net._alpha_names  # α for each cell
+    with pytest.raises(ValueError):
+        net.genotype()
+
+
 def test_an_operation_that_the_benchmark_lacks_is_searched_without_a_true_accuracy(monkeypatch):
     edges = (("none", "sep_conv_3x3"),) * 6
     monkeypatch.setitem(spaces.SPACES, "nasbench201", spaces.Space(edges, ()))

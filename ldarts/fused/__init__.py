@@ -16,7 +16,6 @@ from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -32,12 +31,13 @@ __all__ = ["Engine", "compiled_for", "engine_supports", "mixed_sum"]
 
 def engine_supports(x: Tensor) -> bool:
     """Whether the engine may compute a pass that reads x. Not where somebody watches or transforms every call
-    of PyTorch: global hooks and patches, tracing and export, torch.func, forward mode, autocast on a CPU.
+    of PyTorch: another type of tensor, global hooks and patches, tracing and export, torch.func, forward mode,
+    autocast on a CPU.
 
     FlopCounterMode hooks all modules, so it counts the plain form. A dispatch mode without hooks sees the
     engine's operators instead of PyTorch's: use LDARTS_FUSED=off with it.
     """
-    return (not isinstance(x, FakeTensor) and compiled_for(x.device.type) and is_unwatched()
+    return (type(x) in (Tensor, nn.Parameter) and compiled_for(x.device.type) and is_unwatched()
             and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
             and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not transformed()
             and not (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")))

@@ -64,7 +64,7 @@ def hindrance(part: str) -> str:
     except Exception as error:  # a build fails in more ways than can be listed
         remedy = getattr(error, "remedy", f"Delete {cache()} to compile again")
         reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
-        device = " for CUDA" if part == "cuda" else ""  # the CPU's library has the operators of both
+        device = " for CUDA" if part == "cuda" else ""  # the library for CPUs has the operators of both
         warnings.warn(f"ldarts: no fused operators{device} ({reason}); the slower plain form runs. {remedy}; "
                       "LDARTS_FUSED=off chooses it without this warning", stacklevel=4)
         return reason
@@ -202,8 +202,8 @@ def ninja() -> str:
 
 
 def nvcc() -> list[str]:
-    """The first nvcc of PyTorch's major CUDA version: in CUDA_HOME, on PATH, in USUAL_HOME, from pip; with the
-    compiler of CXX, if that is set: in "ccache g++" the last word."""
+    """The first nvcc of PyTorch's major CUDA version: in CUDA_HOME, on PATH, in USUAL_HOME, from pip; with
+    the compiler of CXX, if that is set: in "ccache g++" the last word."""
     if torch.version.cuda is None:
         raise BuildError(f"PyTorch {torch.__version__} is not one for CUDA", "Install PyTorch for CUDA")
     major = torch.version.cuda.split(".")[0]
