@@ -37,7 +37,7 @@ class Architect:
     """Computes gradients, and steps α with Adam.
 
     net: the supernet, or another network with arch_parameters(), weight_parameters(), cell_weights(),
-    searched_cells(), of which Λ leaves out those that say `reduction`, and forward(x, cell_weights) -> logits;
+    searched_cells() (Λ leaves out a cell whose `reduction` is true) and forward(x, cell_weights) -> logits;
     criterion: (logits, y) -> scalar loss; lr, betas, weight_decay, eps: of Adam on α;
     w_momentum, w_weight_decay: those of the SGD on w, which the unrolled step imitates; average: tensors ->
     their means over the processes. A gradient is averaged before anything that is not linear in it: results,
@@ -194,7 +194,8 @@ class Architect:
     def alignment(self, grads: Sequence[Tensor], kind: str) -> tuple[Tensor, list[Tensor | None]]:
         """Λ over normal cells and u_l = ∂Λ/∂g_l, None for reductions. grads: g_l of every searched cell."""
         leaves = [g.detach().requires_grad_() for g in grads]
-        normal = [g for g, cell in zip(leaves, self.net.searched_cells()) if not getattr(cell, "reduction", False)]
+        normal = [g for g, cell in zip(leaves, self.net.searched_cells())
+                  if not getattr(cell, "reduction", False)]
         value = layer_alignment(normal, kind)
         return value.detach(), list(torch.autograd.grad(value, leaves, allow_unused=True))
 

@@ -1,6 +1,7 @@
 """What shows results: studies, pictures, NAS-Bench-201's file."""
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -249,11 +250,14 @@ def test_the_first_command_is_what_the_evidence_says():
     assert found["command"] == f"python train_search.py {DEMO}"
 
 
-def test_rows_of_the_findings_stand_in_their_tables():
-    """Every row that the README of the evidence quotes from a study stands in the study's tables."""
+def test_rows_and_means_of_the_findings_stand_in_their_tables():
+    """What the README of the evidence quotes from the studies: rows, and every mean ± deviation."""
     text = (Path(__file__).parent / "evidence/README.md").read_text()
     sections = {section.split("\n")[0]: section for section in text.split("\n## ")}
     findings = sections["Does Λ prevent collapse?"] + sections["Does the gradient of Λ raise Λ?"]
-    rows = [line for line in findings.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
-    there = {line for path in TABLES for line in path.read_text().splitlines()}
-    assert len(rows) > 20 and not set(rows) - there
+    tables = "\n".join(path.read_text() for path in TABLES)
+    names = {line.split("|")[1] for line in tables.splitlines() if line.startswith("| ")} - {" variant "}
+    rows = [line for line in findings.splitlines() if line.startswith("| ") and line.split("|")[1] in names]
+    assert len(rows) > 15 and not set(rows) - set(tables.splitlines())
+    means = set(re.findall(r"[\d.]+ ± [\d.]*\d", findings))
+    assert len(means) > 60 and not means - set(re.findall(r"[\d.]+ ± [\d.]*\d", tables))

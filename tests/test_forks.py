@@ -328,7 +328,8 @@ CHANGES = {  # what a fork does -> the space, the change
     "another stem": ("s3", lambda net: net.stem.append(nn.Hardtanh())),
 }
 DERIVED_CHANGES = {  # of a derived network -> the cell, the change
-    **{f"nothing, {name}": (name, random_norms) for name in ("LAMBDA_DARTS", "NASNet", "AmoebaNet", "201")},
+    **{f"nothing, {name}": (name, random_norms)
+       for name in ("LAMBDA_DARTS", "NASNet", "AmoebaNet", "ImageNet", "201")},
     "SiLU": ("DARTS", lambda net: replace(net, nn.ReLU, lambda old: nn.SiLU())),
     "group norms": ("DARTS", lambda net: replace_norms(net, partial(nn.GroupNorm, 2))),
     "norms without γ and β": ("DARTS", lambda net: replace_norms(net, partial(nn.BatchNorm2d, affine=False))),
@@ -358,9 +359,9 @@ DERIVED_CHANGES = {  # of a derived network -> the cell, the change
 }
 
 
-def images(seed):
+def images(seed, size=8):
     torch.manual_seed(seed)
-    return torch.randn(3, 3, 8, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    return torch.randn(3, 3, size, size, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
 
 
 def changed_network(space, change, layers=3):
@@ -370,10 +371,12 @@ def changed_network(space, change, layers=3):
     elif space == "201":
         net = ldarts.NetworkNAS201(4, 10, 1, "|nor_conv_3x3~0|+|none~0|skip_connect~1|+"
                                              "|avg_pool_3x3~0|nor_conv_1x1~1|nor_conv_3x3~2|")
+    elif space == "ImageNet":
+        net = ldarts.NetworkImageNet(4, 10, layers, False, genotypes.load("DARTS"))
     else:
         net = ldarts.Network(4, 10, layers, False, genotypes.load(space))
     net.double().to(memory_format=torch.channels_last)
-    net(images(1))  # the engine has planned it before
+    net(images(1, 64 if space == "ImageNet" else 8))  # the engine has planned it before
     torch.manual_seed(2)
     change(net)
     return net
@@ -382,7 +385,8 @@ def changed_network(space, change, layers=3):
 def computed(net, layout):
     """Outputs, gradients, their gradients and statistics of a training pass; the output in evaluation."""
     net = net.to(memory_format=layout)
-    x, y = images(3).contiguous(memory_format=layout), torch.tensor([1, 2, 3])
+    x = images(3, 64 if isinstance(net, ldarts.NetworkImageNet) else 8).contiguous(memory_format=layout)
+    y = torch.tensor([1, 2, 3])
     if isinstance(net, ldarts.SearchNetwork):
         w = [p for p in net.weight_parameters() if p.requires_grad]
         p = [q.detach().clone().requires_grad_() for q in net.cell_weights()]

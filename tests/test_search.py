@@ -363,8 +363,6 @@ class OwnSupernet(torch.nn.Module):
         super().__init__()
         self.cells = torch.nn.ModuleList(torch.nn.ModuleList(
             torch.nn.Conv2d(3, 3, size, padding="same") for size in (1, 3)) for _ in range(2))
-        for cell in self.cells:
-            cell.reduction = False
         self.alpha = torch.nn.Parameter(torch.zeros(1, 2))
 
     def arch_parameters(self):

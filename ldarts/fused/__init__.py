@@ -31,8 +31,8 @@ __all__ = ["Engine", "compiled_for", "engine_supports", "mixed_sum"]
 
 def engine_supports(x: Tensor) -> bool:
     """Whether the engine may compute a pass that reads x. Not where somebody watches or transforms every call
-    of PyTorch: another type of tensor, global hooks and patches, tracing and export, torch.func, forward mode,
-    autocast on a CPU.
+    of PyTorch: other types of tensors, global hooks and patches, tracing and export, torch.func, forward
+    mode, autocast on a CPU.
 
     FlopCounterMode hooks all modules, so it counts the plain form. A dispatch mode without hooks sees the
     engine's operators instead of PyTorch's: use LDARTS_FUSED=off with it.
