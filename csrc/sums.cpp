@@ -186,10 +186,14 @@ void add_channel_sums(const T* x, const T* y, int64_t size, int64_t C, double* s
       typename L::Acc part[2][V];
       sum.store(part[0]);
       product.store(part[1]);
-      for (int64_t v = 0; v < V; ++v) {
-        const int64_t c = (place + v) % C;
-        add_shifted_sums(part[0][v], part[1][v], shift[v], x == y ? whole : 0, sums[c], sums[C + c]);
-      }
+      const int64_t count = x == y ? whole : 0, first = place % C;
+      auto add = [&](int64_t v, int64_t c) {
+        add_shifted_sums(part[0][v], part[1][v], shift[v], count, sums[c], sums[C + c]);
+      };
+      if (first + V <= C)  // a loop that the compiler makes vectors of
+        for (int64_t v = 0; v < V; ++v) add(v, first + v);
+      else
+        for (int64_t v = 0; v < V; ++v) add(v, (first + v) % C);
       for (; whole < kRun && i < size; ++whole, i += pattern)  // less than a vector, at the end
         for (int64_t v = 0; i + v < size; ++v) {
           const int64_t c = (place + v) % C;
