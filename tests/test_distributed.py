@@ -168,14 +168,14 @@ def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
     assert_same_bits(folder, whole)
 
 
-def pair(forks, folder, script, *argv, **options):
-    """Two ranks as torchrun would start them, without its seconds of start."""
+def pair(forks, folder, script, *argv, own=([], []), **options):
+    """Two ranks as torchrun would start them, without its seconds of start. own: more arguments of each"""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [forks.start(folder, script, *argv, env={"RANK": str(rank), "LOCAL_RANK": str(rank), **shared},
-                        **options) for rank in range(2)]
+    return [forks.start(folder, script, *argv, *own[rank], **options,
+                        env={"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}) for rank in range(2)]
 
 
 def test_two_processes_evaluate_and_continue_to_the_same_bits(images, forks):
@@ -197,6 +197,17 @@ def test_two_processes_evaluate_and_continue_to_the_same_bits(images, forks):
     processes = pair(forks, whole, "train_eval.py", *EVAL, "--evaluate", "runs/one/checkpoint.pt")
     assert [forks.finish(process) for process in processes] == [0, 0], printed(whole)
     assert printed(whole).count("checkpoint.pt on cifar10: test loss") == 1  # by one of them
+
+
+def test_ranks_with_other_arguments_or_images_do_not_start(images, forks, tmp_path_factory):
+    folder, other = images / "differing", write_images(tmp_path_factory.mktemp("other"))
+    folder.mkdir()
+    batch = other / "cifar-10-batches-py/data_batch_1"
+    shutil.copy(batch.with_name("data_batch_2"), batch)
+    processes = pair(forks, folder, "train_search.py", *SEARCH, own=[
+        ["--seed", "1", "--data", images], ["--seed", "2", "--report_freq", "2", "--data", other]])
+    assert [forks.finish(process, 60) for process in processes] == [2, 2], printed(folder)
+    assert printed(folder).count("differ in seed, report_freq, images:") == 2 and not list(folder.iterdir())
 
 
 def test_one_rank_downloads_the_archive(images, forks, tmp_path):

@@ -1,5 +1,6 @@
 """The run folder: configuration, log, metrics and checkpoints."""
 import argparse
+import hashlib
 import json
 import os
 import secrets
@@ -24,6 +25,7 @@ from .files import (CHECKPOINT, PREVIOUS, load_newest, not_written, read_config,
 from .machine import origin, seed_everything
 
 NEVER = 2**62  # larger than any step
+OWN = ("arch", "data", "device", "resume", "workers")  # arguments that may differ from process to process
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
 
@@ -56,7 +58,15 @@ class Run:
         self.steps_taken = 0  # by this process
         self.signal_number = 0  # of the last signal to stop, 0 for none
         self.board = None
-        started, mark = processes.largest(int(time.time()), secrets.randbelow(16**6))  # the same on all ranks
+        # With several nodes a command is typed on each, and each may have its own copy of the images.
+        same = {name: value for name, value in vars(args).items() if name not in OWN}
+        same |= {"images": self.data, "kind of device": processes.device.type, **self.carried}
+        digests = [int(hashlib.sha256(repr(value).encode()).hexdigest()[:15], 16) for value in same.values()]
+        started, mark, *agreed = processes.largest(int(time.time()), secrets.randbelow(16**6), *digests,
+                                                   *(-digest for digest in digests))
+        if differing := [name for name, largest, smallest in zip(same, agreed, agreed[len(same) :])
+                         if largest != -smallest]:
+            raise InputError(f"the processes differ in {', '.join(differing)}: give all of them the same")
         name = args.save or f"{kind}-{datetime.fromtimestamp(started):%Y%m%d-%H%M%S}-{mark:06x}"
         self.path = Path(args.resume or Path("runs", name))
 
