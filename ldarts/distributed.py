@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import progress
+from .errors import InputError, progress
 
 
 class Processes:
@@ -21,14 +21,18 @@ class Processes:
     """
 
     def __init__(self, device: torch.device):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0)) if self.world > 1 else 0
         self.device = device
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             # The timeout is for a rank that hangs; one that dies is noticed at once.
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            try:
+                dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            except ValueError as error:  # a variable is missing
+                raise InputError(f"{error}: start with torchrun, or unset WORLD_SIZE") from error
 
     def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each tensor's mean over the processes, by one exchange (one dtype, one device); alone, itself."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import ranks
-from ldarts import layer_alignment
+from ldarts import InputError, layer_alignment
 from ldarts.distributed import Processes
 from test_archives import packed_cifar10
 from test_faults import COMMON, EVAL, assert_same_bits, printed, reached, write_images
@@ -144,6 +144,15 @@ def test_nothing_is_exchanged_of_no_tensors():
     processes.world = 2
     assert processes.average([]) == []
     processes.take_from_first([torch.zeros(1, dtype=torch.int64)])
+
+
+def test_a_part_of_the_environment_of_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # left over: alone, it has to take all images and to write the files
+    assert Processes(torch.device("cpu")).rank == 0
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="variable RANK expected, but not set: start with torchrun"):
+        Processes(torch.device("cpu"))
 
 
 # ---- the scripts
