@@ -247,14 +247,14 @@ class Run:
         if damage and self.writes:  # move the file away, or the next save would make it the previous one
             os.replace(self.path / CHECKPOINT, self.path / "checkpoint.damaged.pt")
             self.log(f"warning: {damage}; using {self.path / PREVIOUS}")
-        if state is None:
-            self.log(f"{self.path}: no checkpoint yet; from the beginning")
-            return
         where = self.path / CHECKPOINT
         try:
-            if (world := state["processes"]) != self.processes.world:
-                raise InputError(f"{where}: written by {world} processes, not {self.processes.world}; "
+            if (world := (state or read_config(self.path))["processes"]) != self.processes.world:
+                raise InputError(f"{self.path}: written by {world} processes, not {self.processes.world}; "
                                  f"start {world} of them with torchrun")
+            if state is None:
+                self.log(f"{self.path}: no checkpoint yet; from the beginning")
+                return
             if (data := state["data"]) != self.data:
                 raise InputError(f"{where}: the run was started on {described(data)}, --data "
                                  f"{self.args.data} holds {described(self.data)}; give the same images")
