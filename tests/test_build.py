@@ -146,7 +146,7 @@ def test_nvcc_is_found_where_toolkits_lie(machine, monkeypatch, place):
 
 def test_nvcc_uses_the_compiler_of_cxx(machine, monkeypatch):
     nvcc(machine / "bin" / "nvcc")
-    monkeypatch.setenv("CXX", "ccache g++-13")
+    monkeypatch.setenv("CXX", "ccache g++-13 -pthread -m64")
     build.library("cuda")
     assert len(told(machine)) > 3 and all("-ccbin g++-13 " in line for line in told(machine))
 

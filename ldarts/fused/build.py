@@ -203,7 +203,7 @@ def ninja() -> str:
 
 def nvcc() -> list[str]:
     """The first nvcc of PyTorch's major CUDA version: in CUDA_HOME, on PATH, in USUAL_HOME, from pip; with
-    the compiler of CXX, if that is set: in "ccache g++" the last word."""
+    the compiler of CXX, if that is set: in "ccache g++ -m64" the last word before its flags."""
     if torch.version.cuda is None:
         raise BuildError(f"PyTorch {torch.__version__} is not one for CUDA", "Install PyTorch for CUDA")
     major = torch.version.cuda.split(".")[0]
@@ -216,7 +216,7 @@ def nvcc() -> list[str]:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace").stdout
         release = re.search(r"release (\d+)\.\d+", answer)
         if release and release[1] == major:
-            own = shlex.split(os.environ.get("CXX", ""))[-1:]
+            own = shlex.split(re.split(r"\s-", os.environ.get("CXX", ""))[0])[-1:]
             return [path, *(["-ccbin", *own] if own else [])]
         others += f"; {path} is {release[0] if release else 'of unknown release'}"
     packages = " ".join(f"nvidia-{name}~={torch.version.cuda}.0" for name in PACKAGES)
