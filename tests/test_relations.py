@@ -146,7 +146,8 @@ def tf32_switches():
     torch.backends.cudnn.allow_tf32 = True
 
 
-@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("products", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not compiled_for("cpu"), reason="only the engine has products"))])
 def test_tf32_does_not_reach_the_passes_of_a_difference(products, tf32_switches, monkeypatch):
     """Else they differ by their rounding errors. As on a GPU: separable convolutions are convolutions, those of
     one pixel are products, which some containers allow to be in TF32."""
