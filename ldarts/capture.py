@@ -2,6 +2,7 @@
 import traceback
 import warnings
 from contextlib import contextmanager
+from numbers import Number
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -67,7 +68,7 @@ class Captured:
         groups = [{name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
                   for optimizer in self.optimizers for group in optimizer.param_groups]
         state = [(t.data_ptr(), t.requires_grad) for t in self._state()]
-        numbers = [(name, value) for name, value in vars(self.net).items() if isinstance(value, (int, float))]
+        numbers = [(name, value) for name, value in vars(self.net).items() if isinstance(value, Number)]
         return state, groups, numbers, options, [(t.shape, t.dtype) for t in inputs]
 
     def _state(self) -> list[Tensor]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ def captured_steps():
             torch.manual_seed(0)
             self.net = SearchNetwork(4, 10, 1, "nasbench201").double()
             self.net.to("cuda", memory_format=torch.channels_last)
-            self.net.longest = 5.0
+            self.net.longest = np.float32(5.0)  # no float of Python's
             self.w = torch.optim.SGD(self.net.weight_parameters(), 0.25, 0.9, weight_decay=3e-4, fused=True)
             self.arch = Architect(self.net, F.cross_entropy, lr=2**-7)
             optimizers = [self.w, self.arch.optimizer]
@@ -125,7 +126,7 @@ def captured_steps():
         def step(self, x, y, valid_x, valid_y, lambda_t, method="central"):
             return search_step(self.arch, self.w, (x, y), (valid_x, valid_y), unrolled=True, alpha_first=True,
                                lambda_t=lambda_t, kind="cosine", epsilon=1e-4, method=method,
-                               grad_clip=self.net.longest)
+                               grad_clip=float(self.net.longest))
 
         def continue_from(self, other):  # so that differences of rounding do not add up
             self.net.load_state_dict(other.net.state_dict())
@@ -162,7 +163,7 @@ def captured_steps():
               "the learning rate after that": set_w(lr=0.03125),
               "the weights": replace_weights, "running statistics": replace_statistics,
               "the momentum": set_w(momentum=0.5), "Adam's betas": set_alpha(betas=(0.25, 0.9)),
-              "a number of the net": lambda search: setattr(search.net, "longest", 0.01),
+              "a number of the net": lambda search: setattr(search.net, "longest", np.float32(0.01)),
               "a frozen stem": lambda search: search.net.stem.requires_grad_(False),
               "without Λ": lambda search: None, "a smaller batch": lambda search: None}
     plain, captured = Search(False), Search(True)
