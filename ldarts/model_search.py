@@ -150,7 +150,8 @@ class SearchNetwork(nn.Module):
         return [cell for cell in self.cells if isinstance(cell, (Cell, NAS201Cell))]
 
     def edge_weights(self) -> list[Tensor]:
-        """p = softmax(α), [edges, ops] of each type of cell, for the cells, the genotype and the metrics."""
+        """p = softmax(α), [edges, ops] of each type of cell, for the cells, the genotype and the metrics (of
+        which the cells' shares, alignment.py, hold for a softmax alone)."""
         return [F.softmax(alpha, dim=-1) for alpha in self.arch_parameters()]
 
     def cell_weights(self) -> list[Tensor]:
