@@ -1,5 +1,6 @@
 """The two commands as a user types them: real processes, real folders."""
 import collections
+import functools
 import gc
 import io
 import json
@@ -40,6 +41,14 @@ def printed_by(forks, folder, script, *args) -> str:
     file.unlink()
     assert status == 0, printed
     return printed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def synthetic_once():
+    """The generated images of a seed, which take a second, are made once in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "synthetic", functools.cache(data.synthetic))
+        yield
 
 
 @pytest.fixture(scope="module")
