@@ -93,16 +93,17 @@ class KillAtCall:
 
 
 class SlowSteps:
-    """Makes every search step last `seconds` longer."""
+    """Makes every search step from number `first` of the process on last `seconds` longer."""
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, seconds: float, first: int = 0):
+        self.seconds, self.left = seconds, first
 
     def __call__(self):
         step = train_search.search_step
 
         def slow(*args, **kwargs):
-            time.sleep(self.seconds)
+            time.sleep(0 if self.left > 0 else self.seconds)
+            self.left -= 1
             return step(*args, **kwargs)
 
         train_search.search_step = slow

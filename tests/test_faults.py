@@ -5,6 +5,7 @@ cifar-10-batches-py, the runs see real images.
 """
 import argparse
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -160,14 +161,18 @@ def test_killed_at_random_moments(script, argv, kills, whole, folder, forks, fig
     figures["kills at random moments"] += kills
 
 
-@pytest.mark.parametrize("n, halved", [*((n, False) for n in range(3, 18)), (2, True), (3, True), (5, True)])
+@pytest.mark.parametrize("n, halved", [*((n, False) for n in (3, 6, 9, 10, 12, 13, 16)),
+                                       (2, True), (3, True), (5, True)])
 def test_killed_inside_a_save(n, halved, whole, folder, forks, figures):
-    """Before each call that makes a file durable, from the first save on, and with half of one written."""
+    """After each call that renames a file, from the first save on, and with half of one written: what else a
+    killed process leaves are these files, since the kernel keeps what was not synced."""
     argv = [*SEARCH, "--epochs", "1", "--lambda_reg", "0", "--batch_size", "10"]
     reference = whole("train_search.py", *argv)
     process = forks.start(folder, "train_search.py", *argv, *EACH_STEP, sabotage=forks.KillAtCall(n, halved))
     assert forks.finish(process) == -signal.SIGKILL
-    resume(forks, folder, "train_search.py")
+    epoch, step = reached(folder)
+    said = resume(forks, folder, "train_search.py")
+    assert (f"continued at step {step} of epoch {epoch}" if step else "from the beginning") in said
     assert_same_bits(folder, reference)
     assert not list((folder / "runs/one").glob(".*.partial"))
     figures["kills inside a save"] += 1
@@ -175,9 +180,10 @@ def test_killed_inside_a_save(n, halved, whole, folder, forks, figures):
 
 # ---- interrupted
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
-@pytest.mark.parametrize("script, argv", [("train_search.py", [*SEARCH, "--epochs", "2"]),
-                                          ("train_eval.py", [*EVAL, "--epochs", "5"])], ids=BOTH)
+@pytest.mark.parametrize("script, argv, number, status", [
+    ("train_search.py", [*SEARCH, "--epochs", "2"], signal.SIGTERM, 143),
+    ("train_search.py", [*SEARCH, "--epochs", "2"], signal.SIGINT, 130),
+    ("train_eval.py", [*EVAL, "--epochs", "5"], signal.SIGUSR1, 0)], ids=["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_ends_the_run_after_the_step(script, argv, number, status, whole, folder, forks, figures):
     reference = whole(script, *argv)
     process = forks.start(folder, script, *argv)
@@ -197,7 +203,7 @@ def test_a_signal_ends_the_run_after_the_step(script, argv, number, status, whol
 
 def test_a_second_sigint_stops_at_once(folder, forks, figures):
     process = forks.start(folder, "train_search.py", *SEARCH, "--epochs", "1", *EACH_STEP,
-                          sabotage=forks.SlowSteps(3))
+                          sabotage=forks.SlowSteps(3, first=1))
     forks.wait_for(lambda: "step 0/" in printed(folder))
     time.sleep(0.5)  # the save is through, the next step is long
     before = (folder / "runs/one" / CHECKPOINT).read_bytes()
@@ -249,8 +255,7 @@ def flip(content, random_numbers=random.Random(0)):
     return bytes(changed)
 
 
-DAMAGE = {"empty": lambda content: b"", "truncated": lambda content: content[:-200],
-          "halved": lambda content: content[: len(content) // 2], "one bit": flip, "another bit": flip}
+DAMAGE = {"empty": lambda content: b"", "truncated": lambda content: content[:-200], "one bit": flip}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -360,10 +365,14 @@ def test_a_second_process_on_a_run_is_refused_until_the_first_is_dead(stopped, w
     figures["second processes"] += 1
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
-def test_a_file_system_without_locks_is_one_warning(number, whole, folder, forks, figures):
+def test_a_file_system_without_locks_is_one_warning(whole, folder, forks, figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", fcntl.flock)  # put back at the end
+    for number in (errno.ENOLCK, errno.EOPNOTSUPP):
+        forks.NoLocks(number)()
+        with pytest.warns(UserWarning, match="a file system here has no locks"), locked(tmp_path / "lock"):
+            pass
     argv = [*SEARCH, "--epochs", "1"]
-    process = forks.start(folder, "train_search.py", *argv, sabotage=forks.NoLocks(number))
+    process = forks.start(folder, "train_search.py", *argv, sabotage=forks.NoLocks(errno.ENOSYS))
     assert forks.finish(process) == 0, printed(folder)
     assert printed(folder).count("Warning: ldarts: a file system here has no locks") == 1
     assert_same_bits(folder, whole("train_search.py", *argv))
@@ -375,12 +384,10 @@ def assert_finite(folder):
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("options, last", [(EACH_STEP, (1, 2)), ([], (1, 0))],
-                         ids=["each step", "each epoch"])
-def test_a_loss_that_is_not_finite(value, options, last, folder, forks, figures):
+@pytest.mark.parametrize("options, last", [(EACH_STEP, (1, 2)), ([], (1, 0))], ids=["each step", "each epoch"])
+def test_a_loss_that_is_not_finite(options, last, folder, forks, figures):
     process = forks.start(folder, "train_search.py", *SEARCH, "--epochs", "2", *options,
-                          sabotage=forks.Poison(7, value))
+                          sabotage=forks.Poison(7, math.nan))
     assert forks.finish(process) == 3
     message, = [line for line in printed(folder).splitlines() if line.startswith("error")]
     assert "the loss is not finite at step 2 of epoch 1" in message and "Traceback" not in printed(folder)
@@ -509,6 +516,8 @@ def test_a_metric_that_is_not_finite_is_named_wherever_it_stands(resumable, tmp_
         for value in (math.nan, [0.5, math.inf], {"skip_connect": math.nan}):
             with pytest.raises(NotFinite, match="^cell_shares is not finite after step 1 of epoch 0"):
                 run.end_epoch({"epoch": 0, "cell_shares": value})
+        with pytest.raises(NotFinite, match="^the loss is not finite at step 1 of epoch 0"):
+            run.after_step(torch.tensor(math.inf), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
 
 
 def test_another_number_of_processes_is_named(resumable):
