@@ -188,8 +188,9 @@ class Run:
     def _lock_folder(self, at_end: ExitStack) -> None:
         """Lock the folder until the end; make it first unless the run is continued."""
         try:
-            if not self.args.resume:
-                self.path.mkdir(parents=True)
+            if not self.args.resume:  # a start that was killed, or a full disk, left no more than this
+                begun = self.path.is_dir() and {*os.listdir(self.path)} - {"lock", ".config.json.partial"}
+                self.path.mkdir(parents=True, exist_ok=not begun)
             at_end.enter_context(locked(self.path / "lock", wait=False))
         except FileExistsError as error:
             or_resume = f", or continue it with {resume_flag(self.path)}"

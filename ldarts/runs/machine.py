@@ -68,8 +68,13 @@ def set_deterministic() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    on_gpu = device.type == "cuda"
-    return torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+    """The GPU's name; of a CPU its model, where Linux tells it, vector instructions and cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return (f"{model[1] if model else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{os.cpu_count()} cores")
 
 
 def machine_facts(device: torch.device, engine: bool, graph: bool) -> dict[str, str | int | bool]:
