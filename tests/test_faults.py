@@ -449,12 +449,16 @@ def test_other_arguments_are_refused_with_both_values(stopped, folder, monkeypat
 
 def test_some_arguments_may_change(stopped, whole, images, folder, forks):
     shutil.copytree(stopped, folder, dirs_exist_ok=True)
-    config = folder / "runs/one/config.json"
-    config.write_text(config.read_text().replace(f'"PyTorch": "{torch.__version__}"', '"PyTorch": "1.0"'))
+    path = folder / "runs/one/config.json"
+    config = json.loads(path.read_text())
+    assert torch.backends.cpu.get_cpu_capability() in config["machine"]["device"]  # AVX2 has other bits
+    config["machine"]["PyTorch"], config["commit"] = "1.0", "0123"
+    path.write_text(json.dumps(config))
     status = forks.finish(forks.start(
-        folder, "train_search.py", "--resume", "runs/one", "--data", images, "--device", "cpu",
+        folder, "train_search.py", *SEARCH, "--resume", "runs/one", "--data", images, "--device", "cpu",
         "--report_freq", "3", "--checkpoint_minutes", "1", "--epochs", "2", "--seed", "0"))
-    assert f"uninterrupted run's: PyTorch 1.0, now {torch.__version__}\n" in printed(folder)
+    changes = f"PyTorch 1.0, now {torch.__version__}; commit 0123, now "
+    assert f"uninterrupted run's: {changes}" in printed(folder)
     assert status == 0 and "step 2/" not in printed(folder) and "epoch 1 step 3/" in printed(folder)
     assert_same_bits(folder, whole("train_search.py", *SEARCH, "--epochs", "2"))
 

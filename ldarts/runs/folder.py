@@ -72,6 +72,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.started = self.saved = self.epoch_started = time.perf_counter()
+        self.origin = origin(self.processes.device)
         with ExitStack() as at_end:
             if self.writes:
                 self._lock_folder(at_end)
@@ -83,7 +84,7 @@ class Run:
                                      "it must be one folder on a file system that all of them share")
             else:
                 config = vars(self.args) | {"kind": self.kind, "processes": self.processes.world}
-                config |= origin(self.processes.device) | self.facts
+                config |= self.origin | self.facts
                 self.write("config.json", json.dumps(config, indent=1) + "\n")
             if self.facts and self.writes:
                 self._log_machine(self.facts["machine"])
@@ -237,11 +238,12 @@ class Run:
             sys.exit(EXIT_STATUS[signal_number])
 
     def _log_machine(self, now: dict[str, str | int | bool]) -> None:
+        config, now = read_config(self.path), now | {"commit": self.origin["commit"]}
         self.log("machine: " + ", ".join(f"{name} {value}" for name, value in now.items()))
-        before = read_config(self.path).get("machine", now)
+        before = config.get("machine", now) | {"commit": config.get("commit", now["commit"])}
         if changes := [f"{name} {value}, now {now.get(name)}" for name, value in before.items()
                        if value != now.get(name)]:
-            self.log(f"warning: the bits will differ from an uninterrupted run's: {'; '.join(changes)}")
+            self.log(f"warning: the bits may differ from an uninterrupted run's: {'; '.join(changes)}")
 
     def _resume(self) -> None:
         state, damage = load_newest(self.path)
