@@ -515,6 +515,22 @@ def test_a_checkpoint_is_written_when_its_minutes_are_over(resumable, tmp_path, 
     assert saved == [run.step]
 
 
+def test_tensorboards_files_on_a_full_disk(resumable, tmp_path, monkeypatch):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name, as tensorboard's own
+
+    for name in ("add_scalar", "close"):
+        monkeypatch.setattr(tensorboard.SummaryWriter, name, fail)
+    args = argparse.Namespace(resume=str(tmp_path / "one"), seed=0, save=None, tensorboard=True)
+    parts = {"model": torch.nn.Linear(2, 2)}
+    with pytest.raises(InputError, match="one/events.* cannot be written .No space left .* continues the run"):
+        with runs.Run("search", args, Processes(torch.device("cpu")), parts, 1, []) as run:
+            (tmp_path / "one" / "config.json").write_text("{}")
+            run.end_epoch({"epoch": 0, "train_loss": 1.0})
+
+
 def test_a_metric_that_is_not_finite_is_named_wherever_it_stands(resumable, tmp_path):
     resumable(sealed(resumable.state))
     args = argparse.Namespace(resume=str(tmp_path / "one"), save=None, epochs=1, report_freq=9, seed=0,

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 
@@ -38,6 +38,15 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        raise not_written(path, error) from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, an OSError is raised as the InputError that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
         raise not_written(path, error) from error
 
 

@@ -21,7 +21,7 @@ from ..distributed import Meter, Processes
 from ..errors import InputError, NotFinite, brief
 from ..locks import locked
 from .files import (CHECKPOINT, PREVIOUS, load_newest, not_written, read_config, resume_flag,
-                    save_checkpoint, script_path, write_atomically)
+                    save_checkpoint, script_path, write_atomically, writing)
 from .machine import origin, seed_everything
 
 NEVER = 2**62  # larger than any step
@@ -90,6 +90,8 @@ class Run:
                 self._log_machine(self.facts["machine"])
             if self.writes and getattr(self.args, "tensorboard", False):
                 from torch.utils.tensorboard import SummaryWriter
+                # An error of its thread is raised in its every call, the last one is its close.
+                at_end.enter_context(writing(self.path / "events.out.tfevents"))
                 self.board = at_end.enter_context(SummaryWriter(self.path))
             self._handle_signals(at_end)
             self.at_end = at_end.pop_all()
@@ -110,11 +112,9 @@ class Run:
             except OSError as error:
                 raise InputError(f"standard output: cannot be written ({error.strerror}); correct that; "
                                  f"{resume_flag(self.path)} continues the run") from error
-            try:
-                with open(self.path / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(f"{datetime.now():%m-%d %H:%M:%S} {line}\n")
-            except OSError as error:
-                raise not_written(self.path / "log.txt", error) from error
+            path = self.path / "log.txt"
+            with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{datetime.now():%m-%d %H:%M:%S} {line}\n")
 
     def seed(self) -> None:
         """Seed the generators for the next step, or for what follows the last one of an epoch."""
