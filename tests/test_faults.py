@@ -452,13 +452,14 @@ def test_some_arguments_may_change(stopped, whole, images, folder, forks):
     path = folder / "runs/one/config.json"
     config = json.loads(path.read_text())
     assert torch.backends.cpu.get_cpu_capability() in config["machine"]["device"]  # AVX2 has other bits
-    config["machine"]["PyTorch"], config["commit"] = "1.0", "0123"
-    path.write_text(json.dumps(config))
+    config["machine"] |= {"PyTorch": "1.0", "device": "some GPU", "graph": True}
+    path.write_text(json.dumps(config | {"commit": "0123"}))
+    assert "was on some GPU, and no GPU is visible here" in resume(forks, folder, "train_search.py", 2)
     status = forks.finish(forks.start(
         folder, "train_search.py", *SEARCH, "--resume", "runs/one", "--data", images, "--device", "cpu",
         "--report_freq", "3", "--checkpoint_minutes", "1", "--epochs", "2", "--seed", "0"))
-    changes = f"PyTorch 1.0, now {torch.__version__}; commit 0123, now "
-    assert f"uninterrupted run's: {changes}" in printed(folder)
+    assert f"uninterrupted run's: PyTorch 1.0, now {torch.__version__}; device some GPU, " in printed(folder)
+    assert "; commit 0123, now " in printed(folder)
     assert status == 0 and "step 2/" not in printed(folder) and "epoch 1 step 3/" in printed(folder)
     assert_same_bits(folder, whole("train_search.py", *SEARCH, "--epochs", "2"))
 
@@ -525,7 +526,7 @@ def test_tensorboards_files_on_a_full_disk(resumable, tmp_path, monkeypatch):
         monkeypatch.setattr(tensorboard.SummaryWriter, name, fail)
     args = argparse.Namespace(resume=str(tmp_path / "one"), seed=0, save=None, tensorboard=True)
     parts = {"model": torch.nn.Linear(2, 2)}
-    with pytest.raises(InputError, match="one/events.* cannot be written .No space left .* continues the run"):
+    with pytest.raises(InputError, match="one/events.* cannot be written .No space left .* continues"):
         with runs.Run("search", args, Processes(torch.device("cpu")), parts, 1, []) as run:
             (tmp_path / "one" / "config.json").write_text("{}")
             run.end_epoch({"epoch": 0, "train_loss": 1.0})

@@ -241,6 +241,9 @@ class Run:
         config, now = read_config(self.path), now | {"commit": self.origin["commit"]}
         self.log("machine: " + ", ".join(f"{name} {value}" for name, value in now.items()))
         before = config.get("machine", now) | {"commit": config.get("commit", now["commit"])}
+        if self.args.device == "auto" and "graph" in before and "graph" not in now:  # a GPU has it
+            raise InputError(f"{self.path}: the run was on {before['device']}, and no GPU is visible here; "
+                             "--device cpu continues it on the CPU")
         if changes := [f"{name} {value}, now {now.get(name)}" for name, value in before.items()
                        if value != now.get(name)]:
             self.log(f"warning: the bits may differ from an uninterrupted run's: {'; '.join(changes)}")
