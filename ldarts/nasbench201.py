@@ -8,6 +8,7 @@ Source: the topology space of NATS-Bench (Dong et al., 2021, the successor of Do
 ICLR 2020), from the table in the public repository v-tao/nats-bench-landscape.
 """
 from collections import namedtuple
+from fractions import Fraction
 from functools import cache
 from math import comb, factorial, floor
 from pathlib import Path
@@ -72,7 +73,8 @@ def better_than_random(ranks: list[int]) -> float:
     """p-value: the probability that as many random cells have a mean rank as good, or better.
 
     Ranks divided by 15,625 are taken as uniform numbers; their sum follows the Irwin-Hall distribution.
+    Its terms cancel: in floats, 35 poor cells had a p-value of 0.
     """
-    n, total = len(ranks), sum((rank - 0.5) / len(accuracies()) for rank in ranks)
-    value = sum((-1) ** k * comb(n, k) * (total - k) ** n for k in range(floor(total) + 1)) / factorial(n)
-    return min(1.0, max(0.0, value))
+    n, total = len(ranks), sum(Fraction(2 * rank - 1, 2 * len(accuracies())) for rank in ranks)
+    terms = ((-1) ** k * comb(n, k) * (total - k) ** n for k in range(floor(total) + 1))
+    return float(sum(terms) / factorial(n))

@@ -52,7 +52,8 @@ def test_what_is_no_cell_of_the_benchmark_is_named(arch):
 
 
 def test_the_rank_test_is_that_of_uniform_ranks():
-    assert nasbench201.better_than_random([7813] * 10) == pytest.approx(0.5, abs=1e-3)
+    for n in (10, 100, 200):  # in floats the terms cancel
+        assert nasbench201.better_than_random([7813] * n) == pytest.approx(0.5, abs=1e-3)
     drawn = np.random.default_rng(0).integers(1, 15626, (20000, 3)).sum(1)
     for ranks in ([100, 5000, 9000], [3000, 4000, 5000], [15000, 14000, 15625]):
         assert nasbench201.better_than_random(ranks) == pytest.approx((drawn <= sum(ranks)).mean(), abs=0.01)
