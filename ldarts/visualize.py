@@ -151,6 +151,10 @@ def panels(titles: list[str], columns: int, size: tuple[float, float], **options
     return figure, axes.flat[: len(titles)]
 
 
+def titled(label: str, runs: list) -> str:
+    return f"{label} (n = {len(runs)})".replace("$", r"\$")  # or matplotlib reads it as a formula
+
+
 def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> Path:
     """Metrics of groups of runs over the epochs: the mean, and a band of one standard deviation around it.
 
@@ -162,12 +166,13 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> Path:
     figure, axes = panels([CURVES[name] for name in shown], columns, (3.6, 2.5))
     for ax, name in zip(axes, shown):
         for k, (label, runs) in enumerate(groups.items()):
-            rows = zip_longest(*([line[name] for line in run if name in line] for run in runs),
+            rows = zip_longest(*([line.get(name, math.nan) for line in run] for run in runs),
                                fillvalue=math.nan)  # of runs that have not come so far
             values = torch.tensor([*rows], dtype=torch.float64).view(-1, len(runs))  # [epochs, runs]
-            mean, marker = values.nanmean(1), "." if len(values) in (1, 2) else None
-            ax.plot(mean, label=f"{label} (n = {len(runs)})", color=f"C{k}", marker=marker)
-            if len(values) and len(runs) > 1:
+            mean = values.nanmean(1)
+            marker, style = "." if mean.isfinite().sum() < 3 else None, ("-", "--", ":", "-.")[k // 10 % 4]
+            ax.plot(mean, label=titled(label, runs), color=f"C{k}", marker=marker, ls=style)
+            if len(runs) > 1:
                 squares, counts = (values - mean[:, None]).square(), values.isfinite().sum(1)
                 deviation = (squares.nansum(1) / (counts - 1)).sqrt()  # of one run: not a number, no band
                 ax.fill_between(range(len(mean)), mean - deviation, mean + deviation, lw=0, color=f"C{k}",
@@ -189,7 +194,7 @@ def draw_shares(groups: dict[str, list[list[list[float]]]], path: Path) -> Path:
     equal = 1 / means[0].shape[1]
     # If cells cancel each other, one share may be far from all others; it should not fade the rest.
     reach = float(torch.cat([mean.flatten() for mean in means]).sub(equal).abs().quantile(0.95))
-    titles = [f"{label} (n = {len(runs)})" for label, runs in groups.items()]
+    titles = [titled(label, runs) for label, runs in groups.items()]
     figure, axes = panels(titles, len(titles), (3.2, 3.2), sharey=True)
     figure.set_figwidth(1.4 + 3.2 * len(titles))  # with room for the scale
     for ax, mean in zip(axes, means):
@@ -212,10 +217,10 @@ def draw_run(path: str | Path, suffix: str = "png") -> list[Path]:
     metrics, folder = metrics_of(path), Path(path)
     genotype = genotypes.load(str(folder / "genotype.json"))
     pictures = {"cells": (draw_cells, genotype), "curves": (draw_curves, {folder.name: [metrics]})}
-    if "alphas" in metrics[-1]:
+    if all("alphas" in line for line in metrics):  # not of epochs that another version ran
         space, alphas = read_config(path)["search_space"], [line["alphas"] for line in metrics]
         pictures["alphas"] = draw_alphas, space, alphas, genotype
-    if "cell_shares" in metrics[-1]:
+    if all("cell_shares" in line for line in metrics):
         pictures["shares"] = draw_shares, {folder.name: [[line["cell_shares"] for line in metrics]]}
     return [draw(*what, folder / f"{name}.{suffix}") for name, (draw, *what) in pictures.items()]
 

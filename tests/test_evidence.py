@@ -1,4 +1,5 @@
 """What shows results: studies, pictures, NAS-Bench-201's file."""
+import io
 import itertools
 import json
 import re
@@ -99,15 +100,25 @@ def test_no_label_of_a_cell_covers_another(name, monkeypatch):
 def test_a_group_of_runs_has_one_colour_in_all_panels_and_in_the_legend(monkeypatch):
     search = [{"train_loss": 3.0, "valid_accuracy": 30.0}] * 3
     groups = {"search": [search, search[:2]],
-              "evaluation": [[{"train_loss": 2.0, "test_accuracy": 60.0 + k}, {"train_loss": 1.0}]
+              "evaluation": [[{"train_loss": 2.0}, {"train_loss": 1.0, "test_accuracy": 60.0 + k}]
                              for k in range(2)]}
     axes = drawn(monkeypatch, visualize.draw_curves, groups)
     legend = {line.get_label(): line.get_color() for line in axes[0].figure.legends[0].get_lines()}
     assert list(legend) == ["search (n = 2)", "evaluation (n = 2)"] and len(set(legend.values())) == 2
     assert all(line.get_color() == legend[line.get_label()] for ax in axes for line in ax.lines)
-    curves = {ax.get_title(): [list(line.get_ydata()) for line in ax.lines] for ax in axes}
-    assert curves == {"validation accuracy, %": [[30.0] * 3, []], "test accuracy, %": [[], [60.5]],
+    curves = {ax.get_title(): [torch.tensor(line.get_ydata()).nan_to_num(-1).tolist() for line in ax.lines]
+              for ax in axes}
+    assert curves == {"validation accuracy, %": [[30.0] * 3, [-1, -1]],
+                      "test accuracy, %": [[-1] * 3, [-1, 60.5]],  # in the epoch that logged it
                       "training loss": [[3.0] * 3, [2.0, 1.0]]}
+
+
+def test_twelve_groups_differ_and_a_dollar_is_a_dollar(monkeypatch):
+    groups = {f"$_${k}": [[{"train_loss": 1.0}] * 2] for k in range(12)}
+    (ax,) = drawn(monkeypatch, visualize.draw_curves, groups)
+    colours = [visualize.pyplot().matplotlib.colors.to_rgb(line.get_color()) for line in ax.lines]
+    assert len({*zip(colours, (line.get_linestyle() for line in ax.lines))}) == 12
+    ax.figure.savefig(io.BytesIO())  # matplotlib reads the labels
 
 
 def test_growth_is_measured_by_settings_and_drawn_with_its_ratios(tmp_path, monkeypatch):
@@ -155,6 +166,10 @@ def test_pictures_of_runs_and_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed in range(2):
         write_run(tmp_path / f"runs/s{seed}", seed, 20.0 + seed)
+    write_run(tmp_path / "runs/old", 0, 20.0)
+    metrics = tmp_path / "runs/old/metrics.jsonl"
+    metrics.write_text('{"epoch": 0, "train_loss": 2.0}\n' + metrics.read_text())
+    assert [path.stem for path in visualize.draw_run("runs/old")] == ["cells", "curves"]
     cell = genotypes.PUBLISHED["DARTS"]
     text = f"Genotype(normal={cell.normal}, reduce={cell.reduce})"
     run_main(monkeypatch, visualize, "runs/s0", "runs/s1", "DARTS", ARCH, text, "--out", "pictures",
