@@ -37,7 +37,8 @@ def spread(values: list[float], digits: int = 2) -> str:
 def table(header: list[str], rows: list[list[Any]]) -> str:
     """A table in markdown."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    cells = ([" ".join(str(cell).replace("|", r"\|").split()) for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def summary(paths: list[str], with_unfinished: bool = False) -> str:
