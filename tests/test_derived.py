@@ -137,6 +137,10 @@ def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
     assert "--best: none of runs/e is a finished search" in message
     run_main(monkeypatch, runs, "runs/e", "runs/s0")
     assert "| eval | 1 | 50.00 | 2.50 | 400.00 | 1.50 | 0.25 |" in capsys.readouterr().out
+    (tmp_path / "runs/s0/genotype.json").write_text(to_json(PUBLISHED["DARTS"]))  # the search went on
+    run_main(monkeypatch, runs, "runs/e")
+    printed = capsys.readouterr().out
+    assert "| eval | 1 | 50.00 | 2.50 | 400.00 | – | – |\nleft out: runs/s0, its cell is no" in printed
     assert "runs/none" in refused(monkeypatch, capsys, runs, "runs/none")
 
 

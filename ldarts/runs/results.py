@@ -41,6 +41,11 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
+def cell_of(folder: str) -> bytes | None:
+    file = Path(folder, "genotype.json")
+    return file.read_bytes() if file.is_file() else None
+
+
 def summary(paths: list[str], with_unfinished: bool = False) -> str:
     """The protocol's table: mean ± standard deviation over the seeds, at the last epoch.
 
@@ -49,7 +54,7 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
     that was searched and p-value (see better_than_random); several evaluations of a search count it once.
     Unfinished runs are named below the table and left out, unless `with_unfinished`.
     """
-    rows, progress = [], {}  # how far unfinished runs have come
+    rows, progress, changed = [], {}, {}  # how far unfinished runs have come; evaluations of a former cell
 
     def counted(paths: Collection[str]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """(configuration, metrics) of those runs that are not left out"""
@@ -61,8 +66,12 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
         return [line[name] for line in lines if name in line]
 
     for name, group in grouped(paths).items():
-        runs, named = counted(group), [search_of(read_config(path).get("arch", path)) for path in group]
-        searches = counted(dict.fromkeys(str(folder) for folder, config in named if config)) if runs else []
+        runs = counted(group)
+        named = {path: search_of(read_config(path).get("arch", path)) for path in group}
+        found = {path: str(folder) for path, (folder, config) in named.items() if config and runs}
+        other = {path: folder for path, folder in found.items() if cell_of(path) != cell_of(folder)}
+        changed |= other
+        searches = counted(dict.fromkeys(folder for path, folder in found.items() if path not in other))
         configs, ends = [config for config, _ in runs], [metrics[-1] for _, metrics in runs]
         ends_of_searches = [metrics[-1] for _, metrics in searches]
         judge = searched_set(next((config.get("dataset") for config, _ in searches), None))
@@ -84,7 +93,8 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
     if all(row[-1] == "–" for row in rows):  # no run in nasbench201
         header, *rows = (line[:-2] for line in (header, *rows))
     return table(header, rows) + "".join(f"unfinished: {path}, {so_far}\n"
-                                         for path, so_far in progress.items())
+                                         for path, so_far in progress.items()) + "".join(
+        f"left out: {folder}, its cell is no longer that of {path}\n" for path, folder in changed.items())
 
 
 def best_search(paths: list[str]) -> str:
