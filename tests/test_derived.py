@@ -130,6 +130,9 @@ def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| search, search_space s2 | 2 | 21.50 ± 2.12 | – | – | 1.50 ± 0.00 | 0.25 ± 0.00 |" in printed
     assert "| search, search_space s3 | 1 | 30.00 | – | – | 1.50 | 0.25 |" in printed
+    write_run(tmp_path / "runs/copy", 0, 20.0)
+    run_main(monkeypatch, runs, "runs/s0", "runs/copy")
+    assert "| search | 2, 1 different | 20.00 ± 0.00 |" in capsys.readouterr().out
     assert runs.table(["a"], [["|x~0|\n +"]]).splitlines()[2] == r"| \|x~0\| + |"  # an arch string, a text
     run_main(monkeypatch, runs, "--best", "runs/s0", "runs/s1", "runs/e")
     assert capsys.readouterr().out == "runs/s1\n"

@@ -84,8 +84,12 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
             "true accuracy, %": values(ends_of_searches, f"true_{judge}"),
         }
         left = sum(path in progress for path in group)
-        seeds = f"{len(runs)} ({left} unfinished {'in' if with_unfinished else 'left out'})"
-        rows.append([name, seeds if left else len(runs), *map(spread, columns.values()), "–"])
+        seeds = f"{len(runs)}"
+        if left:
+            seeds += f" ({left} unfinished {'in' if with_unfinished else 'left out'})"
+        if (different := len({config.get("seed") for config in configs})) < len(runs):  # a copy, a repetition
+            seeds += f", {different} different"
+        rows.append([name, seeds, *map(spread, columns.values()), "–"])
         if truths := columns["true accuracy, %"]:  # on one set: runs of different sets are in different rows
             rows[-1][-2] += f" on {SETS[judge]}"
             rows[-1][-1] = f"{better_than_random([rank_of(truth, judge) for truth in truths]):.2g}"
