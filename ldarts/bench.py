@@ -27,7 +27,8 @@ from .capture import Captured
 from .errors import InputError, progress
 from .fused import run_plainly
 from .fused.sums import compiled_for, mixed_sum, mixed_sum_ref
-from .runs import AMP, MEMORY_FORMATS, Parser, amp_dtype, device_name, one_of, pick_device, script
+from .runs import (AMP, MEMORY_FORMATS, Parser, amp_dtype, check_images, device_name, one_of, pick_device,
+                   script)
 from .runs.arguments import COUNT, COUNT_OR_0
 
 STAGES = {"1": (64, 16, 32, 32), "2": (64, 32, 16, 16), "3": (64, 64, 8, 8)}  # shapes of terms
@@ -195,6 +196,7 @@ def training_steps(net: nn.Module, args: argparse.Namespace) -> tuple[list[Optim
 def steps_of(args: argparse.Namespace, variant: str) -> tuple[nn.Module, list[Optimizer], dict[str, partial]]:
     """A network, its optimizers, and its steps on random images."""
     in_search = args.command == "step"
+    check_images(32, 32, args.batch_size, auxiliary=not in_search)
     torch.manual_seed(0)
     if in_search:
         layers = args.layers or (5 if args.search_space == "nasbench201" else 8)
@@ -225,13 +227,15 @@ def bench_step(args: argparse.Namespace) -> None:
         seconds = compare(args, VARIANTS)
         rows = [{"variant": variant, "seconds": own, "times_ours": own / seconds["ours"]}
                 for variant, own in seconds.items()]
-        return report(args, "variants", rows)
+        return report(args, "variants", rows, graph=False)
     on_gpu = args.device.type == "cuda"
     if args.graph and not on_gpu:
         raise InputError("--graph: needs a GPU; leave it out")
     graph = on_gpu and args.search_space != "s4" if args.graph is None else args.graph
     net, optimizers, steps = steps_of(args, args.variant)
     facts = {"graph": graph}
+    if args.variant != "ours":
+        facts |= {"memory_format": VARIANTS[args.variant], "fused": False}
     for name, step in steps.items():
         timed = partial(Captured(step.func, net, optimizers), *step.args) if graph else step
         facts[f"seconds_per_{name}"] = in_turn({name: timed}, args.steps)[name]

@@ -287,14 +287,20 @@ FORMS = {"default layout": ("plain", False), "channels-last": ("plain", True), "
 
 @needs_build
 @pytest.mark.parametrize("flags, passes_a_step", [
-    ("step --compare --search_space s2 --lambda_grad none", 2), ("eval", 1)])
+    ("step --compare --graph --search_space s2 --lambda_grad none", 2), ("eval", 1)])
 def test_compared_steps_take_turns(flags, passes_a_step, passes, monkeypatch, capsys):
     found, _ = timed(monkeypatch, capsys, *flags.split())
     assert passes == [form for form in FORMS.values() for _ in range(passes_a_step)] * 2
+    assert not found["graph"]
     seconds = {row["variant"]: row["seconds"] for row in found["variants"]}
     assert list(seconds) == list(FORMS) and min(seconds.values()) > 0
     for row in found["variants"]:
         assert row["times_ours"] == pytest.approx(row["seconds"] / seconds["ours"])
+
+
+def test_one_image_does_not_pass_the_tower():
+    with pytest.raises(ldarts.InputError, match="1 images of 32x32 pixels"):
+        bench.steps_of(bench.parse_args(["eval", "--batch_size", "1", "--device", "cpu"]), "ours")
 
 
 @needs_build
@@ -302,6 +308,7 @@ def test_compared_steps_take_turns(flags, passes_a_step, passes, monkeypatch, ca
 def test_one_variant_of_training_has_its_memory_and_a_profile(variant, passes, monkeypatch, capsys):
     found, _ = timed(monkeypatch, capsys, "eval", "--variant", variant, "--profile", "3")
     assert passes == [FORMS[variant]] * 3 and len(found["operations"]) == 3
+    assert (found["fused"], found["memory_format"] == "channels_last") == (variant == "ours", passes[0][1])
     assert found["seconds_per_step"] > 0 and found["peak_mib"] > 50
 
 
