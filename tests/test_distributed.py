@@ -175,6 +175,9 @@ def test_torchrun_is_stopped_and_continues_to_the_same_bits(images, forks):
             path.unlink()
         assert forks.finish(forks.start(alone, "train_search.py", "--resume", "runs/one")) == 2
     assert printed(alone).count("one: written by 2 processes, not 1; start 2 of them with torchrun") == 2
+    processes = pair(forks, folder, "train_search.py", *SEARCH, own=[["--resume", "runs/one"], []])
+    assert [forks.finish(process) for process in processes] == [2, 2], printed(folder)
+    assert printed(folder).count("the processes differ in --resume:") == 2
     resumed = pair(forks, folder, "train_search.py", "--resume", "runs/one")
     assert [forks.finish(process) for process in undisturbed + resumed] == [0] * 4, printed(folder)
     assert_same_bits(folder, whole)

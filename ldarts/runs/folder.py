@@ -60,7 +60,8 @@ class Run:
         self.board = None
         # With several nodes a command is typed on each, and each may have its own copy of the images.
         same = {name: value for name, value in vars(args).items() if name not in OWN}
-        same |= {"images": self.data, "kind of device": processes.device.type, **self.carried}
+        same |= {"--resume": bool(args.resume), "images": self.data, "kind of device": processes.device.type,
+                 **self.carried}
         digests = [int(hashlib.sha256(repr(value).encode()).hexdigest()[:15], 16) for value in same.values()]
         started, mark, *agreed = processes.largest(int(time.time()), secrets.randbelow(16**6), *digests,
                                                    *(-digest for digest in digests))
