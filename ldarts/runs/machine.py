@@ -72,7 +72,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    model = re.search(r"model name\s*: (.+)", info.read_text(errors="replace")) if info.exists() else None
     return (f"{model[1] if model else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
             f"{os.cpu_count()} cores")
 
