@@ -182,7 +182,7 @@ relu, concat = ReLU.apply, Concat.apply
 
 def conv_1x1(x: Tensor, weight: Tensor) -> Tensor:
     """F.conv2d(x, weight) for weights [out, in, 1, 1] and channels-last x."""
-    # On AMD oneDNN's convolution takes half of the time of MKL's product, with MKL's kernels for Intel as long.
+    # On AMD oneDNN's convolution takes half as long as MKL's product, with MKL's Intel kernels as long.
     # Few channels: see safe_layout in runs/derived.py.
     if (x.device.type, x.dtype) == ("cpu", torch.float32) and min(weight.shape[:2]) >= 16:
         return F.conv2d(x, weight).contiguous(memory_format=torch.channels_last)
