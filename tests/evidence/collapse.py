@@ -235,7 +235,8 @@ def findings(searches: Searches) -> str:
     text += f"\n{sum(map(len, searches.values()))} of {sum(PLANNED.values())} searches are finished.\n"
     text += "\nThe end of a search, mean ± deviation over the seeds:\n\n"
     text += by_variant(["seeds", "five skips or six", *COLUMNS], ends)
-    text += "\nTrue accuracy of each last cell, %, and its skips:\n\n"
+    of_all = spread(list(nasbench201.accuracies()[:, 0]))
+    text += f"\nTrue accuracy of each last cell, % (a random cell: {of_all}), and its skips:\n\n"
     text += by_variant([f"seed {seed}" for seed in seeds], cells)
     for name, of in (("true accuracy, %", accuracy), ("skips", skips)):
         text += f"\nExact tests of the difference in {name}, paired by seed:\n\n"
