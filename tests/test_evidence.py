@@ -242,10 +242,12 @@ def test_multiply_adds_by_hand():
     assert next(net.parameters()).device.type == "cpu"
 
 
-def test_the_published_cell_on_imagenet():
+@pytest.mark.parametrize("name, sizes", [
+    ("LAMBDA_DARTS", (5140288, 565652544)), ("DARTS_V2", (4718752, 529911552))])  # 4.719 M in its README
+def test_the_published_cells_on_imagenet(name, sizes):
     with torch.device("meta"):
-        net = NetworkImageNet(48, 1000, 14, True, genotypes.load("LAMBDA_DARTS"))
-    assert (count_parameters(net), count_multiply_adds(net, (3, 224, 224))) == (5140288, 565652544)
+        net = NetworkImageNet(48, 1000, 14, True, genotypes.load(name))
+    assert (count_parameters(net), count_multiply_adds(net, (3, 224, 224))) == sizes
 
 
 def test_the_first_command_is_what_the_evidence_says():

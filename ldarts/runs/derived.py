@@ -113,7 +113,7 @@ def count_parameters(net: nn.Module) -> int:
 
 
 def count_multiply_adds(net: nn.Module, image: Sequence[int] = (3, 32, 32)) -> int:
-    """Multiply-adds of convolutions and classifier for an image of a shape, as the papers count."""
+    """Multiply-adds of convolutions and classifier for an image of a shape (papers report more)."""
     counter = FlopCounterMode(display=False)
     with counter:
         copy.deepcopy(net).to("meta").eval()(torch.empty(1, *image, device="meta"))
