@@ -51,12 +51,15 @@ BELOW_1 = checked(float, "a number from 0 to below 1", lambda value: 0 <= value 
 INSIDE_1 = checked(float, "a number above 0 and below 1", lambda value: 0 < value < 1)
 SWITCH = BooleanOptionalAction
 
+MAY_CHANGE = ("data", "device", "graph", "report_freq", "checkpoint_minutes", "workers", "plot",
+              "tensorboard")  # with --resume
 # Each row: a flag, its default, its type or action, its meaning. A dictionary has the defaults by the search
 # space or else the data set.
 BOTH = [
-    ("--data", "data", str, "folder of the data set, or its archive"),
-    ("--save", None, str, "name of the run (default: search- or eval-, the time, a mark)"),
-    ("--resume", None, str, "continue the run in this folder; the arguments are those of the run"),
+    ("--data", "data", str, "folder of the data set, or its archive; CIFAR and SVHN: downloaded if missing"),
+    ("--save", None, str, "name of the run (default: search- or eval-, the time, random digits)"),
+    ("--resume", None, str, "continue the run in this folder with its arguments; may change: "
+     + ", ".join(MAY_CHANGE)),
     ("--seed", 0, SEED, "of all random numbers"),
     ("--momentum", 0.9, NUMBER, "of SGD"),
     ("--grad_clip", 5.0, POSITIVE, "largest norm of the weights' gradient"),
@@ -65,15 +68,15 @@ BOTH = [
     ("--checkpoint_minutes", 10.0, NUMBER, "between two checkpoints within an epoch; 0: after every step"),
     ("--device", "auto", str.lower, "auto, cpu, cuda or cuda:N; auto is a GPU if there is one"),
     ("--memory_format", "channels_last", one_of(MEMORY_FORMATS), ", ".join(MEMORY_FORMATS)),
-    ("--amp", "none", one_of(AMP), "none, bf16: autocast, in a search not for the passes of a difference"),
+    ("--amp", "none", one_of(AMP), "none, bf16: autocast on a GPU, but for passes of a difference"),
     ("--deterministic", False, SWITCH, "bit-identical runs on a GPU too; slower"),
 ]
 SEARCH = [
-    ("--demo", False, SWITCH, "a search of minutes on built-in images; prints the flags that it stands for"),
-    ("--dataset", "cifar10", one_of(DATASETS), ", ".join(DATASETS)),
+    ("--demo", False, SWITCH, "a search of minutes on generated images; prints the flags that it stands for"),
+    ("--dataset", "cifar10", one_of(DATASETS), f"{', '.join(DATASETS)}; synthetic is generated"),
     ("--image_size", None, COUNT, "pixels a side, a divisor of the data set's (default: the data set's)"),
-    ("--search_space", "darts", one_of(SPACES), ", ".join(SPACES)),
-    ("--batch_size", dict(usual=64, nasbench201=64, svhn=96), COUNT, "images of a step"),
+    ("--search_space", "darts", one_of(SPACES), f"{', '.join(SPACES)}; s5 is darts"),
+    ("--batch_size", dict(usual=64, nasbench201=64, svhn=96), COUNT, "images of a step, of all processes"),
     ("--epochs", dict(usual=50, nasbench201=100), COUNT, "over which the schedules run"),
     ("--init_channels", 16, COUNT, "channels of the first cell"),
     ("--layers", dict(usual=8, nasbench201=5), COUNT, "cells; in nasbench201 cells per stage"),
@@ -83,28 +86,29 @@ SEARCH = [
     ("--weight_decay", 3e-4, NUMBER, "of SGD on w"),
     ("--cutout", False, SWITCH, "cutout, with a probability that grows to --cutout_prob"),
     ("--cutout_prob", 1.0, SHARE, "probability of cutout in the last epoch"),
-    ("--unrolled", False, SWITCH, "second-order gradients by α"),
-    ("--hessian", "central", one_of(("central", "exact")), "second-order product: central, exact"),
+    ("--unrolled", False, SWITCH, "second-order gradients of α"),
+    ("--hessian", "central", one_of(("central", "exact")), "Hessian product: central (published), exact"),
     ("--arch_learning_rate", dict(usual=3e-4, nasbench201=1e-4), POSITIVE, "of Adam on α"),
     ("--arch_weight_decay", 1e-3, NUMBER, "of Adam on α"),
-    ("--arch_epsilon", 1e-8, POSITIVE, "of Adam on α; with 0.1 a step follows the gradient's length too"),
-    ("--lambda_reg", dict(usual=0.125, nasbench201=0.25, svhn=0.25), NUMBER, "λ at the end; 0: DARTS"),
-    ("--lambda_kind", "cosine", one_of(KINDS), f"kind of Λ: {', '.join(KINDS)}"),
-    ("--lambda_grad", "central", one_of(METHODS), "way to ∇Λ: central, exact; random is a control"),
+    ("--arch_epsilon", 1e-8, POSITIVE, "of Adam on α; with 0.1 a step depends on the gradient's length too"),
+    ("--lambda_reg", dict(usual=0.125, nasbench201=0.25, svhn=0.25), NUMBER, "λ of the last epoch; 0: DARTS"),
+    ("--lambda_kind", "cosine", one_of(KINDS), f"{', '.join(KINDS)}; cosine is Λ, sign is Λ±"),
+    ("--lambda_grad", "central", one_of(METHODS), "∇Λ: central (published, two more passes), exact (double "
+     "backward), random (a control: a random direction as long as that of central)"),
     ("--epsilon", dict(usual=1e-4, nasbench201=1e-4, svhn=1e-3), POSITIVE, "ε₀ of central"),
-    ("--probe_batches", None, COUNT, "fresh batches of each half for the metrics (default: the last one)"),
+    ("--probe_batches", None, COUNT, "fresh batches of each half for the logged Λ (default: the last one)"),
     ("--eigenvalue", False, SWITCH, "log the dominant eigenvalue of ∂²L_valid/∂α² every epoch"),
     ("--plot", False, SWITCH, "draw the cells, α and the curves every epoch (needs matplotlib)"),
     ("--tensorboard", False, SWITCH, "write TensorBoard's event files (needs tensorboard)"),
-    ("--graph", None, SWITCH, "a step as one CUDA graph (default: on a GPU, if nothing prevents it)"),
+    ("--graph", None, SWITCH, "a step as one CUDA graph (default: on a GPU; s4, random, torchrun: off)"),
     *BOTH,
 ]
 EVAL_SETS = (*DATASETS, "imagenet")
 EVAL = [
     ("--arch", None, cell_name, "a published cell (default LAMBDA_DARTS), a search's run, a file, a text"),
-    ("--evaluate", None, checkpoint_file, "test a run or the weights in this file, and stop"),
+    ("--evaluate", None, checkpoint_file, "only test: a run, or the weights in a file"),
     ("--dataset", "cifar10", one_of(EVAL_SETS), ", ".join(EVAL_SETS)),
-    ("--batch_size", dict(usual=96, imagenet=1024), COUNT, "images of a step"),
+    ("--batch_size", dict(usual=96, imagenet=1024), COUNT, "images of a step, of all processes"),
     ("--epochs", dict(usual=600, imagenet=250), COUNT, "over which the schedules run"),
     ("--init_channels", None, COUNT, "channels of the first cell (default as published: 36, imagenet 48)"),
     ("--layers", None, COUNT, "cells (default as published: 20, imagenet 14), in nasbench201 per stage"),
@@ -122,8 +126,6 @@ EVAL = [
 ]
 DEMO = ("--dataset synthetic --search_space nasbench201 --init_channels 4 --layers 1 --batch_size 32 "
         "--epochs 3 --lambda_grad exact --lambda_reg 0.02 --arch_learning_rate 0.01 --arch_epsilon 0.1")
-MAY_CHANGE = ("data", "device", "graph", "report_freq", "checkpoint_minutes", "workers", "plot",
-              "tensorboard")  # with --resume
 FROM_RUN = ("dataset", "data", "seed", "batch_size", "init_channels", "layers")  # with --evaluate
 
 
