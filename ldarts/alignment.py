@@ -10,11 +10,11 @@ KINDS = ("cosine", "sign")
 
 
 def layer_alignment(grads: Sequence[Tensor], kind: str = "cosine") -> Tensor:
-    """Mean over the pairs of cells of the agreement of their gradients -> scalar in [-1, 1], differentiable.
+    """The mean agreement of two cells' gradients, over all pairs -> scalar in [-1, 1], differentiable.
 
     grads: g_l = ∂L/∂p_l of each cell, n ≥ 2 tensors of one size and any shape. kind: `cosine`, the cosine
     (Λ, eq. 7 of Movahedi et al., 2023), or `sign`, ⟨g_i, g_j⟩ / ⟨|g_i|, |g_j|⟩ with |·| per element (Λ±).
-    A pair in which a gradient is 0 agrees by 0.
+    A pair in which a gradient is 0 counts as 0.
     """
     if (n := len(grads)) < 2:
         raise InputError(f"Λ compares the gradients of at least two cells, got {n}: use more layers or λ = 0")
@@ -32,7 +32,7 @@ def layer_alignment(grads: Sequence[Tensor], kind: str = "cosine") -> Tensor:
 
 
 def cell_shares(grads: Tensor, p: Tensor) -> Tensor:
-    """Each cell's share in the gradient by α -> a [n], of sum 1; negative for a cell that pulls against it.
+    """Each cell's share in ∂L/∂α -> a [n], whose sum is 1; negative for a cell that pulls against it.
 
     grads: g_l = ∂L/∂p_l of n cells of one type [n, edges, ops]; p: their softmax(α) [edges, ops].
     a_l = ⟨h_l, Σ_k h_k⟩ / ‖Σ_k h_k‖², with h_l = p ⊙ (g_l − ⟨p, g_l⟩ on each edge), its part of ∂L/∂α.

@@ -1,4 +1,4 @@
-"""`Architect`: the gradients by α, and the gradient of Λ by the weights; `search_step`: a step along them."""
+"""`Architect`: the gradients of α, and ∇_w Λ; `search_step`: a step along them."""
 import random
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -44,11 +44,11 @@ class Architect:
     loss included, are those of the global batch (logits: of the process). amp: the dtype of autocast, which
     is off in the passes of a finite difference.
 
-    No method changes a weight, a buffer or a momentum, but lambda_grads, a training pass, moves running
-    statistics once. Weights that do not require a gradient stay as they are and are left out of all lists;
-    where the loss does not reach a weight its gradient is 0. The passes of one difference draw the same
-    random numbers (of PyTorch, NumPy and Python) and begin with the same buffers. The modules of net are
-    listed once, here: build it before.
+    No method changes a weight, a buffer or a momentum, but lambda_grads and weight_grads, training passes,
+    move running statistics once. Weights that do not require a gradient stay as they are and are left out of
+    all lists; where the loss does not reach a weight its gradient is 0. The passes of one difference draw the
+    same random numbers (of PyTorch, NumPy and Python) and begin with the same buffers. The constructor lists
+    the modules of net: add none later.
     """
 
     def __init__(self, net: SearchNetwork, criterion: Callable[[Tensor, Tensor], Tensor], lr: float = 3e-4,
@@ -132,8 +132,8 @@ class Architect:
         kind: `cosine` or `sign`, see layer_alignment. With g_l = ∂L/∂p_l and u_l = ∂Λ/∂g_l over the normal
         cells, ∇_w Λ = Σ_l ∂²L/∂w∂p_l · u_l, by the method `central`, a difference of ∇_w L at p ± ε u with
         ε = epsilon / ‖u‖, as published (Movahedi et al., 2023, section 4), or `exact`, by double backward.
-        `random` is no gradient but the control of an experiment: a direction drawn anew in every call, as
-        long as what `central` gives on this batch.
+        `random` is a control: a random direction, another one in every call, as long as the result of
+        `central` on this batch.
         """
         grads = self.weight_grads(batch, kind, epsilon, method)
         return grads.loss, grads.dw, grads.d_lambda, grads.alignment
@@ -215,7 +215,7 @@ class Architect:
 
     def alpha_eigenvalue(self, batch: Batch, iterations: int = 20, tolerance: float = 0.01) -> float:
         """The eigenvalue of ∂²L/∂α² on one batch that is largest in magnitude, which grows when a search
-        collapses (Zela et al., 2020): power iteration by double backward, from one direction on every call,
+        collapses (Zela et al., 2020): power iteration by double backward, from the same direction each time,
         changing nothing. Ends after `iterations`, or at a change of less than `tolerance` times the value.
         """
         device, alphas = batch[0].device, self.alphas
@@ -292,7 +292,7 @@ def search_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch,
     """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
 
     optimizer: of w, an SGD with one group of parameters, whose momentum and weight decay arch was told.
-    of_weights: see weight_step. Waits for the device nowhere; numbers that change from step to step, lambda_t
+    of_weights: see weight_step. Never waits for the device; numbers that change from step to step, lambda_t
     and the learning rate, may be tensors. Returns the WeightGrads of the training batch.
     """
     def alpha_step():
@@ -321,8 +321,8 @@ def weight_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch,
 
 
 def clip(grads: Sequence[Tensor], longest: float) -> tuple[list[Tensor], Tensor]:
-    """(the gradients, scaled down if their norm as a whole is above `longest`; that norm). By the formula of
-    nn.utils.clip_grad_norm_, but not in place: weights that are added up share one tensor as gradient."""
+    """(the gradients, scaled down if their total norm is above `longest`; that norm). As clip_grad_norm_ of
+    PyTorch, but not in place: the gradients of weights that are added up are one tensor."""
     norm = nn.utils.get_total_norm(grads)
     factor = (longest / (norm + 1e-6)).clamp(max=1.0)
     return torch._foreach_mul(grads, factor) if grads else [], norm
@@ -338,8 +338,7 @@ def gradients(outputs: Tensor | Sequence[Tensor], tensors: Sequence[Tensor],
 
 def central_difference(gradient: Callable[[Tensor], Sequence[Tensor]], epsilon: float,
                        length: Tensor) -> list[Tensor]:
-    """[gradient(r) − gradient(−r)] / 2r with r = epsilon / length. gradient(r): that at x + r v, of any x
-    and v; length: ‖v‖"""
+    """[gradient(r) − gradient(−r)] / 2r with r = epsilon / length. gradient(r): at x + r v; length: ‖v‖"""
     r = epsilon / length.clamp_min(torch.finfo(length.dtype).tiny)  # the vector may be 0
     with full_float32():
         return torch._foreach_div(torch._foreach_sub(gradient(r), gradient(-r)), 2 * r)
@@ -347,9 +346,8 @@ def central_difference(gradient: Callable[[Tensor], Sequence[Tensor]], epsilon: 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within, no product or convolution of float32 is computed in TF32 or bfloat16: 10 bits, as cuDNN's
-    convolutions have by default, are fewer than a difference over ε₀ = 1e-4 needs, which would be that of
-    two rounding errors."""
+    """Within, no product or convolution of float32 is computed in TF32 or bfloat16: with TF32's 10 bits,
+    cuDNN's default for convolutions, a difference over ε₀ = 1e-4 would be one of rounding errors."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     parts = torch.backends.cuda.matmul, mkldnn.matmul, mkldnn.conv, cudnn.conv, cudnn.rnn
     attributes = [(cudnn, "allow_tf32", False), *((part, "fp32_precision", "ieee") for part in parts)]

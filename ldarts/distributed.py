@@ -1,6 +1,8 @@
 """The processes that torchrun started, each on its share of every batch, or one alone; means over them all.
 
 If one dies, the others fail in the next exchange. Running statistics are those of rank 0, as in torch's DDP.
+If nodes do not find each other, name their network in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. torchrun
+forwards SIGUSR1 only with --signals-to-handle SIGTERM,SIGINT,SIGUSR1.
 """
 import os
 from datetime import timedelta
@@ -16,8 +18,8 @@ from .errors import InputError, progress
 class Processes:
     """`rank`, this process's number, and `world`, how many there are, by torchrun's environment.
 
-    The constructor joins their group. Tensors on the CPU are exchanged by gloo, also where those on GPUs use
-    NCCL, so that an agreement between hosts does not wait for a GPU.
+    The constructor joins their group. CPU tensors always go through gloo, so that `largest` does not wait for
+    a GPU.
     """
 
     def __init__(self, device: torch.device):
@@ -97,7 +99,7 @@ class Meter:
 @torch.no_grad()
 def evaluate(net: nn.Module, criterion: nn.Module, batches: Iterable, processes: Processes,
              logits_of: Callable[[Tensor], Tensor] | None = None) -> tuple[float, float]:
-    """(loss, accuracy in percent) over the batches of all processes, in evaluation mode, by the buffers of
+    """(loss, accuracy in percent) over the batches of all processes, in evaluation mode, with the buffers of
     rank 0. logits_of: x -> logits, by default net"""
     net.eval()
     processes.take_from_first(net.buffers())

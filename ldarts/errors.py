@@ -16,7 +16,7 @@ class NotFinite(ArithmeticError):
 
 
 def brief(error: BaseException) -> str:
-    """A message that may be long, as one short line."""
+    """An error's type and message, cut to 120 characters."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 120)
 
 
@@ -28,9 +28,8 @@ def require(module: str, purpose: str, package: str = "") -> None:
 
 
 def script(main: Callable[[], None], less_memory: str = "smaller batches") -> None:
-    """Run a script's main. InputError, a lack of memory and an OSError that names a file are one line on
-    standard error and exit status 2, NotFinite is one line and exit status 3. less_memory: the remedy that is
-    printed for a lack of memory
+    """Run a script's main. InputError, lack of memory and an OSError that names a file print one line to
+    standard error and exit with status 2, NotFinite with status 3. less_memory: the remedy if memory runs out
 
     Characters that the terminal's encoding lacks, such as Λ in ASCII, are printed as escapes.
     """
@@ -52,7 +51,7 @@ def script(main: Callable[[], None], less_memory: str = "smaller batches") -> No
 
 
 def out_of_memory(error: BaseException | None) -> str:
-    """The message of a lack of memory, of this error or of one that led to it; "" for other errors."""
+    """The message of this error, or of one that caused it, if that is out of memory; else ""."""
     texts = "out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED"  # of CUDA, CPU, C++, cuDNN
     while error:
         if isinstance(error, MemoryError) or any(text in str(error) for text in texts):

@@ -36,7 +36,7 @@ class Cell(nn.Module):
     def _edge(self, k: int, states: list[Tensor], drop_prob: float | Tensor) -> Tensor:
         op = self._ops[k]
         h = op(states[self.sources[k]])
-        drops = isinstance(drop_prob, Tensor) or drop_prob > 0  # a tensor's value stays unread on its device
+        drops = isinstance(drop_prob, Tensor) or drop_prob > 0  # to read a tensor would wait for the device
         if self.training and drops and not isinstance(op, nn.Identity):
             h = drop_path(h, drop_prob)
         return h
@@ -47,7 +47,7 @@ class AuxiliaryHead(nn.Module):
 
     def __init__(self, C: int, num_classes: int, stride: int):
         super().__init__()
-        # The ImageNet head of DARTS has no second norm, kept for the sake of its results.
+        # The ImageNet head of DARTS has no second norm; so has this one, to reproduce its results.
         norm = nn.BatchNorm2d(768) if stride == 3 else nn.Identity()
         self.features = nn.Sequential(
             nn.ReLU(), nn.AvgPool2d(5, stride, count_include_pad=False),

@@ -113,7 +113,7 @@ class SearchNetwork(nn.Module):
         self._alpha_names = ["arch_parameters"] if in_201 else ["alphas_normal", "alphas_reduce"]
         (self._build_nasbench201 if in_201 else self._build_darts)(C, num_classes, layers)
         for name, edges in zip(self._alpha_names, self.primitives):
-            # Under the original's keys, of which one is also the name of a method: so not as an attribute.
+            # Not as attributes: one of the original's keys, arch_parameters, is also a method.
             self._parameters[name] = nn.Parameter(1e-3 * torch.randn(len(edges), len(edges[0])))
 
     def _build_darts(self, C: int, num_classes: int, layers: int) -> None:
@@ -146,12 +146,12 @@ class SearchNetwork(nn.Module):
         return [p for name, p in self.named_parameters() if name not in self._alpha_names]
 
     def searched_cells(self) -> list[Cell | NAS201Cell]:
-        """The cells that α weighs, in order."""
+        """The cells whose operations α weighs, in order."""
         return [cell for cell in self.cells if isinstance(cell, (Cell, NAS201Cell))]
 
     def edge_weights(self) -> list[Tensor]:
-        """p = softmax(α), [edges, ops] of each type of cell, for the cells, the genotype and the metrics (of
-        which the cells' shares, alignment.py, hold for a softmax alone)."""
+        """p = softmax(α), [edges, ops] of each type of cell, for the cells, the genotype and the metrics, of
+        which cell_shares (alignment.py) assumes a softmax."""
         return [F.softmax(alpha, dim=-1) for alpha in self.arch_parameters()]
 
     def cell_weights(self) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """The true accuracy of every NAS-Bench-201 cell: its test accuracy after full training, from a table.
 
 nasbench201.npz beside this file has the array `accuracy`, uint16 [15625, 3]: hundredths of a percent after
-200 epochs, the mean over the benchmark's seeds. The number of a cell's row, written in base 5, has a digit of
-each edge, in the order 1<-0, 2<-0, 2<-1, 3<-0, 3<-1, 3<-2: the place of the edge's operation in OPERATIONS.
+200 epochs, the mean over the benchmark's seeds. A cell's row number in base 5 has one digit for each edge, in
+the order 1<-0, 2<-0, 2<-1, 3<-0, 3<-1, 3<-2: the index of the edge's operation in OPERATIONS.
 
 Source: the topology space of NATS-Bench (Dong et al., 2021, the successor of Dong and Yang, "NAS-Bench-201",
 ICLR 2020), from the table in the public repository v-tao/nats-bench-landscape.
@@ -33,7 +33,7 @@ def accuracies() -> np.ndarray:
 
 
 def searched_set(dataset: str | None) -> str:
-    """The set of the table that judges a search on a data set: CIFAR-10 where the table lacks it."""
+    """The set of the table by which a search on `dataset` is ranked: CIFAR-10 if the table lacks it."""
     return dataset if dataset in SETS else "cifar10"
 
 
@@ -73,7 +73,7 @@ def better_than_random(ranks: list[int]) -> float:
     """p-value: the probability that as many random cells have a mean rank as good, or better.
 
     Ranks divided by 15,625 are taken as uniform numbers; their sum follows the Irwin-Hall distribution.
-    Its terms cancel: in floats, 35 poor cells had a p-value of 0.
+    In fractions, because its terms cancel: in floats, 35 poor cells had a p-value of 0.
     """
     n, total = len(ranks), sum(Fraction(2 * rank - 1, 2 * len(accuracies())) for rank in ranks)
     terms = ((-1) ** k * comb(n, k) * (total - k) ** n for k in range(floor(total) + 1))

@@ -139,8 +139,8 @@ def unpack(archive: Path, folder: Path, source: Source) -> None:
 
 
 class Recorded:
-    """What a pickle says of an array or a dtype, instead of them: NumPy's own, made as a hostile file asks,
-    read memory that is not theirs. The state of an array: version, shape, dtype, Fortran order, bytes."""
+    """Stands for an array or a dtype of a pickle: NumPy's own, built as a hostile file asks, could read other
+    memory. The state of an array: version, shape, dtype, Fortran order, bytes."""
 
     def __init__(self, *arguments):
         self.arguments = self.state = arguments

@@ -1,7 +1,7 @@
 """ImageSet, which every data set but ImageNet becomes, and its batches: crop, flip and cutout on tensors.
 
-A batch depends on (seed, tag, epoch, step) alone, but for rounding not on the device, nor on the number of
-processes: one generator on the CPU draws all random numbers of an epoch, in tables over its images.
+A batch depends on (seed, tag, epoch, step) alone, not on the number of processes nor, up to rounding, on the
+device: one generator on the CPU draws all random numbers of an epoch, in tables over its images.
 """
 import hashlib
 from typing import Iterator, NamedTuple, Sequence
@@ -132,7 +132,7 @@ class Batches:
     """Shuffled batches of one data set, or of its `indices`, without an incomplete last batch.
 
     batch_size: images of a global batch, over all `world` processes; the process `rank` gets a contiguous
-    1 / world of each. tag: gives streams of one seed different random numbers. As in DARTS, a random crop
+    1 / world of each. tag: batches of other tags have other random numbers. As in DARTS, a random crop
     (zero padding 4) and flip before normalisation, cutout of `cutout_length` pixels (0: none) after it.
     Raises InputError as share_of does.
     """

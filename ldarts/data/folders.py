@@ -147,8 +147,8 @@ def random_box(width: int, height: int, draw: random.Random) -> tuple[int, int, 
 
 
 def leave_group(worker: int) -> None:
-    """Out of the process group, which gets the signals of torchrun and of a terminal: the run needs its
-    workers to finish a step and ends them itself, by SIGTERM, which they must not ignore."""
+    """Leave the process group, to which torchrun and terminals send signals: the run needs its workers until
+    the step is finished, then ends them by SIGTERM, which they must not ignore."""
     os.setpgid(0, 0)
 
 

@@ -217,7 +217,7 @@ def differentiate(function: Callable, inputs: Sequence[Tensor | None],
                   grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients by the inputs of a function, of those by its results, to be differentiated again. None:
     no input, no result."""
-    # Views, because what one input owes to another is no part of these derivatives.
+    # Views, so that these derivatives leave out how one input depends on another.
     leaves = [t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
               for t in inputs]
     results, grads = zip(*((t, grad) for t, grad in zip(function(*leaves), grads) if grad is not None))

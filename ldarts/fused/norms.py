@@ -29,7 +29,7 @@ class Norms:
     is ΣG and ΣG z.
 
     edges: for each the numbers of the z of its terms; has_norm: which z have one; count: pixels of a channel;
-    inner: how many z, the first ones, are terms of no edge: convolutions read shift + scale z of them
+    inner: the first `inner` z are terms of no edge; convolutions read their shift + scale z
     """
 
     def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], count: int, inner: int = 0):

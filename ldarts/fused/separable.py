@@ -6,7 +6,7 @@ A pair is a depthwise and a pointwise convolution and the norm behind them. Of e
 
 and the sums of z_u and z_u² that its norm needs are computed; s and b are the coefficients of the norm in
 front of it (norms.py; none: s = 1, b = 0). csrc/separable.cpp goes through them an image at a time and keeps
-nothing but z: what a norm or a ReLU would put out never is in memory, the backward pass computes it again.
+only z: the outputs of norm and ReLU are never stored; the backward pass computes them again.
 With Z = ∂L/∂z, which is made of the G of the nodes that z is a term of (see normalised_sum) and of what reads
 z otherwise,
 

@@ -201,7 +201,7 @@ def parse_search_args() -> Namespace:
         raise InputError("--unrolled: nasbench201 is searched by first order only, as published; "
                          "leave it out")
     if args.hessian == "exact" and not args.unrolled:
-        raise InputError("--hessian exact: only the second order has one; add --unrolled")
+        raise InputError("--hessian exact: the first order has no Hessian product; add --unrolled")
     return args
 
 
@@ -215,7 +215,7 @@ def uses_graph(args: Namespace) -> bool:
     if pick_device(args.device).type != "cuda":
         hindrance = "needs a GPU"
     elif args.search_space == "s4":
-        hindrance = "every pass of a difference draws the noise of s4 again, which a graph cannot do"
+        hindrance = "in s4 all passes of a difference draw the same noise, which a graph cannot do"
     elif args.lambda_grad == "random" and args.lambda_reg:
         hindrance = "--lambda_grad random draws a direction in every step, and a resumed run draws the same"
     if args.graph and hindrance:

@@ -38,7 +38,7 @@ def usual_size(space: str | None, cell: Cell, dataset: str) -> tuple[int, int, s
 
 
 def checkpoint_file(path: str) -> str:
-    """The path of a checkpoint, which a run's folder stands for."""
+    """`path`, or the checkpoint in it if it is a run's folder."""
     return str(Path(path, CHECKPOINT)) if Path(path).is_dir() else path
 
 

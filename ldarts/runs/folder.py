@@ -91,7 +91,7 @@ class Run:
                 self._log_machine(self.facts["machine"])
             if self.writes and getattr(self.args, "tensorboard", False):
                 from torch.utils.tensorboard import SummaryWriter
-                # An error of its thread is raised in its every call, the last one is its close.
+                # Each of its calls, close() too, may raise an error of its thread.
                 at_end.enter_context(writing(self.path / "events.out.tfevents"))
                 self.board = at_end.enter_context(SummaryWriter(self.path))
             self._handle_signals(at_end)
@@ -247,7 +247,7 @@ class Run:
                              "--device cpu continues it on the CPU")
         if changes := [f"{name} {value}, now {now.get(name)}" for name, value in before.items()
                        if value != now.get(name)]:
-            self.log(f"warning: the bits may differ from an uninterrupted run's: {'; '.join(changes)}")
+            self.log(f"warning: the results may not be bit-identical: {'; '.join(changes)}")
 
     def _resume(self) -> None:
         state, damage = load_newest(self.path)
