@@ -64,6 +64,9 @@ FAILURES = {  # name: (part, what is wrong, in the reason, in the remedy)
     "a cache that cannot be written":
         ("cpu", lambda m, env: ((m / "file").touch(), env("XDG_CACHE_HOME", str(m / "file"))),
          "Not a directory", "Set XDG_CACHE_HOME"),
+    "no home":
+        ("cpu", lambda m, env: (env("HOME", "~"), env("XDG_CACHE_HOME", "")), "Not a directory",
+         "Set XDG_CACHE_HOME"),
     "an error":
         ("cpu", lambda m, env: program(m / "bin/c++", fails("a.h:1: warning: so\na.h:2:1: error: no x;")),
          "a.h:2:1: error: no x;", "whole output is in"),
@@ -123,6 +126,7 @@ def test_ninja_is_found_beside_the_python_that_runs(machine, monkeypatch):
 
 def test_a_library_that_cannot_be_written_is_loaded_all_the_same(machine, monkeypatch):
     library = build.library("cpu")
+    monkeypatch.syspath_prepend("x" * 300)  # where nothing can be looked for
     monkeypatch.setattr(build, "compile_into", None)
     assert build.library("cpu") == library
 

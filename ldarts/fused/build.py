@@ -75,13 +75,14 @@ def library(part: str) -> Path:
     """The path of a part's library, compiled now if there is none. Raises BuildError if that fails."""
     installed = [Path(folder, "ldarts", "built") for folder in (PACKAGE.parent, *sys.path)]
     for folder in (*installed, cache()):
-        if (path := folder / file_name(part)).exists():
+        if os.path.exists(path := folder / file_name(part)):  # no error for a folder that cannot be searched
             return path
     return compile_into(cache(), part)
 
 
 def cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldarts"
+    home = re.sub("^~", os.devnull, os.path.expanduser("~"))  # in devnull, without a home: BuildError says so
+    return Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache", "ldarts")
 
 
 def sources(part: str) -> list[Path]:
