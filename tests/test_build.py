@@ -85,6 +85,10 @@ FAILURES = {  # name: (part, what is wrong, in the reason, in the remedy)
     "an architecture that nvcc does not know":
         ("cuda", lambda m, env: nvcc(m / "bin/nvcc", text=fails("nvcc fatal : Unsupported gpu architecture")),
          "Unsupported gpu architecture", "TORCH_CUDA_ARCH_LIST"),
+    "a GPU for which the library has no code":
+        ("cuda", lambda m, env: (nvcc(m / "bin/nvcc"), env(torch.ops, "load_library", str),
+                                 env(torch, "ones", lambda *_, **__: 1 / 0)),
+         "division by zero", "TORCH_CUDA_ARCH_LIST"),
 }  # fmt: skip
 
 
