@@ -1,7 +1,8 @@
 #pragma once
 // What follows from sums per channel, for the batch norms behind some z: their statistics, and the gradients
 // through them. Plain pointers, for the CPU (norms.cpp) and for CUDA (sums_kernels.cuh). Computed in float64,
-// because a difference below loses (μ/σ)² units of 1e-16; CUDA keeps r, μ and the coefficients in p's type.
+// because S2/n - μ² has a relative error of (μ/σ)² 1e-16; CUDA keeps r, μ and the coefficients in p's type.
+// "The gradient by x" is that with respect to x.
 //
 // A term m is p_m (z - μ) r + β_m of one of K tensors z [N, C, H, W], k = z_of_term[m], with r = 1/σ and μ of
 // its batch norm, or 1 and 0 where it has none. p_m is one number, or, as the γ of a norm, one for each
@@ -14,8 +15,8 @@
 //     grad_sums [M, 2, C]        A = Σ G,  B = Σ G z, with G [N, C, H, W] the gradient by the term: the
 //                                gradients by its shift and its scale
 //
-// grad_rstd_mean [K, 2, C] is the gradient by rstd_mean of whatever else reads it: a gradient, so there is
-// one only where gradients are differentiated.
+// grad_rstd_mean [K, 2, C] is the gradient by rstd_mean of whatever else reads it: gradients alone do,
+// so there is one only where gradients are differentiated.
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>

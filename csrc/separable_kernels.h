@@ -8,8 +8,8 @@
 //     y = D a,  z = P y       y, z [N, C, out_h, out_w] with out_h = (H - 1) / stride + 1
 //     z_sums = (Σ z, Σ z²)    [2, C], over images and pixels
 //
-// s and b are those of the batch norm in front (none: 1 and 0), z_sums is what the one behind needs. Nothing
-// but z is kept: neither s x + b nor a ever is in memory, and y is computed again in the backward pass.
+// s and b are those of the batch norm in front (none: 1 and 0), z_sums is what the one behind needs. Only z
+// is kept: s x + b and a are never stored as a whole, and y is computed again in the backward pass.
 //
 // Backward, from the gradients grad_z by z itself, G by a term scale z + shift (scale, shift [C]) and
 // of_z (norms.h), of which any may be 0:

@@ -40,7 +40,7 @@ struct Aligned {
 };
 template <typename T> using Buffer = std::vector<T, Aligned<T>>;
 
-// run(first, constant number) over `count` things, G at a time; the first call takes what does not divide.
+// run(first, constant number) over `count` things, G at a time; the first call takes the remainder.
 template <int64_t G, typename Run>
 void unrolled(int64_t count, const Run& run) {
   const int64_t head = (count - 1) % G + 1;

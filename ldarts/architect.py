@@ -143,7 +143,7 @@ class Architect:
         """lambda_grads with the logits of the training pass; method None: ∇_w L alone, without Λ.
 
         With lambda_t, dw is ∇_w (L − lambda_t Λ) and d_lambda is None; the first backward pass of `exact`
-        then needs no gradients by w.
+        then needs no gradients w.r.t. w.
         """
         if method not in (None, *METHODS):
             raise InputError(f"unknown method {method!r} for the gradient of Λ: "
@@ -240,7 +240,7 @@ class Architect:
         """Within, passes leave the net as it was: batch norms track nothing, other buffers are copies.
 
         start: an earlier result of _start; the passes draw the same random numbers and read the same buffers
-        as a pass at that time. values: replace w within. grad: whether gradients by w can be taken, which
+        as a pass at that time. values: replace w within. grad: whether gradients w.r.t. w can be taken, which
         costs time.
         """
         w, tracking = self.weights, [norm for norm in self._norms if norm.track_running_stats]

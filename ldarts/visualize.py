@@ -185,7 +185,7 @@ def draw_curves(groups: dict[str, list[list[dict]]], path: Path) -> Path:
 
 
 def draw_shares(groups: dict[str, list[list[list[float]]]], path: Path) -> Path:
-    """Each cell's share in the gradient by α over the epochs: a panel for each group, its runs averaged.
+    """Each cell's share in the gradient w.r.t. α over the epochs: a panel for each group, its runs averaged.
 
     groups: name -> for each run, for each epoch, the cells' shares. Cells go from input (below) to output;
     white is a share of 1/n.
@@ -201,7 +201,7 @@ def draw_shares(groups: dict[str, list[list[list[float]]]], path: Path) -> Path:
         image = ax.imshow(mean.T.numpy(), vmin=equal - reach, vmax=equal + reach, origin="lower", **HEAT_MAP)
         ax.yaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("normal cell, from input to output", fontsize=8)
-    figure.colorbar(image, ax=axes, extend="both").set_label("share in the gradient by α", fontsize=8)
+    figure.colorbar(image, ax=axes, extend="both").set_label("share in the gradient w.r.t. α", fontsize=8)
     return save(figure, path)
 
 

@@ -11,7 +11,7 @@ from ldarts.capture import Captured
 
 
 def test_passes_in_bf16_point_where_float64_does():
-    """Gradients by α and both by w of an untrained supernet; passes of a difference stay in float32."""
+    """Gradients w.r.t. α and both w.r.t. w of an untrained supernet; passes of a difference stay in float32."""
     torch.manual_seed(0)
     net = ldarts.SearchNetwork(8, 10, 8, "s2").to(memory_format=torch.channels_last)
     x, y = torch.randn(32, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(32) % 10
@@ -31,7 +31,7 @@ def test_passes_in_bf16_point_where_float64_does():
         parts = [torch.cat([t.double().flatten() for t in part]) for part in (alphas, dw, exact, central)]
         found[name] = parts, float(value)
     cosines = [float(F.cosine_similarity(a, b, 0)) for a, b in zip(found["float64"][0], found["bf16"][0])]
-    print("bf16 against float64: cosine of the gradients by α {:.4f}, of ∇L {:.4f}, of ∇Λ exact {:.4f}, "
+    print("bf16 against float64: cosine of the gradients w.r.t. α {:.4f}, of ∇L {:.4f}, of ∇Λ exact {:.4f}, "
           "central {:.4f}".format(*cosines), f"Λ {found['bf16'][1]:+.4f} against {found['float64'][1]:+.4f}")
     exact_pass, *central_passes, alpha_pass = autocast["bf16"]
     assert exact_pass and alpha_pass and central_passes == [True, False, False]

@@ -87,7 +87,7 @@ GPU_ENGINES = ["as on a GPU"] + (["cuda"] if torch.cuda.is_available() else [])
 @pytest.mark.parametrize("space, C, engine", [(*net, "cpu") for net in SUPERNETS] + [
     (*net, engine) for engine in GPU_ENGINES for net in (SUPERNETS[0], SUPERNETS[-1])])
 def test_a_supernet_of_banks_has_the_derivatives_of_the_plain_one(space, C, engine, monkeypatch):
-    """Loss, gradients by weights and p, their gradients along random directions, batch-norm statistics."""
+    """Loss, gradients w.r.t. w and p, their gradients along random directions, batch-norm statistics."""
     device = "cuda" if engine == "cuda" else "cpu"
     if engine != "cpu":  # the separable convolutions are those of the cell, the norms and sums are not
         monkeypatch.setattr("ldarts.fused.cell.groups_separable", lambda x: False)

@@ -465,7 +465,7 @@ def test_images_of_another_type_are_computed_as_it_says(monkeypatch):
 
 
 def first_cell_twice(net, x, how):
-    """The gradient by a weight of the stem, whose output is read by a cell in another mode of autograd, too."""
+    """The gradient w.r.t. a weight of the stem, which a cell in another mode of autograd reads, too."""
     run, p = net.engine.runner(x), net.cell_weights()[0].detach()
     if how == "gradients asked for later":
         freeze([net.stem])

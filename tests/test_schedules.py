@@ -56,7 +56,7 @@ class Folder:
 
 
 class TwoBiases(nn.Module):
-    """Logits that are 0 before the first step. The gradient by those of the true class, one of ten, is
+    """Logits that are 0 before the first step. The gradient w.r.t. those of the true class, one of ten, is
     -0.9 (1 - label smoothing), for the auxiliary ones times their weight."""
 
     cells, engine = (), SimpleNamespace(coverage=str)

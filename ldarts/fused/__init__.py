@@ -9,7 +9,8 @@
     leaving          the operations that leave a state, by all of these
     cell             a cell: what leaves its states, summed up in its nodes
 
-LDARTS_FUSED=off in the environment shuts the door: every module runs as it is.
+"The gradient by x", in code `by_x`, is that with respect to x. LDARTS_FUSED=off in the environment shuts the
+door: every module runs as it is.
 """
 import weakref
 from typing import Any, Callable, Sequence

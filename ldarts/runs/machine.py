@@ -42,8 +42,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast. Raises InputError for bf16 on a CPU, where PyTorch 2.13's gradient by the weight
-    of a dilated depthwise convolution reads unwritten memory (channels-last, 16 channels of 32x32)."""
+    """The dtype of autocast. Raises InputError for bf16 on a CPU, where PyTorch 2.13's gradient w.r.t. the
+    weight of a dilated depthwise convolution reads unwritten memory (channels-last, 16 channels of 32x32)."""
     if name == "bf16" and device.type == "cpu":
         raise InputError("--amp bf16: PyTorch's bfloat16 gradients of dilated convolutions are wrong on a "
                          "CPU; leave it out there")

@@ -121,7 +121,7 @@ def p_skip(search: Search) -> float:
 
 
 def stage_shares(search: Search, last: bool) -> np.ndarray:
-    """The share of each stage's cells in the gradient by α, its median over a quarter of the epochs -> [3]"""
+    """The share of each stage's cells in ∂L/∂α, its median over a quarter of the epochs -> [3]"""
     shares = np.array(quarter(search["epochs"]["cell_shares"], last))  # [epochs, cells]
     return np.median(shares.reshape(len(shares), 3, -1).sum(2), 0)
 
@@ -249,7 +249,7 @@ def findings(searches: Searches) -> str:
         "exact − DARTS: share of stage 3 (H4: above 0)": differences(searches, "exact", "DARTS", last_stage),
         "exact − DARTS: gradient for skips, times 1000 (H5: above 0)": differences(searches, "exact", "DARTS", skips_pull)},
         False, complete)
-    text += "\nWho decides: the share of each stage's cells in the gradient by α:\n\n"
+    text += "\nWho decides: the share of each stage's cells in the gradient w.r.t. α:\n\n"
     text += by_variant([f"stage {stage}, {part} quarter" for part in ("first", "last")
                         for stage in (1, 2, 3)], stages)
     text += "\nOn what: the mean of ∂L/∂p over the operations less that of one, times 1000:\n\n"
