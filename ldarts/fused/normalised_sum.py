@@ -17,12 +17,12 @@ A z may be a term of several nodes. So that its gradient is one affine sum, auto
 edges that leave a state as one function; what it gives to a node is a placeholder for each edge, whose
 gradient is G.
 """
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .norms import Norms, ones
+from .norms import NO_THIRD, Norms, ones
 from .sums import affine_sums, channel_sums, split
 
 
@@ -183,10 +183,9 @@ class TermGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_p, grad_beta, *w):
+        if torch.is_grad_enabled():
+            raise RuntimeError(NO_THIRD)
         norms, (sums, scale, of_z, *inputs) = ctx.norms, ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a third derivative
-            return None, *differentiate(lambda *inputs: term_gradients(norms, *inputs)[0], inputs,
-                                        (grad_p, grad_beta, *w))
         inputs, tensors = inputs[:4], inputs[4:]
         K = len(w)
         zs, grads, w = tensors[:K], tensors[K:], channels_last(w, tensors[0])
@@ -211,19 +210,6 @@ def term_gradients(norms, rstd_mean, p, beta, grad_rstd_mean, *tensors):
         entries[k].append((K + edge, m, -1))
     rows = of_z.flatten(0, 1)
     return (by_p, by_beta, *affine_sums(tensors, [scale, rows], [rows], entries)), (sums, scale, of_z)
-
-
-def differentiate(function: Callable, inputs: Sequence[Tensor | None],
-                  grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients by the inputs of a function, of those by its results, to be differentiated again. None:
-    no input, no result."""
-    # Views, so that these derivatives leave out how one input depends on another.
-    leaves = [t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-              for t in inputs]
-    results, grads = zip(*((t, grad) for t, grad in zip(function(*leaves), grads) if grad is not None))
-    by_leaf = iter(torch.autograd.grad(results, [t for t in leaves if t is not None], grads,
-                                       create_graph=True, materialize_grads=True))
-    return [None if t is None else next(by_leaf) for t in leaves]
 
 
 def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):

@@ -1,13 +1,15 @@
 """Batch norms behind the terms of a sum: arithmetic on numbers per channel, in float64.
 
-The operators of csrc/norms.cpp compute statistics, gradients and derivatives of these gradients; autograd
-computes third derivatives, from norm_gradients_ref.
+The operators of csrc/norms.cpp compute statistics, gradients and derivatives of these gradients. There is no
+third derivative: nothing in the method needs one.
 """
 import functools
 from typing import Sequence
 
 import torch
 from torch import Tensor
+
+NO_THIRD = "ldarts: the engine has no third derivatives; LDARTS_FUSED=off in the environment has them"
 
 
 @functools.cache
@@ -54,9 +56,7 @@ class Norms:
         The gradient by a z is Σ scale G over its terms + of_z[0] + of_z[1] z. grad_rstd_mean: that by 1/σ and
         μ of what else reads them, or None.
         """
-        # With gradients it is called for third derivatives alone.
-        compute = norm_gradients_ref if torch.is_grad_enabled() else torch.ops.ldarts.norm_gradients
-        gradients = compute(rstd_mean, p, grad_rstd_mean, sums, *self.numbers)
+        gradients = torch.ops.ldarts.norm_gradients(rstd_mean, p, grad_rstd_mean, sums, *self.numbers)
         return *gradients, None if beta is None else sums[:, 0].to(beta.dtype)
 
     def derivatives(self, inputs: Sequence[Tensor | None],
@@ -73,24 +73,3 @@ class Norms:
     def terms_of(self, grads: Sequence[Tensor], zs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """G and z of each term."""
         return [grads[e] for e in self.edge_of_term], [zs[k] for k in self.z_of_term]
-
-
-def norm_gradients_ref(rstd_mean, p, grad_rstd_mean, sums, z_of_term, has_norm, count):
-    """csrc's norm_gradients in PyTorch, for third derivatives; the formulas are those of csrc/norms.h."""
-    z_of_term = constant(tuple(z_of_term), torch.int64, sums.device)
-    per_pixel = constant(tuple(has / count for has in has_norm), torch.float64, sums.device)
-    rstd_mean, weights, (of_grad, of_product) = rstd_mean.double(), p.double(), sums.unbind(1)
-    if p.dim() == 1:
-        weights = weights[:, None]
-    rstd_of_term, mean_of_term = rstd_mean[z_of_term].unbind(1)
-    scale = weights * rstd_of_term
-    centred = of_product - mean_of_term * of_grad  # Σ G (z − μ)
-    by_rstd_mean = torch.zeros_like(rstd_mean).index_add(
-        0, z_of_term, torch.stack([weights * centred, -scale * of_grad], 1))
-    if grad_rstd_mean is not None:
-        by_rstd_mean = by_rstd_mean + grad_rstd_mean
-    (rstd, mean), (by_rstd, by_mean) = rstd_mean.unbind(1), by_rstd_mean.unbind(1)
-    by_var = -(rstd**3) / 2 * by_rstd
-    of_z = torch.stack([by_mean - 2 * mean * by_var, 2 * by_var], 1) * per_pixel[:, None, None]
-    by_p = rstd_of_term * centred
-    return scale, of_z, (by_p.sum(1) if p.dim() == 1 else by_p).to(p.dtype)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .normalised_sum import (Terms, channels_last, derivatives, move_statistics, no_sums, pixels,
                              scale_shift_of)
-from .norms import Norms
+from .norms import NO_THIRD, Norms
 from .sums import channel_sums, split
 
 
@@ -151,8 +151,7 @@ class SeparableConvolutionsGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, v_affine, v_p, v_beta, *v):
         if torch.is_grad_enabled():
-            raise RuntimeError("ldarts: the engine has no third derivative of separable convolutions; "
-                               "LDARTS_FUSED=off in the environment computes without it")
+            raise RuntimeError(NO_THIRD)
         affine, *inputs = ctx.saved_tensors[:6]
         geometry, norms, tensors = ctx.geometry, ctx.norms, ctx.saved_tensors[6:]
         x, depthwise, pointwise, zs, grad_z, grads = parts(geometry, norms, tensors)
