@@ -7,7 +7,6 @@
     python -m ldarts.bench eval --variant channels-last    # one of the three alone, with its peak memory
 """
 import argparse
-import json
 import resource
 import statistics
 import sys
@@ -24,7 +23,7 @@ from torch.utils.benchmark import timer
 from . import Architect, Network, SearchNetwork, genotypes
 from .architect import search_step, weight_step
 from .capture import Captured
-from .errors import InputError, progress
+from .errors import progress
 from .fused import run_plainly
 from .fused.sums import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import (AMP, MEMORY_FORMATS, Parser, amp_dtype, check_images, device_name, one_of, pick_device,
@@ -42,7 +41,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sums = commands.add_parser("mixed_sum", help="the weighted sum: fused, reference, compiled reference")
     sums.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     sums.add_argument("--terms", nargs="+", type=COUNT, default=[7, 14, 35])
-    sums.add_argument("--layouts", nargs="+", choices=MEMORY_FORMATS, default=list(MEMORY_FORMATS))
     sums.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     sums.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
     step = commands.add_parser("step", help="a search step: seconds, peak memory, the costliest operations")
@@ -69,20 +67,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("--profile", type=COUNT_OR_0, default=10, help="operations to list, 0: none")
     for command in (sums, step, train):
         command.add_argument("--device", default="auto")
-        command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     return args
 
 
-def report(args: argparse.Namespace, name: str, rows: Iterable[dict[str, Any]], **facts: Any) -> None:
-    """Print the arguments, the machine and `facts` in a line, then the table, row by row. With --json
-    all is printed at the end, as one object, which has the rows under `name`."""
+def report(args: argparse.Namespace, rows: Iterable[dict[str, Any]], **facts: Any) -> None:
+    """Print the arguments, the machine and `facts` in a line, then the table, row by row."""
     facts = {**vars(args), "device": device_name(args.device), "torch": torch.__version__,
              "threads": torch.get_num_threads(), "fused": compiled_for(args.device.type), **facts}
-    if facts.pop("json"):
-        print(json.dumps(facts | {name: list(rows)}))
-        return
 
     def shown(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -120,8 +113,8 @@ def peak_mib(device: torch.device) -> float:
 def bench_mixed_sum(args: argparse.Namespace) -> None:
     if not compiled_for(args.device.type):
         sys.exit("the fused sum is not compiled here")
-    cases = product(args.stages, args.terms, args.layouts, args.dtypes, ("forward", "forward+backward"))
-    report(args, "rows", (time_sums(args, *case) for case in cases))
+    cases = product(args.stages, args.terms, MEMORY_FORMATS, args.dtypes, ("forward", "forward+backward"))
+    report(args, (time_sums(args, *case) for case in cases))
 
 
 def time_sums(args: argparse.Namespace, stage: str, count: int, layout: str, dtype: str,
@@ -227,11 +220,9 @@ def bench_step(args: argparse.Namespace) -> None:
         seconds = compare(args, VARIANTS)
         rows = [{"variant": variant, "seconds": own, "times_ours": own / seconds["ours"]}
                 for variant, own in seconds.items()]
-        return report(args, "variants", rows, graph=False)
+        return report(args, rows, graph=False)
     on_gpu = args.device.type == "cuda"
-    if args.graph and not on_gpu:
-        raise InputError("--graph: needs a GPU; leave it out")
-    graph = on_gpu and args.search_space != "s4" if args.graph is None else args.graph
+    graph = on_gpu and (args.search_space != "s4" if args.graph is None else args.graph)
     net, optimizers, steps = steps_of(args, args.variant)
     facts = {"graph": graph}
     if args.variant != "ours":
@@ -241,7 +232,7 @@ def bench_step(args: argparse.Namespace) -> None:
         facts[f"seconds_per_{name}"] = in_turn({name: timed}, args.steps)[name]
         facts.setdefault("peak_mib", peak_mib(args.device))  # of the whole step
     operations = costliest(steps["step"], on_gpu)[: args.profile] if args.profile else []
-    report(args, "operations", operations, **facts)
+    report(args, operations, **facts)
 
 
 def costliest(step: Callable[[], object], on_gpu: bool) -> list[dict[str, Any]]:

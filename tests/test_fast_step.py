@@ -1,7 +1,6 @@
 """The engine against the plain form: separable convolutions, normalised sums, what a state computes once."""
 import copy
 import itertools
-import json
 
 import pytest
 import torch
@@ -233,13 +232,19 @@ def test_channels_last_computes_what_the_default_layout_does():
 
 
 def timed(monkeypatch, capsys, *flags):
-    """(what bench prints with --json of a small network, its progress on standard error)"""
-    monkeypatch.setattr("sys.argv", ["bench", *flags, "--json", "--init_channels", "4", "--layers", "4",
+    """(what bench reports of a small network, its rows under "rows"; its progress on standard error)"""
+    monkeypatch.setattr("sys.argv", ["bench", *flags, "--init_channels", "4", "--layers", "4",
                                      "--batch_size", "2", "--steps", "1", "--device", "cpu"])
+    found, report = {}, bench.report
+
+    def note(args, rows, **facts):
+        found.update(vars(args) | facts | {"rows": [*rows]})
+        report(args, found["rows"], **facts)
+
+    monkeypatch.setattr(bench, "report", note)
     monkeypatch.setattr("ldarts.errors.progress.__defaults__", (0.001,))
     bench.main()
-    printed = capsys.readouterr()
-    return json.loads(printed.out), printed.err
+    return found, capsys.readouterr().err
 
 
 @pytest.fixture
@@ -278,7 +283,7 @@ def test_a_timed_step_is_one_object_with_its_parts(method, monkeypatch, capsys):
     assert calls == [("search_step", method)] * 2 + [("weight_step", method)] * 2 + [
         ("search_step", method)] * bool(profile)
     assert min(found["seconds_per_step"], found["seconds_per_weight_step"]) > 0 and found["peak_mib"] > 50
-    operations = found.get("operations", [])
+    operations = found["rows"]
     assert len(operations) == profile and all(a["ms"] >= b["ms"] > 0 for a, b in itertools.pairwise(operations))
 
 
@@ -292,9 +297,9 @@ def test_compared_steps_take_turns(flags, passes_a_step, passes, monkeypatch, ca
     found, _ = timed(monkeypatch, capsys, *flags.split())
     assert passes == [form for form in FORMS.values() for _ in range(passes_a_step)] * 2
     assert not found["graph"]
-    seconds = {row["variant"]: row["seconds"] for row in found["variants"]}
+    seconds = {row["variant"]: row["seconds"] for row in found["rows"]}
     assert list(seconds) == list(FORMS) and min(seconds.values()) > 0
-    for row in found["variants"]:
+    for row in found["rows"]:
         assert row["times_ours"] == pytest.approx(row["seconds"] / seconds["ours"])
 
 
@@ -307,20 +312,21 @@ def test_one_image_does_not_pass_the_tower():
 @pytest.mark.parametrize("variant", FORMS)
 def test_one_variant_of_training_has_its_memory_and_a_profile(variant, passes, monkeypatch, capsys):
     found, _ = timed(monkeypatch, capsys, "eval", "--variant", variant, "--profile", "3")
-    assert passes == [FORMS[variant]] * 3 and len(found["operations"]) == 3
-    assert (found["fused"], found["memory_format"] == "channels_last") == (variant == "ours", passes[0][1])
+    assert passes == [FORMS[variant]] * 3 and len(found["rows"]) == 3
+    assert found.get("fused", True) == (variant == "ours")
+    assert (found["memory_format"] == "channels_last") == passes[0][1]
     assert found["seconds_per_step"] > 0 and found["peak_mib"] > 50
 
 
 @needs_build
 def test_rows_of_the_sum_are_printed_with_their_ratios(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench", *"mixed_sum --stages 3 --terms 2 --layouts contiguous --dtypes "
-                                     "float32 --no-compile --device cpu".split()])
+    monkeypatch.setattr("sys.argv", ["bench", *"mixed_sum --stages 3 --terms 2 --dtypes float32 "
+                                     " --no-compile --device cpu".split()])
     bench.main()
     facts, *table = capsys.readouterr().out.splitlines()
     header, *rows = (line.split(" | ") for line in table)
-    assert "command mixed_sum" in facts and [row[4] for row in rows] == ["forward", "forward+backward"]
-    for row, moved in zip(rows, (3, 8)):  # tensors of the size of a term; a copy of both terms moves 4
+    assert "command mixed_sum" in facts and [row[4] for row in rows] == ["forward", "forward+backward"] * 2
+    for row, moved in zip(rows, (3, 8, 3, 8)):  # tensors of the size of a term; a copy of both terms moves 4
         row = {name: float(cell) for name, cell in zip(header[5:], row[5:])}
         assert row["speedup"] == pytest.approx(row["reference_ms"] / row["fused_ms"], rel=0.01)
         assert row["of_copy"] == pytest.approx(moved / 4 * row["copy_ms"] / row["fused_ms"], rel=0.01)

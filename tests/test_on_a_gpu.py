@@ -424,8 +424,8 @@ def test_two_processes_with_a_gpu_each(gpu, folder):
     "eval --layers 3 --init_channels 4 --batch_size 2 --steps 1 --amp bf16",
     "mixed_sum --stages 3 --terms 2 --no-compile"])
 def test_the_bench(command, gpu, folder):
-    path = succeed(gpu, folder("run"), "test_on_a_gpu:bench", *command.split(), "--json", engine=True)
-    assert json.loads(printed(path).splitlines()[0])["device"] == "pretended GPU"
+    path = succeed(gpu, folder("run"), "test_on_a_gpu:bench", *command.split(), engine=True)
+    assert "device pretended GPU" in printed(path).splitlines()[0]
 
 
 def bench(*argv):
