@@ -177,10 +177,6 @@ def main():
 def report(run, genotype, args):
     """What a search ends in."""
     run.log(f"genotype: {genotype}")
-    run.log(f"skip connections: {run.history[-1]['skip_connections']}")
-    if "lambda_train" in run.history[-1]:
-        shown = run.history[:: max(1, len(run.history) // 10)]
-        run.log("Λ by epoch: " + ", ".join(f"{values['lambda_train']:+.3f}" for values in shown))
     if args.search_space == "nasbench201" and nasbench201.has(genotype):
         run.log(nasbench201.describe(genotype, args.dataset))
     options = "--arch", str(run.path), "--dataset", args.dataset, "--data", args.data
