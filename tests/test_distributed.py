@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import ranks
-from ldarts import layer_alignment
+from ldarts import InputError, layer_alignment
 from ldarts.distributed import Processes
 from test_archives import packed_cifar10
 from test_faults import COMMON, EVAL, assert_same_bits, printed, reached, write_images

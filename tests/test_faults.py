@@ -458,7 +458,7 @@ def test_some_arguments_may_change(stopped, whole, images, folder, forks):
     status = forks.finish(forks.start(
         folder, "train_search.py", *SEARCH, "--resume", "runs/one", "--data", images, "--device", "cpu",
         "--report_freq", "3", "--checkpoint_minutes", "1", "--epochs", "2", "--seed", "0"))
-    assert f"uninterrupted run's: PyTorch 1.0, now {torch.__version__}; device some GPU, " in printed(folder)
+    assert f"bit-identical: PyTorch 1.0, now {torch.__version__}; device some GPU, " in printed(folder)
     assert "; commit 0123, now " in printed(folder)
     assert status == 0 and "step 2/" not in printed(folder) and "epoch 1 step 3/" in printed(folder)
     assert_same_bits(folder, whole("train_search.py", *SEARCH, "--epochs", "2"))
