@@ -94,7 +94,8 @@ SEARCH = [
     ("--lambda_reg", dict(usual=0.125, nasbench201=0.25, svhn=0.25), NUMBER, "λ of the last epoch; 0: DARTS"),
     ("--lambda_kind", "cosine", one_of(KINDS), f"{', '.join(KINDS)}; cosine is Λ, sign is Λ±"),
     ("--lambda_grad", "central", one_of(METHODS), "∇Λ: central (published, two more passes), exact (double "
-     "backward), random (a control: a random direction as long as that of central)"),
+     "backward; in small searches its cells were the worst, see tests/evidence), random (a control: a random "
+     "direction as long as that of central)"),
     ("--epsilon", dict(usual=1e-4, nasbench201=1e-4, svhn=1e-3), POSITIVE, "ε₀ of central"),
     ("--probe_batches", None, COUNT, "fresh batches of each half for the logged Λ (default: the last one)"),
     ("--eigenvalue", False, SWITCH, "log the dominant eigenvalue of ∂²L_valid/∂α² every epoch"),
