@@ -434,7 +434,7 @@ def test_other_arguments_are_refused_with_both_values(stopped, folder, monkeypat
                              ("--epsilon", "0.5", "0.0001")):
         message = refused(train_search, ["--resume", "runs/one", option, new], monkeypatch, capsys)
         assert f"{option} {new}: runs/one was started with {old}" in message
-        assert ("only data, device, graph, report_freq, checkpoint_minutes, workers, plot, tensorboard "
+        assert ("only data, device, graph, report_freq, checkpoint_minutes, plot, tensorboard "
                 "may change") in message
     assert "--cutout True: runs/one was started with False" in refused(
         train_search, ["--resume", "runs/one", "--cutout"], monkeypatch, capsys)

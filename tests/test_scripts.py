@@ -224,6 +224,7 @@ def test_help_is_printed_on_every_terminal(script, encoding, monkeypatch):
     shown = sys.stdout.buffer.getvalue().decode(encoding)
     assert stopped.value.code == 0 and "--dataset" in shown
     assert "\\u039b-DARTS" in shown or script == train_eval
+    assert ("checkpoint_minutes, workers " in " ".join(shown.split())) == (script == train_eval)
 
 
 def test_a_search_on_an_ascii_terminal_in_a_folder_with_a_space(tmp_path):

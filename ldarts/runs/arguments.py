@@ -51,15 +51,12 @@ BELOW_1 = checked(float, "a number from 0 to below 1", lambda value: 0 <= value 
 INSIDE_1 = checked(float, "a number above 0 and below 1", lambda value: 0 < value < 1)
 SWITCH = BooleanOptionalAction
 
-MAY_CHANGE = ("data", "device", "graph", "report_freq", "checkpoint_minutes", "workers", "plot",
-              "tensorboard")  # with --resume
 # Each row: a flag, its default, its type or action, its meaning. A dictionary has the defaults by the search
 # space or else the data set.
 BOTH = [
     ("--data", "data", str, "folder of the data set, or its archive; CIFAR and SVHN: downloaded if missing"),
     ("--save", None, str, "name of the run (default: search- or eval-, the time, random digits)"),
-    ("--resume", None, str, "continue the run in this folder with its arguments; may change: "
-     + ", ".join(MAY_CHANGE)),
+    ("--resume", None, str, "continue the run in this folder with its arguments; may change: "),
     ("--seed", 0, SEED, "of all random numbers"),
     ("--momentum", 0.9, NUMBER, "of SGD"),
     ("--grad_clip", 5.0, POSITIVE, "largest norm of the weights' gradient"),
@@ -127,6 +124,8 @@ EVAL = [
 ]
 DEMO = ("--dataset synthetic --search_space nasbench201 --init_channels 4 --layers 1 --batch_size 32 "
         "--epochs 3 --lambda_grad exact --lambda_reg 0.02 --arch_learning_rate 0.01 --arch_epsilon 0.1")
+MAY_CHANGE = ("data", "device", "graph", "report_freq", "checkpoint_minutes", "workers", "plot",
+              "tensorboard")  # with --resume
 FROM_RUN = ("dataset", "data", "seed", "batch_size", "init_channels", "layers")  # with --evaluate
 
 
@@ -160,14 +159,16 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
     kind: `search` or `eval`, as in the run's config.json.
     """
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
+    defaults = {flag[2:]: default for flag, default, *_ in table}
+    changeable = ", ".join(name for name in MAY_CHANGE if name in defaults)
     for flag, default, of_type, meaning in table:
+        meaning += changeable if flag == "--resume" else ""
         shown = default
         if isinstance(default, dict):
             shown = ", ".join(f"{name} {value}" for name, value in default.items()).removeprefix("usual ")
         if default is not None and default is not False and "(default" not in meaning:
             meaning += f" (default {shown})"
         parser.add_argument(flag, help=meaning, **{"action" if of_type is SWITCH else "type": of_type})
-    defaults = {flag[2:]: default for flag, default, *_ in table}
     typed, of_run = vars(parser.parse_args()), {}
     if typed.get("demo"):
         if os.environ.get("RANK", "0") == "0":
@@ -182,7 +183,7 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
             was = (defaults | of_run)[name]
             if name not in (*MAY_CHANGE, "resume", "demo") and value != was:
                 raise InputError(f"--{name} {value}: {typed['resume']} was started with {was}; leave it out, "
-                                 f"only {', '.join(MAY_CHANGE)} may change (the schedules run over --epochs)")
+                                 f"only {changeable} may change (the schedules run over --epochs)")
     args = Namespace(**defaults | of_run | typed)
     args.data = os.path.abspath(os.path.expanduser(args.data))  # the same from every folder
     keys = getattr(args, "search_space", None), args.dataset, "usual"
