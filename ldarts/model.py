@@ -47,7 +47,7 @@ class AuxiliaryHead(nn.Module):
 
     def __init__(self, C: int, num_classes: int, stride: int):
         super().__init__()
-        # The ImageNet head of DARTS has no second norm; so has this one, to reproduce its results.
+        # The ImageNet head of DARTS has no second norm; nor has this one, to reproduce its results.
         norm = nn.BatchNorm2d(768) if stride == 3 else nn.Identity()
         self.features = nn.Sequential(
             nn.ReLU(), nn.AvgPool2d(5, stride, count_include_pad=False),
