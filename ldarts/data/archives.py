@@ -126,7 +126,11 @@ def unpack(archive: Path, folder: Path, source: Source) -> None:
                         shutil.copyfileobj(tar.extractfile(member), file)
             if not any(unpacked.iterdir()):
                 raise tarfile.TarError(f"it has no files {folder.name}/…")
-            os.rename(unpacked, folder)
+            try:
+                os.rename(unpacked, folder)
+            except OSError:
+                if not folder.is_dir():  # made by another process, where there are no locks
+                    raise
     except Exception as error:  # damaged bytes raise many kinds
         if isinstance(error, OSError) and error.errno:  # of the disk: gzip's errors have no number
             raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); unpack it elsewhere and give "
