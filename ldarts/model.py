@@ -72,6 +72,9 @@ class Network(nn.Module):
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype):
         super().__init__()
+        if not isinstance(genotype, Genotype):
+            raise InputError(f"{genotype!r} is no genotype of a DARTS space: "
+                             "NetworkNAS201 takes arch strings")
         if C < 2 or C % 2 or layers < 1:
             raise InputError(f"{layers} cells of {C} channels: "
                              "cells must be positive, channels positive and even")

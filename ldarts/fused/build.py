@@ -64,7 +64,8 @@ def hindrance(part: str) -> str:
         if part == "cuda":  # fails without code for this GPU, or with PTX that its driver cannot read
             torch.ops.ldarts.mixed_sum(one := torch.ones(1, device="cuda"), [one])
     except Exception as error:  # a build fails in more ways than can be listed
-        remedy = getattr(error, "remedy", f"Delete {cache()} to compile again" if part == "cpu" else
+        damaged = part == "cpu" or isinstance(error, OSError)  # of load_library
+        remedy = getattr(error, "remedy", f"Delete {cache()} to compile again" if damaged else
                          "Set TORCH_CUDA_ARCH_LIST to what GPU and nvcc know, as 8.0;9.0+PTX")
         reason = (str(error).strip() or repr(error)).splitlines()[0][:300]
         device = " for CUDA" if part == "cuda" else ""  # the library for CPUs has the operators of both

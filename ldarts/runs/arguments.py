@@ -65,7 +65,7 @@ BOTH = [
     ("--checkpoint_minutes", 10.0, NUMBER, "between two checkpoints within an epoch; 0: after every step"),
     ("--device", "auto", str.lower, "auto, cpu, cuda or cuda:N; auto is a GPU if there is one"),
     ("--memory_format", "channels_last", one_of(MEMORY_FORMATS), ", ".join(MEMORY_FORMATS)),
-    ("--amp", "none", one_of(AMP), "none, bf16: autocast on a GPU, but for passes of a difference"),
+    ("--amp", "none", one_of(AMP), "none, bf16: autocast on a GPU, in a search not for a difference"),
     ("--deterministic", False, SWITCH, "bit-identical runs on a GPU too; slower"),
 ]
 SEARCH = [
