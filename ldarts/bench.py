@@ -23,7 +23,7 @@ from torch.utils.benchmark import timer
 from . import Architect, Network, SearchNetwork, genotypes
 from .architect import search_step, weight_step
 from .capture import Captured
-from .errors import progress
+from .errors import InputError, progress
 from .fused import run_plainly
 from .fused.sums import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import (AMP, MEMORY_FORMATS, Parser, amp_dtype, check_images, device_name, one_of, pick_device,
@@ -222,7 +222,9 @@ def bench_step(args: argparse.Namespace) -> None:
                 for variant, own in seconds.items()]
         return report(args, rows, graph=False)
     on_gpu = args.device.type == "cuda"
-    graph = on_gpu and (args.search_space != "s4" if args.graph is None else args.graph)
+    if args.graph and not on_gpu:
+        raise InputError("--graph: needs a GPU; leave it out")
+    graph = on_gpu and args.search_space != "s4" if args.graph is None else args.graph
     net, optimizers, steps = steps_of(args, args.variant)
     facts = {"graph": graph}
     if args.variant != "ours":

@@ -81,7 +81,7 @@ def machine_facts(device: torch.device, engine: bool, graph: bool) -> dict[str, 
     """What the bits of a run depend on beside its arguments. engine, graph: whether it uses them"""
     facts = {"PyTorch": torch.__version__, "device": device_name(device), "threads": torch.get_num_threads()}
     if engine:
-        hindrances = [hindrance(part) for part in dict.fromkeys(("cpu", device.type))]
+        hindrances = (hindrance(part) for part in dict.fromkeys(("cpu", device.type)))  # up to the first
         reason = next(filter(None, hindrances), "")
         facts["engine"] = f"off, the plain form runs ({reason})" if reason else "on"
     return facts | {"graph": graph} if device.type == "cuda" else facts
