@@ -42,7 +42,7 @@ def test_missing_searches_are_run_seed_by_seed_and_stopped_ones_resumed(tmp_path
         return calls
 
     calls = started("compare", "A")
-    assert len(calls) == sum(collapse.PLANNED.values()) - 1
+    assert len(calls) == 45 - 1
     saved = [call.split("--save ")[-1] for call in calls]
     assert saved[0] == "central-0" and saved[2:5] == ["random-0", "sign-0", "DARTS-1"]
     assert saved[-1] == "random-9"
@@ -81,7 +81,7 @@ def test_a_finished_search_is_kept_and_read(tmp_path, monkeypatch, capsys):
     cells = json.loads((collapse.FOLDER / "cells.json").read_text())
     assert cells == {"random": {"3": search["cell"]}} and search["cell"].startswith("|")
     text = (collapse.FOLDER / "findings.md").read_text()
-    assert "\n1 of 45 searches" in text and text.count("not yet | not yet") == 8
+    assert f"| random | {last['true_cifar10']:.2f} ({last['skip_connections']}) |" in text
     assert {path.name for path in collapse.FOLDER.glob("*.png")} == {"along.png", "shares.png"}
     with open("runs/random-3/log.txt", "a") as log:  # killed and resumed: a line for each start, or no minutes
         log.write("runs/random-3: continued at step 1 of epoch 2\n")

@@ -5,7 +5,6 @@
 """
 import itertools
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from ldarts.runs import read_run, script, spread, table, unfinished, write_atomi
 from ldarts.visualize import draw_shares, pyplot, save  # noqa: E402
 
 FOLDER = Path(__file__).with_suffix("")
-PLANNED = {"DARTS": 10, "central": 10, "exact": 10, "random": 10, "sign": 5}  # seeds of each variant
+VARIANTS = ["DARTS", "central", "exact", "random", "sign"]
 TESTED = [("central", "DARTS"), ("exact", "DARTS"), ("random", "DARTS"), ("exact", "random")]
 KEPT = ("true_cifar10", "skip_connections", "valid_accuracy", "train_accuracy", "lambda_train",
         "lambda_valid", "alpha_eigenvalue", "gini", "lambda_grad_norm", "loss_grad_norm", "cell_shares",
@@ -46,7 +45,7 @@ def rounded(value: Any) -> Any:
 
 
 def keep(runs: Sequence[str]) -> None:
-    """Write what is needed of each finished run to FOLDER/results, or FOLDER/explored by its seed."""
+    """Write what is needed of each finished run to FOLDER/results."""
     for run in map(Path, runs):
         if how_far := unfinished(run):
             print(f"{run}: {how_far}, left out")
@@ -57,13 +56,10 @@ def keep(runs: Sequence[str]) -> None:
         starts = 1 + (run / "log.txt").read_text().count("continued at step")
         result = {"variant": variant_of(config), "seed": config["seed"], "commit": config["commit"],
                   "device": config["device_name"], "torch": config["versions"]["torch"],
-                  **{name: config[name] for name in ("init_channels", "arch_learning_rate")},
                   "processor_minutes": round(sum(seconds) / 60, 1) if len(seconds) == starts else None,
                   "cell": json.loads((run / "genotype.json").read_text())["arch"],
                   "epochs": {name: rounded([line[name] for line in metrics]) for name in KEPT}}
         path = FOLDER / "results" / f"{result['variant']}-{result['seed']}.json"
-        if config["seed"] >= 100:
-            path = FOLDER / "explored" / "{init_channels}-{arch_learning_rate}-{seed}.json".format(**result)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, (json.dumps(result) + "\n").encode())
         print(path)
@@ -71,17 +67,9 @@ def keep(runs: Sequence[str]) -> None:
 
 def read_results() -> Searches:
     searches = [json.loads(path.read_text()) for path in (FOLDER / "results").glob("*.json")]
-    searches.sort(key=lambda search: (list(PLANNED).index(search["variant"]), search["seed"]))
+    searches.sort(key=lambda search: (VARIANTS.index(search["variant"]), search["seed"]))
     return {variant: {search["seed"]: search for search in group}
             for variant, group in itertools.groupby(searches, lambda search: search["variant"])}
-
-
-def explored_table() -> str:
-    """The end of plain DARTS in each regime that was explored."""
-    searches = [json.loads(path.read_text()) for path in sorted((FOLDER / "explored").glob("*.json"))]
-    return table(["channels", "learning rate of α", "seed", "skips", "true accuracy, %", "processor minutes"], [
-        [search["init_channels"], search["arch_learning_rate"], search["seed"], skips(search),
-         f"{accuracy(search):.2f}", search["processor_minutes"]] for search in searches])
 
 
 # ---- measures of one search
@@ -138,10 +126,6 @@ def pull(search: Search, operation: str) -> float:
     return 1000 * statistics.fmean(statistics.fmean(grads.values()) - grads[operation] for grads in by_epoch)
 
 
-def skips_pull(search: Search) -> float:
-    return pull(search, "skip_connect")
-
-
 def alpha_at_end(search: Search, operation: str) -> float:
     """α of an operation less the mean over all operations, the mean over the edges. It starts at 0 and adds up
     all steps of the search, where `pull` sees four batches an epoch."""
@@ -180,13 +164,12 @@ def differences(searches: Searches, first: str, second: str, of: Callable[[Searc
     return [of(searches[first][seed]) - of(searches[second][seed]) for seed in sorted(pairs)]
 
 
-def tests_table(rows: dict[str, list[float]], corrected: bool, complete: bool) -> str:
-    """The tests of differences, by their names. complete: whether all searches are there; no p before"""
-    p_values = [sign_flip(values) if complete else math.nan for values in rows.values()]
+def tests_table(rows: dict[str, list[float]], corrected: bool) -> str:
+    """The tests of differences, by their names."""
+    p_values = [sign_flip(values) for values in rows.values()]
     columns = [p_values, holm(p_values)] if corrected else [p_values]
     return table(["difference", "pairs", "mean ± deviation", "p", "p, Holm"][: 3 + len(columns)], [
-        [name, f"{len(values)} of {PLANNED['DARTS']}", spread(values),
-         *(f"{p:.4f}" if complete else "not yet" for p in of_row)]
+        [name, len(values), spread(values), *(f"{p:.4f}" for p in of_row)]
         for (name, values), *of_row in zip(rows.items(), *columns)])
 
 
@@ -208,11 +191,11 @@ def findings(searches: Searches) -> str:
     def by_variant(header: list[str], row: Callable[[str, Seeds], list]) -> str:
         return table(["variant", *header], [[name, *row(name, seeds)] for name, seeds in searches.items()])
 
-    def ends(variant: str, of_variant: Seeds) -> list:
+    def ends(_, of_variant: Seeds) -> list:
         collapsed = sum(skips(search) >= 5 for search in of_variant.values())
         columns = [([value for search in of_variant.values() if (value := of(search)) is not None], digits)
                    for of, digits in COLUMNS.values()]
-        return [f"{len(of_variant)} of {PLANNED[variant]}", f"{collapsed} of {len(of_variant)}",
+        return [len(of_variant), f"{collapsed} of {len(of_variant)}",
                 *(spread(values, digits) + f" (of {len(values)})" * (0 < len(values) < len(of_variant))
                   for values, digits in columns)]
 
@@ -230,10 +213,7 @@ def findings(searches: Searches) -> str:
             for operation in nasbench201.OPERATIONS])
 
     seeds = sorted({seed for of_variant in searches.values() for seed in of_variant})
-    complete = {name: len(of_variant) for name, of_variant in searches.items()} == PLANNED
-    text = "The regimes, plain DARTS:\n\n" + explored_table()
-    text += f"\n{sum(map(len, searches.values()))} of {sum(PLANNED.values())} searches are finished.\n"
-    text += "\nThe end of a search, mean ± deviation over the seeds:\n\n"
+    text = "The end of a search, mean ± deviation over the seeds:\n\n"
     text += by_variant(["seeds", "five skips or six", *COLUMNS], ends)
     of_all = spread(list(nasbench201.accuracies()[:, 0]))
     text += f"\nTrue accuracy of each last cell, % (a random cell: {of_all}), and its skips:\n\n"
@@ -241,14 +221,14 @@ def findings(searches: Searches) -> str:
     for name, of in (("true accuracy, %", accuracy), ("skips", skips)):
         text += f"\nExact tests of the difference in {name}, paired by seed:\n\n"
         text += tests_table({f"{first} − {second}": differences(searches, first, second, of)
-                             for first, second in TESTED}, True, complete)
+                             for first, second in TESTED}, True)
     text += "\nTests of what the paper explains collapse by (the first is exact for a symmetric distribution):\n\n"
     text += tests_table({
-        "DARTS: share of stage 3 − 1/3 (H4: above 0)": [last_stage(search) - 1 / 3
-                                          for search in searches.get("DARTS", {}).values()],
+        "DARTS: share of stage 3 − 1/3 (H4: above 0)":
+            [last_stage(search) - 1 / 3 for search in searches.get("DARTS", {}).values()],
         "exact − DARTS: share of stage 3 (H4: above 0)": differences(searches, "exact", "DARTS", last_stage),
-        "exact − DARTS: gradient for skips, times 1000 (H5: above 0)": differences(searches, "exact", "DARTS", skips_pull)},
-        False, complete)
+        "exact − DARTS: gradient for skips, times 1000 (H5: above 0)":
+            differences(searches, "exact", "DARTS", lambda search: pull(search, "skip_connect"))}, False)
     text += "\nWho decides: the share of each stage's cells in the gradient w.r.t. α:\n\n"
     text += by_variant([f"stage {stage}, {part} quarter" for part in ("first", "last")
                         for stage in (1, 2, 3)], stages)
@@ -294,8 +274,6 @@ def main() -> None:
     (FOLDER / "cells.json").write_text(json.dumps(cells_of(searches), indent=1) + "\n")
     (FOLDER / "findings.md").write_text(text)
     print(text, end="")
-    if not searches:
-        return
     draw_along({name: of for name, of in searches.items() if name != "sign"}, FOLDER / "along.png")
     draw_shares({variant: [search["epochs"]["cell_shares"] for search in of_variant.values()]
                  for variant, of_variant in searches.items()}, FOLDER / "shares.png")
