@@ -151,22 +151,22 @@ def parse(text: str, where: str, cell: str | None = None) -> Genotype | str:
     try:
         text = named_in_module(text, cell, where) if where.endswith(".py") else text.strip("\ufeff \t\r\n")
         if text.startswith("{"):
-            fields = json.loads(text)
+            parts = json.loads(text)
         elif calls := CALL.findall(text):
-            fields = arguments(calls[-1])
+            parts = arguments(calls[-1])
         else:
             archs = [text] if text.startswith("|") else [match[0] for match in ARCH_PATTERN.finditer(text)]
-            fields = {"arch": archs[-1]} if archs else {}
+            parts = {"arch": archs[-1]} if archs else {}
     except InputError:
         raise
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise InputError(f"{where}: not a genotype ({brief(error)})") from error
-    if set(fields) == {"arch"} and isinstance(fields["arch"], str):
-        parse_arch(fields["arch"])
-        return fields["arch"]
-    if not {"normal", "reduce"} <= set(fields) <= set(Genotype._fields):
+    if set(parts) == {"arch"} and isinstance(parts["arch"], str):
+        parse_arch(parts["arch"])
+        return parts["arch"]
+    if not {"normal", "reduce"} <= set(parts) <= set(Genotype._fields):
         raise InputError(f"{where}: no genotype; expected {', '.join(Genotype._fields)}, or arch")
-    return Genotype(*checked_cell(fields, "normal", where), *checked_cell(fields, "reduce", where))
+    return Genotype(*checked_cell(parts, "normal", where), *checked_cell(parts, "reduce", where))
 
 
 def arguments(call: str) -> dict[str, Any]:
@@ -192,9 +192,9 @@ def named_in_module(text: str, cell: str | None, where: str) -> str:
     return cells[cell]
 
 
-def checked_cell(fields: dict[str, Any], part: str, where: str) -> tuple[tuple, tuple]:
+def checked_cell(parts: dict[str, Any], part: str, where: str) -> tuple[tuple, tuple]:
     """The edges and the concatenated states (default: all nodes) of one type of cell."""
-    edges = fields[part]
+    edges = parts[part]
     if not isinstance(edges, list) or not edges or len(edges) % 2:
         raise InputError(f"{where}: {part!r} must list two [operation, state] pairs a node")
     for position, edge in enumerate(edges):
@@ -204,7 +204,7 @@ def checked_cell(fields: dict[str, Any], part: str, where: str) -> tuple[tuple, 
             raise InputError(f"{where}: {part}[{position}] is {json.dumps(edge)[:80]}; expected [operation, "
                              f"state] with a state below {len(states)} and one of {', '.join(OPS)}")
     nodes = range(2, 2 + len(edges) // 2)
-    concat = fields.get(part + "_concat", list(nodes))
+    concat = parts.get(part + "_concat", list(nodes))
     if not isinstance(concat, list) or not concat or not all(type(s) is int and s in nodes for s in concat):
         raise InputError(f"{where}: {part}_concat must list states from 2 to {nodes[-1]}")
     return tuple(map(tuple, edges)), tuple(concat)

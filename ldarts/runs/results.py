@@ -68,10 +68,10 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
     for name, group in grouped(paths).items():
         runs = counted(group)
         named = {path: search_of(read_config(path).get("arch", path)) for path in group}
-        found = {path: str(folder) for path, (folder, config) in named.items() if config and runs}
-        other = {path: folder for path, folder in found.items() if cell_of(path) != cell_of(folder)}
+        folders = {path: str(folder) for path, (folder, config) in named.items() if config and runs}
+        other = {path: folder for path, folder in folders.items() if cell_of(path) != cell_of(folder)}
         changed |= other
-        searches = counted(dict.fromkeys(folder for path, folder in found.items() if path not in other))
+        searches = counted(dict.fromkeys(folder for path, folder in folders.items() if path not in other))
         configs, ends = [config for config, _ in runs], [metrics[-1] for _, metrics in runs]
         ends_of_searches = [metrics[-1] for _, metrics in searches]
         judge = searched_set(next((config.get("dataset") for config, _ in searches), None))
