@@ -25,8 +25,8 @@ from ldarts.distributed import Processes
 from ldarts.fused import compiled_for
 from ldarts.genotypes import to_json
 from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, check_images, evaluate, machine_facts,
-                         parse_search_args, pick_device, script, script_path, seed_everything,
-                         set_deterministic, uses_graph)
+                         parse_search_args, pick_device, safe_layout, script, script_path,
+                         seed_everything, set_deterministic, uses_graph)
 
 
 def measure_cells(arch, probes, kind):
@@ -72,11 +72,14 @@ def main():
     args = parse_search_args()
     if args.deterministic:
         set_deterministic()
-    device, layout = pick_device(args.device), MEMORY_FORMATS[args.memory_format]
+    device, layout, remarks = pick_device(args.device), MEMORY_FORMATS[args.memory_format], []
     amp, graph = amp_dtype(args.amp, device), uses_graph(args)
     processes = Processes(device)
     train_set, _ = load(args.dataset, args.data, device, args.seed, size=args.image_size)
     check_images(*train_set.images.shape[2:], args.batch_size // processes.world)
+    if layout is torch.channels_last and not compiled_for(device.type):  # the engine does not have that fault
+        layout, remarks = safe_layout(args.memory_format, device, args.init_channels,
+                                      *train_set.images.shape[2:])
     for_w, for_alpha = halves(len(train_set.labels), args.train_portion, args.seed)
     train_batches, valid_batches = (
         Batches(train_set, half, args.batch_size, args.seed, tag=tag, memory_format=layout,
@@ -114,6 +117,8 @@ def main():
         weights = sum(p.numel() for p in net.weight_parameters())
         run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
                 f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
+        for remark in remarks:
+            run.log(remark)
         if uses_engine and compiled_for(device.type):
             run.log(net.engine.coverage(net.searched_cells()))
         if args.lambda_reg and args.epochs == 1:

@@ -95,12 +95,12 @@ def check_images(height: int, width: int, images: int, auxiliary: bool = False) 
 
 def safe_layout(name: str, device: torch.device, C: int, height: int,
                 width: int) -> tuple[torch.memory_format, list[str]]:
-    """(memory format for a derived network, remarks): the one called `name`, if it is safe.
+    """(memory format for a network in plain PyTorch, remarks): the one called `name`, if it is safe.
 
-    In channels-last, on a CPU, with few channels and other images than 32x32, the backward pass of oneDNN in
-    PyTorch 2.13 can corrupt the heap (seen with 2 to 8 channels; 16 are safe).
+    In channels-last, on a CPU, with few channels and images whose sides do not divide 32, the backward pass
+    of oneDNN in PyTorch 2.13 can corrupt the heap (seen with 2 to 8 channels; 16 are safe).
     """
-    if name == "channels_last" and device.type == "cpu" and C < 16 and (height, width) != (32, 32):
+    if name == "channels_last" and device.type == "cpu" and C < 16 and (32 % height or 32 % width):
         remark = (f"--memory_format contiguous: oneDNN's backward pass of {C} channels can crash in "
                   f"channels_last on images of {height}x{width}")
         return torch.contiguous_format, [remark]
