@@ -24,9 +24,9 @@ from ldarts.data import Batches, eval_batches, halves, load
 from ldarts.distributed import Processes
 from ldarts.fused import compiled_for
 from ldarts.genotypes import to_json
-from ldarts.runs import (MEMORY_FORMATS, Run, amp_dtype, check_images, evaluate, machine_facts,
-                         parse_search_args, pick_device, safe_layout, script, script_path,
-                         seed_everything, set_deterministic, uses_graph)
+from ldarts.runs import (Run, amp_dtype, check_images, evaluate, machine_facts, parse_search_args,
+                         pick_device, safe_layout, script, script_path, seed_everything,
+                         set_deterministic, uses_graph)
 
 
 def measure_cells(arch, probes, kind):
@@ -72,14 +72,13 @@ def main():
     args = parse_search_args()
     if args.deterministic:
         set_deterministic()
-    device, layout, remarks = pick_device(args.device), MEMORY_FORMATS[args.memory_format], []
+    device = pick_device(args.device)
     amp, graph = amp_dtype(args.amp, device), uses_graph(args)
     processes = Processes(device)
     train_set, _ = load(args.dataset, args.data, device, args.seed, size=args.image_size)
-    check_images(*train_set.images.shape[2:], args.batch_size // processes.world)
-    if layout is torch.channels_last and not compiled_for(device.type):  # the engine does not have that fault
-        layout, remarks = safe_layout(args.memory_format, device, args.init_channels,
-                                      *train_set.images.shape[2:])
+    sides = train_set.images.shape[2:]
+    check_images(*sides, args.batch_size // processes.world)
+    layout, remarks = safe_layout(args.memory_format, device, args.init_channels, *sides)
     for_w, for_alpha = halves(len(train_set.labels), args.train_portion, args.seed)
     train_batches, valid_batches = (
         Batches(train_set, half, args.batch_size, args.seed, tag=tag, memory_format=layout,

@@ -43,7 +43,9 @@ class Processes:
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
         means = flat.div_(self.world).split([t.numel() for t in tensors])
-        return [torch.empty_like(t).copy_(mean.view(t.shape)) for t, mean in zip(tensors, means)]
+        # Parts of `flat` where that has the order of the tensor: thousands of copies would be launched.
+        return [mean.as_strided(t.shape, t.stride()) if t.is_contiguous() else
+                torch.empty_like(t).copy_(mean.view(t.shape)) for t, mean in zip(tensors, means)]
 
     def largest(self, *values: int) -> list[int]:
         """The largest of each value over the processes: how they agree on what to do next."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import ldarts
 from ldarts.architect import search_step
 from ldarts.capture import Captured
+from ldarts.runs import amp_dtype
 
 
 def test_passes_in_bf16_point_where_float64_does():
@@ -39,6 +40,12 @@ def test_passes_in_bf16_point_where_float64_does():
     # Rounding differs with the number of threads: by 0.05.
     assert all(c > least for c, least in zip(cosines, (0.8, 0.7, 0.45, 0.3)))
     assert abs(found["bf16"][1] - found["float64"][1]) < 0.15
+
+
+def test_bf16_is_refused_on_a_gpu_without_its_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ldarts.InputError, match="--amp bf16: a GPU of compute capability 7.5"):
+        amp_dtype("bf16", torch.device("cuda:0"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU; there is none")

@@ -23,6 +23,19 @@ SEARCH = [*COMMON, "--search_space", "s4", "--layers", "4", "--batch_size", "4",
           "--epochs", "2"]
 
 
+def test_means_keep_their_layouts_and_are_not_copied(monkeypatch):
+    tensors = [torch.randn(()), *torch.randn(3, 4, 2, 3, 3), torch.randn(4, 2, 1, 1)]
+    tensors[1:] = [tensors[1], *(t.contiguous(memory_format=torch.channels_last) for t in tensors[2:])]
+    processes = Processes(torch.device("cpu"))
+    processes.world = 2
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.mul_(4))
+    means = processes.average(tensors)
+    for mean, t in zip(means, tensors, strict=True):
+        assert torch.equal(mean, 2 * t) and mean.stride() == t.stride()
+    parts = {mean.untyped_storage().data_ptr() for mean in means if mean.is_contiguous()}
+    assert len(parts) == 1  # one tensor, of which nothing was copied
+
+
 def torchrun(forks, folder, *argv):
     """torchrun with two processes of one thread, its output in <folder>.printed"""
     return forks.start(folder, "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv)

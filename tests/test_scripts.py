@@ -188,6 +188,9 @@ def test_the_demo_is_the_search_that_it_prints(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_search.py", *flags])
         found.append(parse_search_args())
     assert found[0] == found[1] and (found[0].dataset, found[0].epochs) == ("synthetic", 7)
+    (tmp_path / "config.json").write_text(json.dumps({"kind": "search", "seed": 0} | vars(found[0])))
+    monkeypatch.setattr(sys, "argv", ["train_search.py", "--resume", str(tmp_path), "--demo"])
+    assert parse_search_args().epochs == 7  # those of the run
 
 
 def assert_refused(script, args, named, folder, monkeypatch, capsys, before=()):

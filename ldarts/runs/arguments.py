@@ -170,7 +170,7 @@ def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
             meaning += f" (default {shown})"
         parser.add_argument(flag, help=meaning, **{"action" if of_type is SWITCH else "type": of_type})
     typed, of_run = vars(parser.parse_args()), {}
-    if typed.get("demo"):
+    if typed.get("demo") and "resume" not in typed:
         if os.environ.get("RANK", "0") == "0":
             print(f"--demo stands for: {DEMO}", flush=True)
         typed = vars(parser.parse_args(DEMO.split())) | typed

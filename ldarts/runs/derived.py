@@ -95,7 +95,7 @@ def check_images(height: int, width: int, images: int, auxiliary: bool = False) 
 
 def safe_layout(name: str, device: torch.device, C: int, height: int,
                 width: int) -> tuple[torch.memory_format, list[str]]:
-    """(memory format for a network in plain PyTorch, remarks): the one called `name`, if it is safe.
+    """(memory format for a network, remarks): the one called `name`, if it is safe in plain PyTorch.
 
     In channels-last, on a CPU, with few channels and images whose sides do not divide 32, the backward pass
     of oneDNN in PyTorch 2.13 can corrupt the heap (seen with 2 to 8 channels; 16 are safe).

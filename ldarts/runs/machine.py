@@ -43,10 +43,14 @@ def pick_device(name: str) -> torch.device:
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast. Raises InputError for bf16 on a CPU, where PyTorch 2.13's gradient w.r.t. the
-    weight of a dilated depthwise convolution reads unwritten memory (channels-last, 16 channels of 32x32)."""
+    weight of a dilated depthwise convolution reads unwritten memory (channels-last, 16 channels of 32x32),
+    and on GPUs before Ampere, for which cuDNN has no bfloat16 convolutions: PyTorch's go image by image."""
     if name == "bf16" and device.type == "cpu":
         raise InputError("--amp bf16: PyTorch's bfloat16 gradients of dilated convolutions are wrong on a "
                          "CPU; leave it out there")
+    if name == "bf16" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        raise InputError("--amp bf16: a GPU of compute capability {}.{} computes convolutions "
+                         "of bfloat16 image by image; leave it out there".format(*capability))
     return torch.bfloat16 if name == "bf16" else None
 
 

@@ -1,7 +1,7 @@
 """The experiment of collapse/PLAN.md, read: its tables, tests and pictures.
 
     python tests/evidence/collapse.py keep OUT/A/runs/*/  # a small file in collapse/results for each search
-    python tests/evidence/collapse.py                     # from these: findings.md, cells.json and the pictures
+    python tests/evidence/collapse.py  # from these: findings.md, cells.json and the pictures
 """
 import itertools
 import json
@@ -127,8 +127,8 @@ def pull(search: Search, operation: str) -> float:
 
 
 def alpha_at_end(search: Search, operation: str) -> float:
-    """α of an operation less the mean over all operations, the mean over the edges. It starts at 0 and adds up
-    all steps of the search, where `pull` sees four batches an epoch."""
+    """α of an operation less the mean over all operations, the mean over the edges. It starts at 0 and adds
+    up all steps of the search, where `pull` sees four batches an epoch."""
     alpha = np.array(search["epochs"]["alphas"][-1][0]).mean(0)  # [ops]
     return float((alpha - alpha.mean())[nasbench201.OPERATIONS.index(operation)])
 
@@ -222,7 +222,8 @@ def findings(searches: Searches) -> str:
         text += f"\nExact tests of the difference in {name}, paired by seed:\n\n"
         text += tests_table({f"{first} − {second}": differences(searches, first, second, of)
                              for first, second in TESTED}, True)
-    text += "\nTests of what the paper explains collapse by (the first is exact for a symmetric distribution):\n\n"
+    text += ("\nTests of what the paper explains collapse by "
+             "(the first is exact for a symmetric distribution):\n\n")
     text += tests_table({
         "DARTS: share of stage 3 − 1/3 (H4: above 0)":
             [last_stage(search) - 1 / 3 for search in searches.get("DARTS", {}).values()],
@@ -234,7 +235,8 @@ def findings(searches: Searches) -> str:
                         for stage in (1, 2, 3)], stages)
     text += "\nOn what: the mean of ∂L/∂p over the operations less that of one, times 1000:\n\n"
     text += by_operation(pull)
-    text += "\nWhere α went (not in the plan): α of an operation at the end less the mean over the operations:\n\n"
+    text += ("\nWhere α went (not in the plan): "
+             "α of an operation at the end less the mean over the operations:\n\n")
     text += by_operation(alpha_at_end)
     return text
 
