@@ -10,6 +10,7 @@ import train_eval
 import train_search
 from ldarts import Architect, SearchNetwork, data, runs
 from ldarts.data import ImageSet
+from ldarts.distributed import Processes
 from ldarts.runs import Run
 
 # name: epochs, batch, and for some epochs the learning rates of w and α, λ, ε₀, the probability of cutout.
@@ -39,7 +40,9 @@ EVAL = {
         249: (0.1 / 245, 0, 0.1, 0.4, 0)}),
     "imagenet --batch_size 256": (250, 256, {
         0: (0.5, 0, 0.1, 0.4, 0), 4: (0.5 * 241 / 245, 0, 0.1, 0.4, 0), 249: (0.1 / 245, 0, 0.1, 0.4, 0)}),
-    "imagenet --epochs 2": (2, 1024, {0: (0.1, 0, 0.1, 0.4, 0), 1: (0.2, 0, 0.1, 0.4, 0)}),
+    # A gradient of norm 0.91959 is clipped, which reads as more smoothing: 1 - 0.9 * 0.5 / 0.91959.
+    "imagenet --epochs 2 --grad_clip 0.5": (2, 1024, {
+        0: (0.1, 0, 0.51065, 0.4, 0), 1: (0.2, 0, 0.51065, 0.4, 0)}),
 }
 
 
@@ -73,23 +76,26 @@ class TwoBiases(nn.Module):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """(script, flags) -> probabilities of cutout by epoch; without checkpoints and tests."""
+    """(script, flags) -> probabilities of cutout and metrics by epoch; without checkpoints and tests."""
     monkeypatch.chdir(tmp_path)
-    cutouts, epoch_of = [], data.Batches.epoch
+    cutouts, lines, epoch_of = [], [], data.Batches.epoch
 
     def epoch(batches, epoch, cutout_prob=1.0, *args, **options):
         assert batches.cutout_length in (0, 16)
         if batches.tag == "train":
             cutouts[epoch:] = [cutout_prob if batches.cutout_length else 0]
+        else:
+            assert cutout_prob == cutouts[epoch] or not batches.cutout_length
         return epoch_of(batches, epoch, cutout_prob, *args, **options)
 
     def load(*args, **options):
-        images = torch.zeros(192, 3, 12, 12, dtype=torch.uint8)
-        return ImageSet(images, torch.zeros(192, dtype=torch.long), 10, (0.5,) * 3, (0.5,) * 3).split(192)
+        images = torch.zeros(200, 3, 12, 12, dtype=torch.uint8)
+        labels = (torch.arange(200) >= 192).long()  # those of the test set are 1
+        return ImageSet(images, labels, 10, (0.5,) * 3, (0.5,) * 3).split(192)
 
     monkeypatch.setattr(data.Batches, "epoch", epoch)
     monkeypatch.setattr(Run, "save", lambda run: None)
-    monkeypatch.setattr(Run, "_write_metrics", lambda run: None)
+    monkeypatch.setattr(Run, "_write_metrics", lambda run: lines.append(run.history[-1]))
     for script in (train_search, train_eval):
         monkeypatch.setattr(script, "evaluate", lambda *args: (1.0, 10.0))
         monkeypatch.setattr(script, "load", load)
@@ -98,7 +104,7 @@ def run(tmp_path, monkeypatch):
     def main(script, flags):
         monkeypatch.setattr(sys, "argv", [script.__name__, *flags.split(), "--report_freq", "1000"])
         script.main()
-        return cutouts
+        return cutouts, lines
     return main
 
 
@@ -146,41 +152,75 @@ def test_a_search_trains_as_published(name, epochs, batch_size, wanted, run, mon
                            "method": ("exact" if name == "svhn" else "central") if lambda_t else None,
                            "grad_clip": 5.0}
         assert settings(optimizer) == {"momentum": 0.9, "weight_decay": 3e-4}
+        assert (arch.w_momentum, arch.w_weight_decay) == (0.9, 3e-4)
+        assert len(optimizer.param_groups[0]["params"]) == len(arch.net.weight_parameters())
         assert settings(arch.optimizer) == {"betas": (0.5, 0.999), "weight_decay": 1e-3, "eps": 1e-8}
         rates = (part.param_groups[0]["lr"] for part in (optimizer, arch.optimizer))
         rows.append((*rates, float(lambda_t), epsilon))
-        return SimpleNamespace(loss=torch.ones(()), logits=torch.zeros(batch_size, 10),
-                               clipped=torch.zeros(1), alignment=None)
+        return SimpleNamespace(loss=torch.tensor(float(len(rows))), logits=torch.zeros(batch_size, 10),
+                               clipped=torch.ones(1), alignment=None)
 
     monkeypatch.setattr(train_search, "search_step", search_step)
     monkeypatch.setattr(train_search, "measure_cells", lambda *args: {})
-    monkeypatch.setattr(Architect, "gradient_norms", lambda *args: (1.0, 0.0))
+    monkeypatch.setattr(Architect, "gradient_norms", lambda *args: (3.0, 2.0))
     cell = "--search_space nasbench201" if name == "nasbench201" else f"--dataset {name} --search_space s2"
     changed = "--unrolled --hessian exact --lambda_grad exact --lambda_kind sign" if name == "svhn" else ""
-    cutouts = run(train_search, f"{cell} --init_channels 2 --layers 4 --cutout {changed}")
+    cutouts, lines = run(train_search, f"{cell} --init_channels 2 --layers 4 --cutout {changed}")
     assert_rows(rows, cutouts, epochs, wanted)
+    for epoch, line in enumerate(lines):  # the means are those of one epoch
+        assert (line["train_loss"], line["clipped"], line["loss_grad_norm"]) == (epoch + 1, 1, 3)
+        assert line["lambda_grad_norm"] == 2 * line["lambda_reg"] == pytest.approx(2 * rows[epoch][2])
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_alpha_sees_new_orders_and_crops_whenever_its_images_start_over(run, monkeypatch):
-    images, taken, measured = torch.randint(256, (192, 3, 8, 8), dtype=torch.uint8), [], []
-    parts = ImageSet(images, torch.arange(192), 192, (0.5,) * 3, (0.5,) * 3).split(192)
+    """And what an epoch is measured on: its last batches or fresh ones, and the half for α."""
+    images, taken, trained, nets = torch.randint(256, (192, 3, 8, 8), dtype=torch.uint8), [], [], []
+    images = ImageSet(images, torch.arange(192), 192, (0.5,) * 3, (0.5,) * 3)
+    probes, normed, read = [], [], []
 
     def search_step(arch, optimizer, train, valid, **options):
+        trained.append(train)
         taken.append(valid)
-        return SimpleNamespace(loss=torch.ones(()), logits=torch.zeros(16, 192), clipped=torch.zeros(1),
-                               alignment=None)
+        nets.append([p.detach().clone() for p in arch.net.parameters()])
+        return SimpleNamespace(loss=torch.ones(()), logits=torch.zeros(len(train[1]), 192),
+                               clipped=torch.zeros(1), alignment=None)
+
+    class Second(Processes):
+        """The second of two, whose exchanges are with itself."""
+
+        def __init__(self, device):
+            self.rank, self.world, self.device = 1, 2, device
+
+        def average(self, tensors):
+            return list(tensors)
+
+        def largest(self, *values):
+            return list(values)
+
+        def gather(self, tensor):
+            return tensor[None]
+
+        def close(self):
+            pass
 
     class Resumed(Run):
         def __init__(self, *args):
             super().__init__(*args)
             self.step = 4
 
-    for name, part in (("search_step", search_step), ("load", lambda *args, **options: parts),
-                       ("measure_cells", lambda arch, probes, kind: measured.extend(probes["valid"]) or {})):
+    def measure_cells(arch, of_halves, kind):
+        probes.append([list(of_halves[half]) for half in ("train", "valid")])
+        return {}
+
+    for name, part in (("search_step", search_step), ("load", lambda *args, **options: images.split(192)),
+                       ("measure_cells", measure_cells),
+                       ("evaluate", lambda *args: read.append([*args[2]]) or (1.0, 10.0))):
         monkeypatch.setattr(train_search, name, part)
-    monkeypatch.setattr(Architect, "gradient_norms", lambda *args: (1.0, 0.0))
-    flags = "--search_space s2 --init_channels 2 --layers 4 --train_portion 0.75 --batch_size 16 --epochs 1"
+    monkeypatch.setattr(Architect, "gradient_norms", lambda *args: normed.append(args[1]) or (1.0, 0.0))
+    monkeypatch.setattr(Architect, "alpha_eigenvalue", lambda arch, batch: read.append([batch]) or 0.0)
+    flags = ("--search_space s2 --init_channels 2 --layers 4 --train_portion 0.75 --batch_size 16 --epochs 1 "
+             "--eigenvalue")
     run(train_search, flags + " --save whole")
     x, y = (torch.cat(values).unflatten(0, (3, 48)) for values in zip(*taken))  # three turns of three steps
     order = y.argsort(1)
@@ -189,16 +229,39 @@ def test_alpha_sees_new_orders_and_crops_whenever_its_images_start_over(run, mon
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert not torch.equal(y[one], y[other])
         assert (sorted_x[one] != sorted_x[other]).flatten(1).any(1).sum() > 40  # of 48 images
-    whole = taken[:]
     monkeypatch.setattr(train_search, "Run", Resumed)
-    run(train_search, flags + " --save resumed")
-    batches = zip([*whole[4:], whole[-1], whole[-1]], [*taken[9:], *measured], strict=True)
-    assert all(torch.equal(a, b) for pair in batches for a, b in zip(*pair))
+    run(train_search, flags + " --save resumed --probe_batches 3")
+    run(train_search, flags + " --save again")
+    assert all(map(torch.equal, nets[0], nets[-1]))  # drawn from the seed
+    assert_equal([*zip(trained, taken)][4:9], [*zip(trained, taken)][9:14])
+    last = trained[8], taken[8]
+    assert_equal([(train, valid) for (train,), (valid,) in (probes[0], probes[2])], [last, last])
+    assert_equal([normed], [[last[0]] * 3])
+    for half in probes[1]:
+        assert len(torch.cat([labels for _, labels in half]).unique()) == 48
+    fresh, labels = map(torch.cat, zip(*probes[1][1]))
+    assert torch.equal(labels.sort().values, y[0].sort().values)
+    for turn in sorted_x:
+        assert (fresh[labels.argsort()] != turn).flatten(1).any(1).sum() > 40
+    for eigenvalue, accuracy in (read[:2], read[2:4]):
+        assert torch.isin(eigenvalue[0][1], y[0]).all() and len(eigenvalue[0][1]) == 16
+        assert torch.equal(torch.cat([labels for _, labels in accuracy]).sort().values, y[0].sort().values)
+    whole = torch.cat([labels for _, labels in read[1]])
+    monkeypatch.setattr(train_search, "Processes", Second)
+    run(train_search, flags + " --save second")
+    assert torch.equal(torch.cat([labels for _, labels in read[-1]]), whole[1::2])
+
+
+def assert_equal(found, expected):
+    """Lists of lists of batches"""
+    for ours, theirs in zip(found, expected, strict=True):
+        for batch, other in zip(ours, theirs, strict=True):
+            assert all(map(torch.equal, batch, other))
 
 
 @pytest.mark.parametrize("flags, epochs, batch_size, wanted", [(k, *v) for k, v in EVAL.items()], ids=EVAL)
 def test_a_cell_is_trained_as_published(flags, epochs, batch_size, wanted, run, monkeypatch):
-    rows, nets, sizes = [], [], []
+    rows, nets, sizes, tested = [], [], [], []
 
     class SGD(torch.optim.SGD):
         """Notes what a step is taken with, and takes none."""
@@ -224,10 +287,15 @@ def test_a_cell_is_trained_as_published(flags, epochs, batch_size, wanted, run, 
         sizes.append(batch_size)
         return data.Batches(images, indices, 192, *args, **options)
 
+    def evaluate(net, criterion, batches, *args):
+        assert criterion.label_smoothing == 0
+        tested.append(tuple(torch.cat([y for _, y in batches]).tolist()))
+        return 1.0, 10.0
+
     monkeypatch.setattr(torch.optim, "SGD", SGD)
     for name, part in (("Network", build), ("NetworkImageNet", build), ("folder_batches", folder_batches),
-                       ("Batches", batches)):
+                       ("Batches", batches), ("evaluate", evaluate)):
         monkeypatch.setattr(train_eval, name, part)
-    cutouts = run(train_eval, f"--dataset {flags}")
-    assert sizes == [batch_size]
+    cutouts, _ = run(train_eval, f"--dataset {flags}")
+    assert sizes == [batch_size] and {*tested} == {(0, 0) if flags.startswith("imagenet") else (1,) * 8}
     assert_rows(rows, cutouts or [0] * epochs, epochs, wanted)
