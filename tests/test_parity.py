@@ -163,8 +163,8 @@ def run_steps(case, lambda_sign=1, alpha_first=True, unrolled=None):
     from ldarts.architect import search_step
     c = case.config
     net, arch = supernet(case)
-    optimizer = torch.optim.SGD(net.weight_parameters(), c["learning_rate"], c["momentum"],
-                                weight_decay=c["weight_decay"])
+    optimizer = torch.optim.SGD(net.weight_parameters(), 1.0, c["momentum"], weight_decay=c["weight_decay"])
+    optimizer.param_groups[0]["lr"] = c["learning_rate"]  # as a scheduler does; the step reads it, too
     losses, alphas = [], []
     for i in range(3):
         grads = search_step(arch, optimizer, batch(case, "train", i), batch(case, "valid", i),
