@@ -94,6 +94,22 @@ def test_nasbench201_derives_the_strongest_operation_of_each_edge():
         "|none~0|+|skip_connect~0|nor_conv_1x1~1|+|nor_conv_3x3~0|avg_pool_3x3~1|none~2|")
 
 
+def test_the_network_of_a_nasbench201_cell_is_the_supernet_at_that_cell():
+    net, (x, _) = make("nasbench201")[0], double(batch())
+    cell = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|avg_pool_3x3~0|skip_connect~1|nor_conv_3x3~2|"
+    chosen = [net.primitives.normal[0].index(name) for name in genotypes.parse_arch(cell)]
+    derived = ldarts.NetworkNAS201(2, 10, 1, cell).double()
+    derived.stem, derived.lastact, derived.classifier = net.stem, net.lastact, net.classifier
+    for k, of_search in enumerate(net.cells):
+        if of_search in net.searched_cells():
+            for j, edge in enumerate(of_search.edges.values()):
+                derived.cells[k][j] = edge[chosen[j]]
+        else:
+            derived.cells[k] = of_search
+    p = [torch.eye(5, dtype=x.dtype)[chosen]] * 3
+    torch.testing.assert_close(derived(x)[0], net(x, p))
+
+
 CALLS = {
     "first order": lambda arch, o: arch.alpha_grads(double(batch()), double(batch(2)), 0.025, o, False),
     "second order": lambda arch, o: arch.alpha_grads(double(batch()), double(batch(2)), 0.025, o, True),
@@ -186,14 +202,16 @@ def test_the_cells_the_genotype_and_the_metrics_read_one_p():
     torch.manual_seed(0)
     net = MaskedNetwork(4, 10, 4, "s2").double()
     with torch.no_grad():
-        net.alphas_normal[:, 0] = 5.0  # skip_connect
+        net.alphas_normal[:, 0] = net.alphas_reduce[:, 0] = 5.0  # skip_connect
     expected = net.edge_weights()[0]
     assert torch.equal(net.cell_weights()[0], expected) and float(expected.detach()[0, 0]) == 0
     assert net.genotype().normal == (("skip_connect", 1), ("sep_conv_3x3", 0),
                                      *(("skip_connect", j) for _ in range(3) for j in (0, 1)))
     of_reduce = net.edge_weights()[1]
     gini = torch.cat([1 - p.square().sum(-1) for p in (expected, of_reduce)]).mean()
-    assert train_search.measure_alphas(net, "cifar10")["gini"] == pytest.approx(gini.item())
+    values = train_search.measure_alphas(net, "cifar10")
+    assert values["gini"] == pytest.approx(gini.item())
+    assert values["skip_connections"] == 7  # of the normal cell
 
 
 def test_alphas_that_do_not_fit_the_operations_give_no_genotype():
