@@ -327,6 +327,13 @@ def write_svhn(folder: Path, labels=(10, 1, 9, 5), **changed) -> np.ndarray:
     return images
 
 
+def test_pixels_are_normalised_as_published():
+    assert {name: (source.mean, source.std) for name, source in SOURCES.items()} == {
+        "cifar10": ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
+        "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))}
+
+
 @needs_scipy
 def test_svhn(tmp_path):
     images = write_svhn(tmp_path)

@@ -13,7 +13,7 @@ from test_evidence import refused, run_main
 import train_eval
 from ldarts import InputError, runs
 from ldarts.data import FolderBatches, folder_batches
-from ldarts.data.folders import ImageFolder, random_box
+from ldarts.data.folders import ImageFolder, augmented, random_box
 
 image = pytest.importorskip("PIL.Image")
 
@@ -124,10 +124,10 @@ def test_the_identity_of_a_folder_tells_it_from_others(imagenet, tmp_path_factor
 
 
 def test_imagenet_batches_depend_on_seed_and_epoch_alone(imagenet):
-    def batches(seed, workers, epoch, train=True, **share):
+    def batches(seed, workers, epoch, train=True, start=0, **share):
         kind = "train" if train else "val"
         return list(FolderBatches(imagenet / kind, 4, seed, train=train, device=torch.device("cpu"),
-                                  workers=workers, **share).epoch(epoch))
+                                  workers=workers, **share).epoch(epoch, start))
 
     first = batches(0, 0, 1)
     assert len(first) == 2 and first[0][0].shape == (4, 3, 224, 224)
@@ -135,7 +135,10 @@ def test_imagenet_batches_depend_on_seed_and_epoch_alone(imagenet):
     for other in (batches(0, 2, 1), [tuple(map(torch.cat, zip(*parts))) for parts in zip(
             batches(0, 0, 1, rank=0, world=2), batches(0, 0, 1, rank=1, world=2))]):
         assert all(torch.equal(a, b) for pair in zip(first, other) for a, b in zip(*pair))
-    assert not torch.equal(first[0][0], batches(0, 0, 2)[0][0])
+    assert all(map(torch.equal, first[1], *batches(0, 0, 1, start=1)))
+    images = ImageFolder(imagenet / "train", train=True)
+    assert not torch.equal(images[1, 0][0], images[2, 0][0])  # new crops in each epoch
+    assert batches(0, 0, 1)[0][1].tolist() != batches(0, 0, 2)[0][1].tolist()
     assert not torch.equal(first[0][0], batches(1, 0, 1)[0][0])
     tested = batches(0, 0, 0, train=False)
     assert [len(y) for _, y in tested] == [4, 2]
@@ -144,6 +147,21 @@ def test_imagenet_batches_depend_on_seed_and_epoch_alone(imagenet):
     bright = torch.stack([x.mean() for x in torch.cat([x for x, _ in tested])])
     assert bright[:3].max() < bright[3:].min()  # images and labels stay together
     assert random_box(9000, 9, random.Random(0)) == (4494, 0, 4506, 9)  # of a long image always the middle
+
+
+def test_images_are_augmented_and_normalised_as_published(imagenet):
+    class Noted(random.Random):
+        def uniform(self, low, high):
+            ranges.add((round(float(low), 4), round(float(high), 4)))
+            return super().uniform(low, high)
+
+    ranges, folder = set(), ImageFolder(imagenet / "train", train=True)
+    augmented(image.new("RGB", (300, 200)), Noted(0))
+    # Of the area, the logarithm of the ratio of its sides, brightness and the like, the hue.
+    assert ranges == {(0.08, 1), (-0.2877, 0.2877), (0.6, 1.4), (-0.2, 0.2)}
+    for values, published in ((folder.normalize.mean, [0.485, 0.456, 0.406]),
+                              (folder.normalize.std, [0.229, 0.224, 0.225])):
+        assert values.flatten().tolist() == pytest.approx(published)
 
 
 def test_signals_to_the_group_of_a_run_spare_its_workers_which_end_with_it(imagenet):
