@@ -81,7 +81,7 @@ def test_what_is_no_genotype_is_one_line(name, said, tmp_path, monkeypatch):
 # ---- which network
 
 @pytest.mark.parametrize("arch", ["runs/s", "runs/s/genotype.json", "cell.json", "svhn_s2_lambdadarts_corr"])
-@pytest.mark.parametrize("dataset, size", [("svhn", (16, 8)), ("cifar10", (36, 20)), ("imagenet", (48, 14))])
+@pytest.mark.parametrize("dataset, size", [("svhn", (16, 8)), ("cifar100", (16, 8)), ("cifar10", (36, 20)), ("imagenet", (48, 14))])
 def test_a_cell_means_one_network_however_it_is_given(arch, dataset, size, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs/s", 0, 20.0, search_space="s2")
@@ -204,14 +204,16 @@ def test_unfinished_runs_are_named_and_stay_out_of_means(tmp_path, monkeypatch, 
     for seed, accuracy in enumerate((20.0, 23.0, 80.0)):
         write_run(tmp_path / f"runs/s{seed}", seed, accuracy, epochs=2)
         line = (tmp_path / f"runs/s{seed}/metrics.jsonl").read_text()
-        (tmp_path / f"runs/s{seed}/metrics.jsonl").write_text(line * (2 - seed // 2))
+        first = line.replace(f"{accuracy}", "50.0").replace("0.25", "0.5")  # what counts is the end
+        (tmp_path / f"runs/s{seed}/metrics.jsonl").write_text(first * (1 - seed // 2) + line)
     write_run(tmp_path / "runs/begun", 3, 0.0, epochs=2)
     (tmp_path / "runs/begun/metrics.jsonl").unlink()
     write_run(tmp_path / "runs/e", 0, 50.0, kind="eval", arch="runs/s2/genotype.json")
     names = ["runs/s0", "runs/s1", "runs/s2", "runs/begun"]
     run_main(monkeypatch, runs, *names)
     printed = capsys.readouterr().out
-    assert "| search | 2 (2 unfinished left out) | 21.50 ± 2.12 |" in printed
+    assert ("| search | 2 (2 unfinished left out) | 21.50 ± 2.12 | – | – | 3.00 ± 0.00 | 0.25 ± 0.00 |"
+            in printed)
     assert printed.endswith("unfinished: runs/s2, 1 of 2 epochs\nunfinished: runs/begun, 0 of 2 epochs\n")
     run_main(monkeypatch, runs, "--best", *names)
     assert capsys.readouterr().out == "runs/s1\n"  # s2 is better, but not finished

@@ -513,7 +513,11 @@ def test_a_checkpoint_is_written_when_its_minutes_are_over(resumable, tmp_path, 
         monkeypatch.setattr(run, "save", lambda: saved.append(run.step))
         for seconds[0] in (59.0, 61.0):
             run.after_step(torch.ones(()), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
-    assert saved == [run.step]
+        assert saved == [run.step]
+        for seconds[0] in (62.0, 72.0):
+            run.end_epoch({})
+        # The epoch took half a second before the run was stopped.
+        assert [line["seconds"] for line in run.history[1:]] == [62.5, 10.0]
 
 
 def test_tensorboards_files_on_a_full_disk(resumable, tmp_path, monkeypatch):
