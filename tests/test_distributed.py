@@ -224,7 +224,10 @@ def test_two_processes_evaluate_and_continue_to_the_same_bits(images, forks):
     assert_same_bits(folder, whole)
     processes = pair(forks, whole, "train_eval.py", *EVAL, "--evaluate", "runs/one/checkpoint.pt")
     assert [forks.finish(process) for process in processes] == [0, 0], printed(whole)
-    assert printed(whole).count("checkpoint.pt on cifar10: test loss") == 1  # by one of them
+    said, = re.findall("checkpoint.pt on cifar10: test loss .*", printed(whole))  # by one of them
+    alone = forks.start(whole, "train_eval.py", *EVAL, "--evaluate", "runs/one/checkpoint.pt")
+    assert forks.finish(alone) == 0, printed(whole)
+    assert printed(whole).count(said) == 2  # of all images, by two or by one
 
 
 def test_ranks_with_other_arguments_or_images_do_not_start(images, forks, tmp_path_factory):

@@ -363,7 +363,8 @@ def test_a_program_around_a_run_has_its_signal_handlers_back(command, tmp_path, 
 
 @pytest.mark.parametrize("command", [[*SEARCH, "--tensorboard"], EVAL], ids=["search", "evaluation"])
 def test_runs_of_one_process_leave_nothing_behind(command, tmp_path, monkeypatch, capsys):
-    """After the first ones no object, tensor, thread or open file is added; no warning is printed again."""
+    """After the first ones no object, tensor, thread or open file is added; no warning is printed again; the
+    weights are drawn from the seed."""
     if "--tensorboard" in command:
         pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
@@ -377,6 +378,8 @@ def test_runs_of_one_process_leave_nothing_behind(command, tmp_path, monkeypatch
                      threading.active_count(), len(os.listdir("/dev/fd"))])
         del objects
     assert left[3][1:] == left[1][1:] and left[3][0] < left[1][0] + 200
+    losses = {runs.read_metrics(f"runs/{name}")[-1]["train_loss"] for name in range(4)}
+    assert len(losses) == 1, losses
     assert max(collections.Counter(capsys.readouterr().err.splitlines()).values(), default=0) <= 1
 
 
