@@ -159,6 +159,12 @@ def test_gray_images_get_three_equal_channels():
     assert source.checked("mine") == source
 
 
+def test_pixels_of_smaller_images_are_rounded_means_of_squares():
+    source = image_set(height=8, width=8)
+    squares = source.images.double().unflatten(3, (4, 2)).unflatten(2, (4, 2))
+    assert torch.equal(source.smaller(4).images, squares.mean((3, 5)).round().byte())
+
+
 @pytest.mark.parametrize("changed, said", [
     ({"num_classes": 39}, "label 39 with 39 classes; use labels from 0 to 38"),
     ({"labels": torch.arange(40) - 1}, "label -1 with 40 classes"),
