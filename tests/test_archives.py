@@ -89,7 +89,8 @@ def test_cifar100_fine_labels(tmp_path, protocol, key):
         pixels = rows(len(labels))
         (folder / name).write_bytes(
             python2_pickle(labels, pixels, b"fine_labels") if protocol is None else
-            pickle.dumps({key(b"fine_labels"): labels, b"batch_label": b"x", key(b"data"): pixels}, protocol))
+            pickle.dumps({key(b"coarse_labels"): [3] * len(labels), key(b"fine_labels"): labels,
+                          b"batch_label": b"x", key(b"data"): pixels}, protocol))
     train, test = data.load("cifar100", tmp_path, "cpu")
     assert train.num_classes == 100 and train.labels.tolist() == [0, 99, 42] and test.labels.tolist() == [7]
     np.testing.assert_array_equal(train.images.numpy(), rows(3).reshape(-1, 3, 32, 32))

@@ -81,7 +81,8 @@ def test_what_is_no_genotype_is_one_line(name, said, tmp_path, monkeypatch):
 # ---- which network
 
 @pytest.mark.parametrize("arch", ["runs/s", "runs/s/genotype.json", "cell.json", "svhn_s2_lambdadarts_corr"])
-@pytest.mark.parametrize("dataset, size", [("svhn", (16, 8)), ("cifar100", (16, 8)), ("cifar10", (36, 20)), ("imagenet", (48, 14))])
+@pytest.mark.parametrize("dataset, size", [("svhn", (16, 8)), ("cifar100", (16, 8)), ("cifar10", (36, 20)),
+                                           ("imagenet", (48, 14))])
 def test_a_cell_means_one_network_however_it_is_given(arch, dataset, size, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs/s", 0, 20.0, search_space="s2")
@@ -130,6 +131,11 @@ def test_the_table_of_runs_pools_seeds_alone(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| search, search_space s2 | 2 | 21.50 ± 2.12 | – | – | 1.50 ± 0.00 | 0.25 ± 0.00 |" in printed
     assert "| search, search_space s3 | 1 | 30.00 | – | – | 1.50 | 0.25 |" in printed
+    others = {"lambda_reg": 0.5, "lambda_kind": "sign", "lambda_grad": "exact", "epsilon": 1e-3,
+              "unrolled": True, "dataset": "svhn", "epochs": 9, "batch_size": 9, "layers": 9, "cutout": True}
+    for name, value in others.items():
+        write_run(tmp_path / f"runs/{name}", 0, 20.0, **{name: value})
+    assert len(runs.grouped(["runs/s0", *(f"runs/{name}" for name in others)])) == 1 + len(others)
     write_run(tmp_path / "runs/copy", 0, 20.0)
     run_main(monkeypatch, runs, "runs/s0", "runs/copy")
     assert "| search | 2, 1 different | 20.00 ± 0.00 |" in capsys.readouterr().out

@@ -510,14 +510,26 @@ def test_a_checkpoint_is_written_when_its_minutes_are_over(resumable, tmp_path, 
     parts = {"model": torch.nn.Linear(2, 2)}
     with runs.Run("search", args, Processes(torch.device("cpu")), parts, 9, []) as run:
         saved = []
-        monkeypatch.setattr(run, "save", lambda: saved.append(run.step))
+        monkeypatch.setattr("ldarts.runs.folder.save_checkpoint", lambda folder, state: saved.append(state))
         for seconds[0] in (59.0, 61.0):
             run.after_step(torch.ones(()), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
-        assert saved == [run.step]
+        assert [state["step"] for state in saved] == [run.step]
         for seconds[0] in (62.0, 72.0):
             run.end_epoch({})
         # The epoch took half a second before the run was stopped.
         assert [line["seconds"] for line in run.history[1:]] == [62.5, 10.0]
+        assert [state["seconds"] for state in saved] == [61.5, 0, 0]
+
+
+def test_each_rank_and_step_draws_its_own_random_numbers(resumable, tmp_path):
+    args = argparse.Namespace(resume=str(tmp_path / "one"), save=None, epochs=1, seed=0)
+    processes, parts, drawn = Processes(torch.device("cpu")), {"model": torch.nn.Linear(2, 2)}, []
+    with runs.Run("search", args, processes, parts, 9, []) as run:
+        for of, name in ((args, "seed"), (processes, "rank"), (run, "epoch"), (run, "step")):
+            setattr(of, name, getattr(of, name) + 1)
+            run.seed()
+            drawn.append(float(torch.rand(1)))
+    assert len({*drawn}) == 4
 
 
 def test_tensorboards_files_on_a_full_disk(resumable, tmp_path, monkeypatch):

@@ -247,5 +247,7 @@ def test_published_cells_and_their_parameter_counts(golden):
             with torch.device("meta"):
                 net = ldarts.Network(36, 10, 20, True, genotype)
                 assert count_parameters(net) == counts[name]
+    nasnet = ldarts.Network(4, 10, 3, False, ldarts.genotypes.load("NASNet"))
+    assert nasnet.classifier.in_features == 3 * 16  # its reduction cells put out three states
     assert ldarts.genotypes.load("LAMBDA_DARTS") == ldarts.genotypes.load("lambdadarts_corr_3")
     assert counts["lambdadarts_corr_3"] == 3_604_438

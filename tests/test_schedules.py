@@ -1,4 +1,5 @@
 """What each epoch of the published protocols trains with: the scripts run, their steps are recorded."""
+import math
 import sys
 from types import SimpleNamespace
 
@@ -152,15 +153,16 @@ def test_a_search_trains_as_published(name, epochs, batch_size, wanted, run, mon
                            "method": ("exact" if name == "svhn" else "central") if lambda_t else None,
                            "grad_clip": 5.0}
         assert settings(optimizer) == {"momentum": 0.9, "weight_decay": 3e-4}
-        assert (arch.w_momentum, arch.w_weight_decay) == (0.9, 3e-4)
+        assert (arch.w_momentum, arch.w_weight_decay, arch.amp) == (0.9, 3e-4, torch.bfloat16)
         assert len(optimizer.param_groups[0]["params"]) == len(arch.net.weight_parameters())
         assert settings(arch.optimizer) == {"betas": (0.5, 0.999), "weight_decay": 1e-3, "eps": 1e-8}
         rates = (part.param_groups[0]["lr"] for part in (optimizer, arch.optimizer))
         rows.append((*rates, float(lambda_t), epsilon))
-        return SimpleNamespace(loss=torch.tensor(float(len(rows))), logits=torch.zeros(batch_size, 10),
+        return SimpleNamespace(loss=torch.tensor(float(len(rows))), logits=torch.eye(10)[[0] * batch_size],
                                clipped=torch.ones(1), alignment=None)
 
     monkeypatch.setattr(train_search, "search_step", search_step)
+    monkeypatch.setattr(train_search, "amp_dtype", lambda *args: torch.bfloat16)
     monkeypatch.setattr(train_search, "measure_cells", lambda *args: {})
     monkeypatch.setattr(Architect, "gradient_norms", lambda *args: (3.0, 2.0))
     cell = "--search_space nasbench201" if name == "nasbench201" else f"--dataset {name} --search_space s2"
@@ -169,6 +171,7 @@ def test_a_search_trains_as_published(name, epochs, batch_size, wanted, run, mon
     assert_rows(rows, cutouts, epochs, wanted)
     for epoch, line in enumerate(lines):  # the means are those of one epoch
         assert (line["train_loss"], line["clipped"], line["loss_grad_norm"]) == (epoch + 1, 1, 3)
+        assert (line["train_accuracy"], line["valid_accuracy"]) == (100, 10)
         assert line["lambda_grad_norm"] == 2 * line["lambda_reg"] == pytest.approx(2 * rows[epoch][2])
 
 
@@ -290,12 +293,14 @@ def test_a_cell_is_trained_as_published(flags, epochs, batch_size, wanted, run, 
     def evaluate(net, criterion, batches, *args):
         assert criterion.label_smoothing == 0
         tested.append(tuple(torch.cat([y for _, y in batches]).tolist()))
-        return 1.0, 10.0
+        return 1.0, 50 / len(tested)
 
     monkeypatch.setattr(torch.optim, "SGD", SGD)
     for name, part in (("Network", build), ("NetworkImageNet", build), ("folder_batches", folder_batches),
                        ("Batches", batches), ("evaluate", evaluate)):
         monkeypatch.setattr(train_eval, name, part)
-    cutouts, _ = run(train_eval, f"--dataset {flags}")
+    cutouts, lines = run(train_eval, f"--dataset {flags}")
+    assert [line["test_accuracy"] for line in lines] == [50 / (epoch + 1) for epoch in range(epochs)]
+    assert all(line["train_loss"] == pytest.approx(math.log(10)) for line in lines)  # without the tower's
     assert sizes == [batch_size] and {*tested} == {(0, 0) if flags.startswith("imagenet") else (1,) * 8}
     assert_rows(rows, cutouts or [0] * epochs, epochs, wanted)
