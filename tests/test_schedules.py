@@ -75,6 +75,25 @@ class TwoBiases(nn.Module):
         return self.main.expand(len(x), 10), self.auxiliary.expand(len(x), 10)
 
 
+class Second(Processes):
+    """The second of two, whose exchanges are with itself."""
+
+    def __init__(self, device):
+        self.rank, self.world, self.device = 1, 2, device
+
+    def average(self, tensors):
+        return list(tensors)
+
+    def largest(self, *values):
+        return list(values)
+
+    def gather(self, tensor):
+        return tensor[None]
+
+    def close(self):
+        pass
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """(script, flags) -> probabilities of cutout and metrics by epoch; without checkpoints and tests."""
@@ -189,24 +208,6 @@ def test_alpha_sees_new_orders_and_crops_whenever_its_images_start_over(run, mon
         return SimpleNamespace(loss=torch.ones(()), logits=torch.zeros(len(train[1]), 192),
                                clipped=torch.zeros(1), alignment=None)
 
-    class Second(Processes):
-        """The second of two, whose exchanges are with itself."""
-
-        def __init__(self, device):
-            self.rank, self.world, self.device = 1, 2, device
-
-        def average(self, tensors):
-            return list(tensors)
-
-        def largest(self, *values):
-            return list(values)
-
-        def gather(self, tensor):
-            return tensor[None]
-
-        def close(self):
-            pass
-
     class Resumed(Run):
         def __init__(self, *args):
             super().__init__(*args)
@@ -253,6 +254,12 @@ def test_alpha_sees_new_orders_and_crops_whenever_its_images_start_over(run, mon
     monkeypatch.setattr(train_search, "Processes", Second)
     run(train_search, flags + " --save second")
     assert torch.equal(torch.cat([labels for _, labels in read[-1]]), whole[1::2])
+    for batches in (trained, taken):
+        assert torch.equal(batches[-1][1], batches[8][1][8:])
+    monkeypatch.setattr(train_search, "Processes", Processes)
+    run(train_search, flags + " --save other --seed 1")
+    assert not torch.equal(nets[-1][0], nets[0][0])
+    assert not torch.equal(torch.cat([labels for _, labels in taken[-3:]]).sort().values, y[0].sort().values)
 
 
 def assert_equal(found, expected):
@@ -282,13 +289,13 @@ def test_a_cell_is_trained_as_published(flags, epochs, batch_size, wanted, run, 
         nets.append(TwoBiases())
         return nets[0]
 
-    def folder_batches(root, parts, batch_size, *args, **options):
-        sizes.append(batch_size)
+    def folder_batches(root, parts, batch_size, seed, *, rank, world, **options):
+        sizes.append((batch_size, seed, rank, world))
         return [Folder() for _ in parts]
 
-    def batches(images, indices, batch_size, *args, **options):
-        sizes.append(batch_size)
-        return data.Batches(images, indices, 192, *args, **options)
+    def batches(images, indices, batch_size, seed, *, rank, world, **options):
+        sizes.append((batch_size, seed, rank, world))
+        return data.Batches(images, indices, 192, seed, **options)
 
     def evaluate(net, criterion, batches, *args):
         assert criterion.label_smoothing == 0
@@ -297,10 +304,11 @@ def test_a_cell_is_trained_as_published(flags, epochs, batch_size, wanted, run, 
 
     monkeypatch.setattr(torch.optim, "SGD", SGD)
     for name, part in (("Network", build), ("NetworkImageNet", build), ("folder_batches", folder_batches),
-                       ("Batches", batches), ("evaluate", evaluate)):
+                       ("Batches", batches), ("evaluate", evaluate), ("Processes", Second)):
         monkeypatch.setattr(train_eval, name, part)
-    cutouts, lines = run(train_eval, f"--dataset {flags}")
+    cutouts, lines = run(train_eval, f"--dataset {flags} --seed 3")
     assert [line["test_accuracy"] for line in lines] == [50 / (epoch + 1) for epoch in range(epochs)]
     assert all(line["train_loss"] == pytest.approx(math.log(10)) for line in lines)  # without the tower's
-    assert sizes == [batch_size] and {*tested} == {(0, 0) if flags.startswith("imagenet") else (1,) * 8}
+    assert sizes == [(batch_size, 3, 1, 2)]
+    assert {*tested} == {(0, 0) if flags.startswith("imagenet") else (1,) * 4}  # half of the eight
     assert_rows(rows, cutouts or [0] * epochs, epochs, wanted)
