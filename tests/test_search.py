@@ -13,6 +13,7 @@ from ldarts import genotypes, nasbench201, runs, spaces
 from ldarts.alignment import cell_shares
 from ldarts.architect import METHODS, search_step, weight_step
 from ldarts.distributed import Processes
+from ldarts.model import Cell
 from ldarts.model_search import derive
 from ldarts.operations import OPS, drop_path
 
@@ -317,6 +318,10 @@ def test_drop_path_keeps_the_mean():
     assert torch.equal(dropped.amin((1, 2, 3)), dropped.amax((1, 2, 3)))  # whole images
     assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
     assert float(dropped.mean()) == pytest.approx(1, abs=0.02)
+    skips, nodes = tuple(("skip_connect", j) for _ in range(4) for j in (0, 1)), (2, 3, 4, 5)
+    cell = Cell(ldarts.Genotype(skips, nodes, skips, nodes), 4, 4, 4, False, False)
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(cell(x, x, 0.9), cell(x, x, 0.0))  # which is no path to drop
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
