@@ -95,6 +95,11 @@ class GatedSepConv(SepConv):
         return self.op(x) * x.mean((1, 2, 3), keepdim=True).sigmoid()
 
 
+class CalledSepConv(SepConv):
+    def __call__(self, x):
+        return super().__call__(x).tanh()
+
+
 class OwnBlock(nn.Module):
     """A fork's own block of the usual pieces."""
 
@@ -110,6 +115,13 @@ class OwnBlock(nn.Module):
 class DropPathEdge(model_search.MixedOp):
     def forward(self, x, weights):
         return F.dropout2d(super().forward(x, weights), 0.3, self.training)
+
+
+class EdgeOfAnotherSum(model_search.MixedOp):
+    """The same text, in a file where `sum` is another function."""
+
+    forward = types.FunctionType(model_search.MixedOp.forward.__code__,
+                                 {**vars(model_search), "sum": lambda terms: sum(terms).tanh()})
 
 
 class ActivatedCell(model_search.Cell):
@@ -164,6 +176,17 @@ def three_as_stride(net):
             module.stride = 3 if module.stride == 2 else (3, 3)
 
 
+def move_padding(net):
+    """A pixel of it from one convolution of an operation to the other."""
+    for first, second in ((op.op[1], op.op[5]) for op in every(net, SepConv) if op.op[1].stride == (1, 1)):
+        first.padding, second.padding = ((first.padding[0] + d,) * 2 for d in (1, -1))
+
+
+def oblong_dilation(net):
+    for conv in (op.op[1] for op in every(net, DilConv)):
+        conv.padding, conv.dilation = (conv.padding[0], conv.padding[0] // 2), (2, 1)
+
+
 def hook_outputs(net):
     for module in some(every(net, nn.BatchNorm2d)):
         module.register_forward_hook(lambda module, inputs, output: output.tanh())
@@ -178,6 +201,11 @@ def hook_gradients(net):
     for module in some(every(net, nn.Conv2d)):
         module.register_full_backward_hook(lambda module, by_inputs, by_outputs: tuple(
             None if g is None else 2 * g for g in by_inputs))
+
+
+def hook_gradients_of_outputs(net):
+    for module in some(every(net, nn.Conv2d)):
+        module.register_full_backward_pre_hook(lambda module, by_outputs: tuple(2 * g for g in by_outputs))
 
 
 def share_weights(net):
@@ -244,7 +272,7 @@ def resize_a_node(net, channels, stride, concat):
     """The first node of the first cell, which no other node reads."""
     cell = net.cells[0]
     for k in (0, 1):
-        cell._ops[k] = ReLUConvBN(4, channels, 3, stride, 1).double()
+        cell._ops[k] = SepConv(4, channels, 3, stride, 1, True).double()
     cell.sources[7], cell.concat = 0, concat
 
 
@@ -269,8 +297,7 @@ CHANGES = {  # what a fork does -> the space, the change
     "bias": ("s3", lambda net: replace(net, nn.Conv2d, lambda old: conv_like(old, bias=True))),
     "bias, nasbench201": ("nasbench201",
                           lambda net: replace(net, nn.Conv2d, lambda old: conv_like(old, bias=True))),
-    "circular padding": ("s3", lambda net: replace(net, nn.Conv2d, lambda old: conv_like(
-        old, padding_mode="circular"))),
+    "circular padding": ("s3", lambda net: set_all(some(every(net, nn.Conv2d)), padding_mode="circular")),
     "another kernel": ("s3", lambda net: replace(net, nn.Conv2d, another_kernel)),
     "affine norms": ("s3", lambda net: replace_norms(net, nn.BatchNorm2d)),
     "affine norms between convolutions": ("darts", affine_norms_between),
@@ -314,12 +341,15 @@ CHANGES = {  # what a fork does -> the space, the change
     "weights of an own type": ("s3", lambda net: [setattr(m, "weight", DoublingWeight(m.weight.data))
                                                   for m in some(every(net, nn.Conv2d))]),
     "a stride of three": ("s4", three_as_stride),
+    "paddings that make up for each other": ("s3", move_padding),
+    "an oblong dilation": ("s1", oblong_dilation),
     "an operation of one channel": ("s3", lambda net: net.cells[0]._ops[1]._ops.__setitem__(
         2, of_one_channel(net))),
     "fewer nodes": ("s3", lambda net: set_all(net.cells[:1], _steps=3)),
     "integers as settings": ("s3", lambda net: set_all([op.op[5] for op in every(net, SepConv)], stride=1)),
     "another edge": ("s2", replace_an_edge),
     "another operation": ("s2", replace_an_operation),
+    "edges of another sum": ("s3", lambda net: as_class(net, model_search.MixedOp, EdgeOfAnotherSum)),
     "drop path on edges": ("s3", lambda net: as_class(net, model_search.MixedOp, DropPathEdge)),
     "dropout behind skips": ("s2", lambda net: add_dropout(net, 0)),
     "a subclass of Cell": ("s3", lambda net: as_class(net, model_search.Cell, ActivatedCell)),
@@ -335,15 +365,16 @@ DERIVED_CHANGES = {  # of a derived network -> the cell, the change
     "norms without γ and β": ("DARTS", lambda net: replace_norms(net, partial(nn.BatchNorm2d, affine=False))),
     "norms without γ and β in some": ("DARTS", lambda net: [op.op.__setitem__(
         3, nn.BatchNorm2d(op.op[3].num_features, affine=False).double()) for op in some(every(net, SepConv))]),
+    "norms without β in some": ("DARTS", lambda net: set_all(some(every(net, nn.BatchNorm2d)), bias=None)),
     "frozen γ": ("DARTS", lambda net: freeze(some(every(net, nn.BatchNorm2d)))),
     "another eps in some": ("DARTS", lambda net: set_all(some(every(net, nn.BatchNorm2d)), eps=0.1)),
-    "a subclass of SepConv": ("DARTS", lambda net: as_class(net, SepConv, GatedSepConv)),
+    "a subclass of SepConv": ("DARTS", lambda net: as_class(net, SepConv, CalledSepConv)),
     "an own block": ("201", lambda net: replace(net, ReLUConvBN, lambda op: OwnBlock(
         op.op[1].in_channels, op.op[1].stride[0]) if op.op[1].stride == (1, 1) else op)),
     "a module behind pools": ("AmoebaNet", lambda net: append(net, nn.MaxPool2d, SqueezeExcitation)),
     "a hook on outputs": ("DARTS", hook_outputs),
     "a hook on inputs": ("LAMBDA_DARTS", hook_inputs),
-    "a hook on gradients": ("DARTS", hook_gradients),
+    "a hook on gradients": ("DARTS", hook_gradients_of_outputs),
     "another drop path": ("LAMBDA_DARTS", lambda net: None),
     "an edge of another file": ("DARTS", lambda net: as_class(net, model.Cell, EdgeOfAnotherFile)),
     "another sum of an edge": ("DARTS", lambda net: as_class(net, model.Cell, ScaledCell)),
@@ -474,13 +505,16 @@ def first_cell_twice(net, x, how):
         y = checkpoint(run, cell, s, s, p, use_reentrant=False) if how == "checkpoint" else run(cell, s, s, p)
     if how == "gradients asked for later":
         s.requires_grad_()
+    if how == "a change in place":
+        s.neg_()
     y = run(cell, s, s, p) + (y if how == "checkpoint" else 0)
     source = s if how == "gradients asked for later" else net.stem[0].weight
     return torch.autograd.grad(y.square().sum(), source)
 
 
 @needs_build
-@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "checkpoint", "gradients asked for later"])
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "checkpoint", "gradients asked for later",
+                                 "a change in place"])
 def test_a_state_that_is_read_in_several_modes_has_the_gradient_of_each(how, monkeypatch):
     found = first_cell_twice(changed_network("s3", lambda net: None), images(3), how)
     monkeypatch.setattr(fused, "engine_supports", lambda x: False)
