@@ -123,9 +123,10 @@ std::vector<char> affine_sums(const Case& c, unsigned order) {
     outs.push_back(filled<T>(5000 + m, n, m == 0 && c.count == 7 ? c.offset : 0));
     sums.push_back({outs.back().data, {}});
     for (int64_t k = 0; k < number; ++k, ++m) {
-      terms.push_back(filled<T>(m, n, m == c.count - 1 && c.count != 7 ? c.offset : 0));
-      scales.push_back(filled<A>(1000 + m, c.C));
-      shifts.push_back(filled<A>(2000 + m, c.C));
+      const int64_t offset = m == c.count - 1 ? c.offset : 0;  // in one array alone
+      terms.push_back(filled<T>(m, n, c.count > 7 ? offset : 0));
+      scales.push_back(filled<A>(1000 + m, c.C, c.count == 2 ? offset : 0));
+      shifts.push_back(filled<A>(2000 + m, c.C, c.count == 1 ? offset : 0));
       sums.back().entries.push_back({terms.back().data, m % 5 == 4 ? nullptr : scales.back().data,
                                      m % 3 == 2 ? nullptr : shifts.back().data});
     }
@@ -280,7 +281,7 @@ int main(int, char** arguments) {
   const std::string what = name;
   if (what == "index") index(0), index(1);
   if (what == "numbers")
-    for (int64_t C : {1, 16, 200})
+    for (int64_t C : {1, 43, 200})
       for (int64_t M : {1, 2, 9, 28}) {
         const Case c{name, 0, C, M, 0, 0};
         in_all_orders(c, [&](unsigned order) { return numbers(c, order); });
