@@ -3,6 +3,7 @@
 A row is a change of a network that the engine has computed before, so that the change has to be noticed. The
 network is then computed by the engine and as it is written, in training and evaluation.
 """
+import contextlib
 import functools
 import gc
 import math
@@ -486,13 +487,23 @@ class Watched(torch.Tensor):
         return 2 * result if function is F.relu else result
 
 
+class WatchedCalls(torch.overrides.TorchFunctionMode):
+    """The same of all tensors."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        return 2 * result if function is F.relu else result
+
+
 @needs_build
-def test_images_of_another_type_are_computed_as_it_says(monkeypatch):
+@pytest.mark.parametrize("of_type, watch", [(Watched, contextlib.nullcontext), (torch.Tensor, WatchedCalls)])
+def test_watched_images_are_computed_as_the_watcher_says(of_type, watch, monkeypatch):
     net = changed_network("s3", lambda net: None)
-    x = images(3).as_subclass(Watched)
-    found = net(x)
-    monkeypatch.setattr(fused, "engine_supports", lambda x: False)
-    torch.testing.assert_close(found, net(x), rtol=1e-10, atol=1e-10)
+    x = images(3).as_subclass(of_type)
+    with watch():
+        found = net(x)
+        monkeypatch.setattr(fused, "engine_supports", lambda x: False)
+        torch.testing.assert_close(found, net(x), rtol=1e-10, atol=1e-10)
 
 
 def first_cell_twice(net, x, how):
