@@ -173,7 +173,7 @@ def test_architectures(machine, monkeypatch, named, version, expected):
     assert build.library("cuda") != library
 
 
-def test_the_processor_is_that_of_the_key(monkeypatch):
+def test_the_processor_and_pytorch_are_those_of_the_key(monkeypatch):
     """Flags name the level, never -march=native: nodes of a kind share a library, others have theirs."""
     found = {}
     for level in ("DEFAULT", "AVX2", "AVX512", "SVE256", "NO AVX"):
@@ -182,6 +182,11 @@ def test_the_processor_is_that_of_the_key(monkeypatch):
         found[level] = build.file_name("cpu")
     assert len({found["DEFAULT"], found["AVX2"], found["AVX512"]}) == 3
     assert found["SVE256"] == found["NO AVX"] == found["DEFAULT"]  # whose vectors every processor has
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    found["another PyTorch"] = build.file_name("cpu")
+    monkeypatch.setattr(build.platform, "machine", lambda: "another")
+    found["another machine"] = build.file_name("cpu")
+    assert len(set(found.values())) == 5
 
 
 @pytest.mark.parametrize("changed, parts", [
