@@ -617,7 +617,8 @@ def test_the_engine_says_what_it_leaves_to_the_modules():
 
 
 @needs_build
-@pytest.mark.parametrize("transform", ["torch.func", "forward mode", "jit.trace", "a global hook", "meta"])
+@pytest.mark.parametrize("transform", ["torch.func", "forward mode", "jit.trace", "a global hook", "autocast",
+                                       "meta"])
 def test_transforms_of_a_supernet_see_its_modules(transform):
     net, x = changed_network("s3", lambda net: None), images(3)
     if transform == "torch.func":
@@ -638,6 +639,9 @@ def test_transforms_of_a_supernet_see_its_modules(transform):
         with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
             net(x)
         assert set(m for m in net.cells.modules() if isinstance(m, nn.Conv2d)) <= set(seen)
+    elif transform == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net.engine.runner(x) is fused.run_plainly
     else:
         with torch.device("meta"):
             assert ldarts.SearchNetwork(4, 10, 3, "darts")(torch.empty(2, 3, 8, 8)).shape == (2, 10)
