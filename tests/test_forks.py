@@ -534,9 +534,10 @@ def test_a_state_that_is_read_in_several_modes_has_the_gradient_of_each(how, mon
 
 
 @needs_build
-@pytest.mark.parametrize("channels", [1, 5, 24])
-def test_an_affine_norm_of_other_channels_is_refused(channels):
-    norm, x = nn.BatchNorm2d(channels, track_running_stats=False).double(), state(12)
+@pytest.mark.parametrize("has", [{"track_running_stats": False}, {"affine": False}], ids=str)
+@pytest.mark.parametrize("channels, behind", [(1, 12), (5, 12), (24, 12), (12, 1)])
+def test_a_norm_of_other_channels_is_refused(channels, behind, has):
+    norm, x = nn.BatchNorm2d(channels, **has).double(), state(behind)
     for run in (lambda: norm(x), lambda: normalise([x], [norm])):
         with pytest.raises(RuntimeError, match="channels|12"):
             run()

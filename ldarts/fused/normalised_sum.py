@@ -94,7 +94,8 @@ def move_statistics(norms: Sequence[nn.BatchNorm2d | None], places: Sequence[int
     by_momentum: dict[float, list[tuple[nn.BatchNorm2d, Tensor, Tensor]]] = {}
     for norm, k in zip(norms, places):
         if norm is not None and norm.track_running_stats and norm.running_mean is not None:
-            mean, variance = (t.to(norm.running_mean.dtype) for t in of_all[2 * k : 2 * k + 2])
+            mean, variance = (t.to(norm.running_mean.dtype).view_as(norm.running_mean)
+                              for t in of_all[2 * k : 2 * k + 2])
             by_momentum.setdefault(norm.momentum, []).append((norm, mean, variance))
     for momentum, tracked in by_momentum.items():
         tracking, mean, variance = zip(*tracked)
