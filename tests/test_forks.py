@@ -425,7 +425,7 @@ def computed(net, layout):
         pass_through = partial(net, x, p)
     else:
         first, *w = [p for p in net.parameters() if p.requires_grad]  # of the stem: behind all the others
-        p, pass_through = [first], lambda: net(x, 0.4)[0]
+        p, pass_through = [first, *(q for q in w if q.dim() == 1)], lambda: net(x, 0.4)[0]  # and γ, β
     torch.manual_seed(4)
     logits = pass_through()
     loss = F.cross_entropy(logits, y)
