@@ -26,8 +26,7 @@ class Source(NamedTuple):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     folder: str  # in the archive; "" if there is no archive: url + file is downloaded for each file
-    train: tuple[str, ...]
-    test: tuple[str, ...]
+    files: tuple[str, ...]  # the last is the test set
     url: str
     md5: tuple[str, ...]  # of each download
 
@@ -35,14 +34,14 @@ class Source(NamedTuple):
 SOURCES = {
     "cifar10": Source(
         10, (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768), "cifar-10-batches-py",
-        tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",),
+        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"),
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", ("c58f30108f718f92721af3b95e74349a",)),
     "cifar100": Source(
-        100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar-100-python", ("train",), ("test",),
+        100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar-100-python", ("train", "test"),
         "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", ("eb9058c3a382ffc7106e4002c42a8d85",)),
     "svhn": Source(
-        10, (0.4377, 0.4438, 0.4728), (0.198, 0.201, 0.197), "", ("train_32x32.mat",), ("test_32x32.mat",),
-        "http://ufldl.stanford.edu/housenumbers/",
+        10, (0.4377, 0.4438, 0.4728), (0.198, 0.201, 0.197), "",
+        ("train_32x32.mat", "test_32x32.mat"), "http://ufldl.stanford.edu/housenumbers/",
         ("e26dedcc434d2e4c54c9b2d4a06d8373", "eb5a983be6a315427106f1b164d9cef3")),
 }
 
@@ -53,13 +52,10 @@ def read_archive(name: str, root: Path) -> tuple[ImageSet, ImageSet]:
     folder = locate(source, root)
     if name == "svhn":
         require("scipy", "--dataset svhn")
-
-    def joined(files: tuple[str, ...]) -> ImageSet:
-        parts = [read_file(folder / file, source) for file in files]
-        return parts[0]._replace(images=torch.cat([part.images for part in parts]),
-                                 labels=torch.cat([part.labels for part in parts]))
-
-    return joined(source.train), joined(source.test)
+    parts = [read_file(folder / file, source) for file in source.files]
+    whole = parts[0]._replace(images=torch.cat([part.images for part in parts]),
+                              labels=torch.cat([part.labels for part in parts]))
+    return whole.split(len(whole.labels) - len(parts[-1].labels))
 
 
 def locate(source: Source, root: Path) -> Path:
@@ -68,14 +64,14 @@ def locate(source: Source, root: Path) -> Path:
     root: that folder, one that holds it or the archive, or the archive itself, which is unpacked beside it.
     One process downloads and unpacks, the others wait.
     """
-    files, archive = source.train + source.test, root / Path(source.url).name
+    archive = root / Path(source.url).name
     if root.is_file() or source.folder and root.name == archive.name and not root.exists():
         archive, root = root, root.parent
     folder = root / source.folder
-    if not folder.is_dir() and any((root / file).is_file() for file in files):
+    if not folder.is_dir() and any((root / file).is_file() for file in source.files):
         folder = root
     if not source.folder:
-        for file, md5 in zip(files, source.md5):
+        for file, md5 in zip(source.files, source.md5):
             fetch(source.url + file, md5, folder / file)
     elif not folder.is_dir():
         fetch(source.url, source.md5[0], archive)
