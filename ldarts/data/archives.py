@@ -144,13 +144,6 @@ class Recorded:
     def __setstate__(self, state):
         self.state = state
 
-    def uint8(self) -> np.ndarray:
-        """The array. Raises ValueError if it has another dtype."""
-        _, shape, dtype, in_fortran_order, content = self.state
-        if dtype.arguments[0] not in ("u1", b"u1"):
-            raise ValueError("the images are not uint8")
-        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if in_fortran_order else "C")
-
 
 ALLOWED = {  # the names in a pickled array and what they stand for; NumPy 2 has numpy._core
     "numpy.ndarray": Recorded, "numpy.dtype": Recorded, "numpy.core.multiarray._reconstruct": Recorded,
@@ -192,9 +185,10 @@ def read_cifar(path: Path) -> tuple[np.ndarray, list[int]]:
     labels = by_name.get("fine_labels") or by_name["labels"]  # CIFAR-100 has coarse ones, too
     if {*map(type, labels)} != {int}:
         raise ValueError("the labels are not a list of integers")
-    images = by_name["data"].uint8()
-    if images.shape != (len(labels), 3072):
-        raise ValueError(f"images of shape {images.shape} for {len(labels)} labels")
+    _, shape, dtype, in_fortran_order, content = by_name["data"].state
+    if dtype.arguments[0] not in ("u1", b"u1") or shape != (len(labels), 3072):
+        raise ValueError(f"{dtype.arguments[0]} {shape} for {len(labels)} labels, not u1 (labels, 3072)")
+    images = np.frombuffer(content, np.uint8).reshape(shape, order="F" if in_fortran_order else "C")
     return images.reshape(-1, 3, 32, 32), labels
 
 
