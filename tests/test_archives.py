@@ -286,7 +286,7 @@ def test_an_archive_on_a_full_disk_is_no_damaged_one(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     serve(monkeypatch, packed_cifar10(tmp_path))
-    monkeypatch.setattr(archives.shutil, "copyfileobj", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     message = load_error(tmp_path / "root")
     assert "No space left" in message and "--data" in message and "again" not in message
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["cifar-10-python.tar.gz"]

@@ -6,7 +6,6 @@ import hashlib
 import http.client
 import os
 import pickle
-import shutil
 import tarfile
 import tempfile
 import urllib.request
@@ -118,8 +117,7 @@ def unpack(archive: Path, folder: Path, source: Source) -> None:
             for member in tar:  # one by one: some releases of Python 3.10 and 3.11 lack tarfile's filters
                 path = PurePosixPath(member.name)
                 if member.isreg() and path.parts == (folder.name, path.name):
-                    with open(unpacked / path.name, "wb") as file:
-                        shutil.copyfileobj(tar.extractfile(member), file)
+                    (unpacked / path.name).write_bytes(tar.extractfile(member).read())
             if not any(unpacked.iterdir()):
                 raise tarfile.TarError(f"it has no files {folder.name}/…")
             try:
