@@ -78,10 +78,6 @@ def locate(source: Source, root: Path) -> Path:
     return folder
 
 
-def damaged(path: Path, reason: str, source: Source) -> InputError:
-    return InputError(f"{path}: {reason}; get it again from {source.url}, or use --dataset synthetic")
-
-
 def fetch(url: str, md5: str, path: Path) -> None:
     """Download url to path if path is missing. The file appears whole, with the right MD5, or not at all."""
     by_hand = f"put {url} at {path}, name its folder by --data, or use --dataset synthetic"
@@ -126,10 +122,11 @@ def unpack(archive: Path, folder: Path, source: Source) -> None:
                 if not folder.is_dir():  # made by another process, where there are no locks
                     raise
     except Exception as error:  # damaged bytes raise many kinds
+        remedy = f"get it again from {source.url}"
         if isinstance(error, OSError) and error.errno:  # of the disk: gzip's errors have no number
-            raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); unpack it elsewhere and give "
-                             "that folder by --data, or use --dataset synthetic") from error
-        raise damaged(archive, f"cannot be unpacked ({brief(error)})", source) from error
+            remedy = "unpack it elsewhere and give that folder by --data"
+        raise InputError(f"{archive}: cannot be unpacked ({brief(error)}); {remedy}, "
+                         "or use --dataset synthetic") from error
 
 
 class Recorded:
@@ -171,7 +168,8 @@ def read_file(path: Path, source: Source) -> ImageSet:
         images, labels = map(torch.tensor, read(path))
         return ImageSet(images, labels, source.num_classes, source.mean, source.std).checked(path.name)
     except Exception as error:  # damaged bytes raise many kinds
-        raise damaged(path, f"cannot be read ({brief(error)})", source) from error
+        raise InputError(f"{path}: cannot be read ({brief(error)}); get it again from {source.url}, "
+                         "or use --dataset synthetic") from error
 
 
 def read_cifar(path: Path) -> tuple[np.ndarray, list[int]]:
