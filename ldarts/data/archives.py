@@ -88,12 +88,11 @@ def fetch(url: str, md5: str, path: Path) -> None:
         with locked(existing / f"{path.name}.lock"), tempfile.TemporaryDirectory(dir=existing) as scratch:
             if path.is_file():
                 return
-            partial, digest = Path(scratch, path.name), hashlib.md5(usedforsecurity=False)
+            partial = Path(scratch, path.name)
             with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as file:
-                for block in progress(iter(lambda: response.read(10**6), b""), f"{url}: MB"):
-                    digest.update(block)
-                    file.write(block)
-            if (received := digest.hexdigest()) != md5:
+                file.writelines(progress(iter(lambda: response.read(10**6), b""), f"{url}: MB"))
+            received = hashlib.md5(partial.read_bytes(), usedforsecurity=False).hexdigest()
+            if received != md5:
                 raise InputError(f"{path}: {url} sent MD5 {received}, not {md5}; try again, or {by_hand}")
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial, path)
