@@ -163,8 +163,7 @@ class Batches:
         height, width = self.data.images.shape[2:]
 
         def table(numbers: Tensor) -> Tensor:  # [count, …] -> [steps, batch_size / world, …], on the device
-            numbers = numbers.view(len(self), self.batch_size, *numbers.shape[1:])
-            return numbers[:, self.share].to(self.data.images.device)
+            return numbers.unflatten(0, (-1, self.batch_size))[:, self.share].to(self.data.images.device)
 
         index = table(self.indices[torch.randperm(len(self.indices), generator=generator)[:count]])
         shift = table(torch.randint(9, (count, 2), generator=generator))
