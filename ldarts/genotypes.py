@@ -83,15 +83,12 @@ _TABLE = {
 
 def _published(normal: str, reduce: str, normal_concat=(2, 3, 4, 5), reduce_concat=(2, 3, 4, 5)) -> Genotype:
     def edges(text: str) -> tuple[tuple[str, int], ...]:
-        pairs = [edge.split(".") for edge in text.split()]
-        return tuple((SHORT[name], int(state)) for name, state in pairs)
+        return tuple((SHORT[name], int(state)) for name, state in re.findall(r"(\w+)\.(\d)", text))
     return Genotype(edges(normal), normal_concat, edges(reduce), reduce_concat)
 
 
 PUBLISHED = {name: _published(*row) for name, row in _TABLE.items()}
-PUBLISHED["LAMBDA_DARTS"] = PUBLISHED["lambdadarts_corr_3"]
-PUBLISHED["DARTS"] = PUBLISHED["DARTS_V2"]
-
+PUBLISHED |= {"LAMBDA_DARTS": PUBLISHED["lambdadarts_corr_3"], "DARTS": PUBLISHED["DARTS_V2"]}
 
 ARCH = "|{}~0|+|{}~0|{}~1|+|{}~0|{}~1|{}~2|"  # of NAS-Bench-201, for the operations of the six edges
 ARCH_PATTERN = re.compile(re.escape(ARCH).replace(r"\{\}", r"(\w+)"))
