@@ -26,12 +26,6 @@ def _uniform(*names: str) -> Space:
     return Space((names,) * 14, (names,) * 14)
 
 
-_S1 = Space(  # Zela et al., 2020: of each edge the two operations with the largest α after a DARTS search
-    _edges("skip|dil3 skip|dil5 skip|dil5 skip|sep3 skip|dil3 max|skip skip|sep3 "
-           "skip|sep3 skip|dil3 skip|sep3 max|skip skip|dil3 dil3|dil5 dil3|dil5"),
-    _edges("max|avg max|dil3 max|avg max|avg skip|dil5 max|avg max|sep3 "
-           "skip|dil3 skip|dil5 max|avg max|avg skip|dil5 skip|dil5 skip|dil5"),
-)
 # No `none`, as in the published Λ-DARTS code.
 _DARTS = _uniform("max_pool_3x3", "avg_pool_3x3", "skip_connect",
                   "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
@@ -39,7 +33,12 @@ _DARTS = _uniform("max_pool_3x3", "avg_pool_3x3", "skip_connect",
 SPACES = {
     "darts": _DARTS,
     "s5": _DARTS,  # the name it has in the published code
-    "s1": _S1,
+    "s1": Space(  # Zela et al., 2020: of each edge the two operations with the largest α after a DARTS search
+        _edges("skip|dil3 skip|dil5 skip|dil5 skip|sep3 skip|dil3 max|skip skip|sep3 "
+               "skip|sep3 skip|dil3 skip|sep3 max|skip skip|dil3 dil3|dil5 dil3|dil5"),
+        _edges("max|avg max|dil3 max|avg max|avg skip|dil5 max|avg max|sep3 "
+               "skip|dil3 skip|dil5 max|avg max|avg skip|dil5 skip|dil5 skip|dil5"),
+    ),
     "s2": _uniform("skip_connect", "sep_conv_3x3"),
     "s3": _uniform("none", "skip_connect", "sep_conv_3x3"),
     "s4": _uniform("noise", "sep_conv_3x3"),
