@@ -1,8 +1,4 @@
-"""Data sets and their batches.
-
-batches: ImageSet, which every data set but ImageNet becomes, and its batches; archives: CIFAR and SVHN;
-synthetic: images drawn from a seed; folders: ImageNet and its batches.
-"""
+"""Data sets and their batches. Every data set but ImageNet becomes an ImageSet."""
 from pathlib import Path
 
 import torch
