@@ -86,8 +86,8 @@ def main():
             print(f"{args.evaluate} on {args.dataset}: test loss {loss:.4f}, accuracy {accuracy:.2f} %")
         return processes.close()
 
-    optimizer = torch.optim.SGD(net.parameters(), args.learning_rate, args.momentum,
-                                weight_decay=args.weight_decay)
+    parameters = list(net.parameters())  # once: a walk through all modules takes milliseconds
+    optimizer = torch.optim.SGD(parameters, args.learning_rate, args.momentum, weight_decay=args.weight_decay)
     if imagenet:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: imagenet_rate(epoch, args))
     else:
@@ -118,7 +118,7 @@ def main():
                 total = loss
                 if logits_aux is not None:
                     total = loss + args.auxiliary_weight * smoothed(logits_aux.float(), y)
-                weights = [p for p in net.parameters() if p.requires_grad]
+                weights = [p for p in parameters if p.requires_grad]
                 # Behind noise or `none`, weights may not reach the logits: their gradient is 0.
                 grads = torch.autograd.grad(total, weights, materialize_grads=True)
                 loss, *grads = processes.average([loss.detach(), *grads])
