@@ -75,9 +75,9 @@ def test_a_finished_search_is_kept_and_read(tmp_path, monkeypatch, capsys):
     collapse.main()
     search = collapse.read_results()["random"][3]
     assert search["processor_minutes"] == 2.0 and tmp_path.name not in json.dumps(search)
-    assert collapse.stage_shares(search, last=True).sum() == pytest.approx(1, abs=1e-3)
-    last = json.loads(lines[-1])
-    assert collapse.accuracy(search) == last["true_cifar10"]
+    measures, last = collapse.measures(search), json.loads(lines[-1])
+    assert sum([*measures["share"].values()][3:]) == pytest.approx(1, abs=1e-3)
+    assert measures["end"]["true accuracy, %"] == last["true_cifar10"]
     cells = json.loads((collapse.FOLDER / "cells.json").read_text())
     assert cells == {"random": {"3": search["cell"]}} and search["cell"].startswith("|")
     text = (collapse.FOLDER / "findings.md").read_text()
@@ -96,4 +96,5 @@ def test_the_findings_are_those_of_the_results_beside_them():
     searches = collapse.read_results()
     assert (FOLDER / "findings.md").read_text() == collapse.findings(searches)
     cells = json.loads((FOLDER / "cells.json").read_text())
-    assert cells == json.loads(json.dumps(collapse.cells_of(searches)))
+    assert cells == {variant: {str(seed): search["cell"] for seed, search in group.items()}
+                     for variant, group in searches.items()}

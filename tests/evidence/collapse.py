@@ -5,7 +5,6 @@
 """
 import itertools
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any, Callable, Sequence
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from ldarts import nasbench201  # noqa: E402
+from ldarts.nasbench201 import OPERATIONS, accuracies  # noqa: E402
 from ldarts.runs import read_run, script, spread, table, unfinished, write_atomically  # noqa: E402
 from ldarts.visualize import draw_shares, pyplot, save  # noqa: E402
 
@@ -23,10 +22,14 @@ TESTED = [("central", "DARTS"), ("exact", "DARTS"), ("random", "DARTS"), ("exact
 KEPT = ("true_cifar10", "skip_connections", "valid_accuracy", "train_accuracy", "lambda_train",
         "lambda_valid", "alpha_eigenvalue", "gini", "lambda_grad_norm", "loss_grad_norm", "cell_shares",
         "operation_grads", "alphas")
+LAST_STAGE = "stage 3, last quarter"
+DIGITS = {"skips": 1, "skips, last quarter (not in the plan)": 1, "p of skip": 3, "1 − Σ p²": 3,
+          "magnitude of the largest eigenvalue": 1, "supernet, validation, %": 1, "‖λ∇Λ‖ / ‖∇L‖": 1,
+          "processor minutes": 0}  # of other columns 2
 
 Search = dict[str, Any]  # a file of results: what was run, and `epochs`, the list of each number by its name
-Seeds = dict[int, Search]  # the searches of a variant
-Searches = dict[str, Seeds]
+Searches = dict[str, dict[int, Search]]  # by variant and seed
+Measures = dict[str, dict[str, float | None]]  # by table and column
 
 
 def variant_of(config: dict[str, Any]) -> str:
@@ -35,13 +38,9 @@ def variant_of(config: dict[str, Any]) -> str:
     return "sign" if config["lambda_kind"] == "sign" else config["lambda_grad"]
 
 
-def rounded(value: Any) -> Any:
-    """Four significant digits of every number, which is more than any of them has from seed to seed."""
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.4g}") if isinstance(value, float) and abs(value) < 1000 else value
+def rounded(text: str) -> float:
+    """Four significant digits of a number below 1000: more than any of them has from seed to seed."""
+    return float(f"{float(text):.4g}" if abs(float(text)) < 1000 else text)
 
 
 def keep(runs: Sequence[str]) -> None:
@@ -58,7 +57,8 @@ def keep(runs: Sequence[str]) -> None:
                   "device": config["device_name"], "torch": config["versions"]["torch"],
                   "processor_minutes": round(sum(seconds) / 60, 1) if len(seconds) == starts else None,
                   "cell": json.loads((run / "genotype.json").read_text())["arch"],
-                  "epochs": {name: rounded([line[name] for line in metrics]) for name in KEPT}}
+                  "epochs": {name: [line[name] for line in metrics] for name in KEPT}}
+        result = json.loads(json.dumps(result), parse_float=rounded)
         path = FOLDER / "results" / f"{result['variant']}-{result['seed']}.json"
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, (json.dumps(result) + "\n").encode())
@@ -72,74 +72,44 @@ def read_results() -> Searches:
             for variant, group in itertools.groupby(searches, lambda search: search["variant"])}
 
 
-# ---- measures of one search
+def measures(search: Search) -> Measures:
+    """The numbers of a search that the tables show. late: the median over the last quarter of the epochs"""
+    epochs = {name: np.array(values, float) for name, values in search["epochs"].items()
+              if name != "operation_grads"}
+    quarter = len(epochs["alphas"]) // 4
 
-def quarter(values: list, last: bool) -> list:
-    """The last or the first quarter of the epochs."""
-    size = len(values) // 4
-    return values[-size:] if last else values[:size]
+    def late(name: str) -> float:
+        return np.median(epochs[name][-quarter:])
 
+    alpha = epochs["alphas"][-1, 0]  # [edges, ops]
+    p = np.exp(alpha) / np.exp(alpha).sum(1, keepdims=True)
+    grads = np.array([[of[name] for name in OPERATIONS] for of in search["epochs"]["operation_grads"]])
+    shares = epochs["cell_shares"].reshape(len(grads), 3, -1).sum(2)  # [epochs, stages]
+    quarters = {"first": shares[:quarter], "last": shares[-quarter:]}
+    noise = epochs["lambda_grad_norm"][-quarter:] / epochs["loss_grad_norm"][-quarter:]
+    return {
+        "end": {
+            "true accuracy, %": epochs["true_cifar10"][-1],
+            "skips": epochs["skip_connections"][-1],  # of 6 operations
+            # The last cell may hang on a p that is larger by 0.001.
+            "skips, last quarter (not in the plan)": epochs["skip_connections"][-quarter:].mean(),
+            "p of skip": p.mean(0)[OPERATIONS.index("skip_connect")],
+            "1 − Σ p²": late("gini"),
+            "Λ (sign: Λ±), training": late("lambda_train"),
+            "Λ (sign: Λ±), validation": late("lambda_valid"),
+            "magnitude of the largest eigenvalue": abs(late("alpha_eigenvalue")),
+            "supernet, validation, %": late("valid_accuracy"),
+            "‖λ∇Λ‖ / ‖∇L‖": np.median(noise),
+            "processor minutes": search["processor_minutes"]},
+        # The share of each stage's cells in ∂L/∂α, its median over a quarter of the epochs.
+        "share": {f"stage {k + 1}, {name} quarter": share for name, of_epochs in quarters.items()
+                  for k, share in enumerate(np.median(of_epochs, 0))},
+        # How far the gradient is for an operation, the mean over edges, cells and epochs. Positive: a step
+        # along it at equal p would raise α of the operation; Adam divides by its size, so its steps need not.
+        "pull": dict(zip(OPERATIONS, 1000 * (grads.mean() - grads.mean(0)))),
+        # The mean over the edges: the sum of all steps, where the gradient is of four batches an epoch.
+        "alpha": dict(zip(OPERATIONS, alpha.mean(0) - alpha.mean()))}
 
-def late(name: str) -> Callable[[Search], float]:
-    """The median of a number over the last quarter of the epochs."""
-    return lambda search: float(np.median(quarter(search["epochs"][name], last=True)))
-
-
-def accuracy(search: Search) -> float:
-    """Test accuracy of the last cell after full training, CIFAR-10, %."""
-    return search["epochs"]["true_cifar10"][-1]
-
-
-def skips(search: Search) -> int:
-    """Skip connections in the last cell, of 6 operations."""
-    return search["epochs"]["skip_connections"][-1]
-
-
-def skips_late(search: Search) -> float:
-    """Skip connections, the mean over the last quarter of the epochs: the last cell may hang on a p that is
-    larger by 0.001."""
-    return statistics.fmean(quarter(search["epochs"]["skip_connections"], last=True))
-
-
-def p_skip(search: Search) -> float:
-    """p of skip_connect at the end, mean over the edges."""
-    p = np.exp(np.array(search["epochs"]["alphas"][-1][0]))  # [edges, ops]
-    p /= p.sum(1, keepdims=True)
-    return float(p[:, nasbench201.OPERATIONS.index("skip_connect")].mean())
-
-
-def stage_shares(search: Search, last: bool) -> np.ndarray:
-    """The share of each stage's cells in ∂L/∂α, its median over a quarter of the epochs -> [3]"""
-    shares = np.array(quarter(search["epochs"]["cell_shares"], last))  # [epochs, cells]
-    return np.median(shares.reshape(len(shares), 3, -1).sum(2), 0)
-
-
-def last_stage(search: Search) -> float:
-    return stage_shares(search, last=True)[2]
-
-
-def pull(search: Search, operation: str) -> float:
-    """How far the gradient is for an operation: the mean of ∂L/∂p over all operations less that of this one,
-    the mean over edges, cells and epochs, times 1000. Positive: a step along the gradient at equal p would
-    raise α of the operation; Adam divides by the gradient's size, so its steps need not."""
-    by_epoch = search["epochs"]["operation_grads"]
-    return 1000 * statistics.fmean(statistics.fmean(grads.values()) - grads[operation] for grads in by_epoch)
-
-
-def alpha_at_end(search: Search, operation: str) -> float:
-    """α of an operation less the mean over all operations, the mean over the edges. It starts at 0 and adds
-    up all steps of the search, where `pull` sees four batches an epoch."""
-    alpha = np.array(search["epochs"]["alphas"][-1][0]).mean(0)  # [ops]
-    return float((alpha - alpha.mean())[nasbench201.OPERATIONS.index(operation)])
-
-
-def noise_ratio(search: Search) -> float:
-    """‖λ ∇Λ‖ / ‖∇L‖, the median over the last quarter of the epochs."""
-    norms = zip(*(quarter(search["epochs"][name], True) for name in ("lambda_grad_norm", "loss_grad_norm")))
-    return float(np.median([of_lambda / of_loss for of_lambda, of_loss in norms]))
-
-
-# ---- tests
 
 def sign_flip(differences: Sequence[float]) -> float:
     """The exact two-sided p-value of paired differences: the share of the 2^n choices of their signs that
@@ -149,102 +119,86 @@ def sign_flip(differences: Sequence[float]) -> float:
     return float((sums >= abs(sum(differences)) - 1e-9).mean())
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float]) -> np.ndarray:
     """The p-values corrected for their number (Holm, 1979)."""
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = largest
+    order, corrected = np.argsort(p_values), np.empty(len(p_values))
+    counts = np.arange(len(p_values), 0, -1)
+    corrected[order] = np.maximum.accumulate(np.minimum(1, counts * np.array(p_values)[order]))
     return corrected
 
 
-def differences(searches: Searches, first: str, second: str, of: Callable[[Search], float]) -> list[float]:
-    """Of a measure, between two variants, for each seed that both have."""
-    pairs = searches.get(first, {}).keys() & searches.get(second, {}).keys()
-    return [of(searches[first][seed]) - of(searches[second][seed]) for seed in sorted(pairs)]
-
-
-def tests_table(rows: dict[str, list[float]], corrected: bool) -> str:
+def tests_table(rows: dict[str, list[float]], corrected: bool = False) -> str:
     """The tests of differences, by their names."""
-    p_values = [sign_flip(values) for values in rows.values()]
-    columns = [p_values, holm(p_values)] if corrected else [p_values]
-    return table(["difference", "pairs", "mean ± deviation", "p", "p, Holm"][: 3 + len(columns)], [
+    p_values = {"p": [sign_flip(values) for values in rows.values()]}
+    if corrected:
+        p_values["p, Holm"] = holm(p_values["p"])
+    return table(["difference", "pairs", "mean ± deviation", *p_values], [
         [name, len(values), spread(values), *(f"{p:.4f}" for p in of_row)]
-        for (name, values), *of_row in zip(rows.items(), *columns)])
-
-
-# ---- tables and pictures
-
-COLUMNS: dict[str, tuple[Callable[[Search], float | None], int]] = {  # name -> (measure, digits)
-    "true accuracy, %": (accuracy, 2), "skips": (skips, 1),
-    "skips, last quarter (not in the plan)": (skips_late, 1), "p of skip": (p_skip, 3),
-    "1 − Σ p²": (late("gini"), 3), "Λ (sign: Λ±), training": (late("lambda_train"), 2),
-    "Λ (sign: Λ±), validation": (late("lambda_valid"), 2),
-    "magnitude of the largest eigenvalue": (lambda search: abs(late("alpha_eigenvalue")(search)), 1),
-    "supernet, validation, %": (late("valid_accuracy"), 1), "‖λ∇Λ‖ / ‖∇L‖": (noise_ratio, 1),
-    "processor minutes": (lambda search: search["processor_minutes"], 0),
-}
+        for (name, values), *of_row in zip(rows.items(), *p_values.values())])
 
 
 def findings(searches: Searches) -> str:
     """All tables."""
-    def by_variant(header: list[str], row: Callable[[str, Seeds], list]) -> str:
-        return table(["variant", *header], [[name, *row(name, seeds)] for name, seeds in searches.items()])
+    measured = {variant: {seed: measures(search) for seed, search in group.items()}
+                for variant, group in searches.items()}
+    seeds = sorted(set().union(*measured.values()))
 
-    def ends(_, of_variant: Seeds) -> list:
-        collapsed = sum(skips(search) >= 5 for search in of_variant.values())
-        columns = [([value for search in of_variant.values() if (value := of(search)) is not None], digits)
-                   for of, digits in COLUMNS.values()]
-        return [len(of_variant), f"{collapsed} of {len(of_variant)}",
-                *(spread(values, digits) + f" (of {len(values)})" * (0 < len(values) < len(of_variant))
-                  for values, digits in columns)]
+    def by_variant(row: Callable[[dict[int, Measures]], dict[str, Any]]) -> str:
+        rows = {variant: row(group) for variant, group in measured.items()}
+        return table(["variant", *next(iter(rows.values()))],
+                     [[variant, *cells.values()] for variant, cells in rows.items()])
 
-    def cells(_, of_variant: Seeds) -> list:
-        return [f"{accuracy(of_variant[seed]):.2f} ({skips(of_variant[seed])})" if seed in of_variant else ""
-                for seed in seeds]
+    def means(group: dict[int, Measures], of: str) -> dict[str, str]:
+        rows = [numbers[of] for numbers in group.values()]
+        return {column: mean([row[column] for row in rows], column) for column in rows[0]}
 
-    def stages(_, of_variant: Seeds) -> list:
-        return [spread(list(shares)) for last in (False, True)
-                for shares in zip(*(stage_shares(search, last) for search in of_variant.values()))]
+    def mean(numbers: list[float | None], column: str) -> str:
+        known = [number for number in numbers if number is not None]
+        of = f" (of {len(known)})" if 0 < len(known) < len(numbers) else ""
+        return spread(known, DIGITS.get(column, 2)) + of
 
-    def by_operation(of: Callable[[Search, str], float]) -> str:
-        return by_variant(list(nasbench201.OPERATIONS), lambda _, of_variant: [
-            spread([of(search, operation) for search in of_variant.values()])
-            for operation in nasbench201.OPERATIONS])
+    def ends(group: dict[int, Measures]) -> dict[str, Any]:
+        collapsed = sum(numbers["end"]["skips"] >= 5 for numbers in group.values())
+        return {"seeds": len(group), "five skips or six": f"{collapsed} of {len(group)}",
+                **means(group, "end")}
 
-    seeds = sorted({seed for of_variant in searches.values() for seed in of_variant})
-    text = "The end of a search, mean ± deviation over the seeds:\n\n"
-    text += by_variant(["seeds", "five skips or six", *COLUMNS], ends)
-    of_all = spread(list(nasbench201.accuracies()[:, 0]))
-    text += f"\nTrue accuracy of each last cell, % (a random cell: {of_all}), and its skips:\n\n"
-    text += by_variant([f"seed {seed}" for seed in seeds], cells)
-    for name, of in (("true accuracy, %", accuracy), ("skips", skips)):
-        text += f"\nExact tests of the difference in {name}, paired by seed:\n\n"
-        text += tests_table({f"{first} − {second}": differences(searches, first, second, of)
-                             for first, second in TESTED}, True)
-    text += ("\nTests of what the paper explains collapse by "
-             "(the first is exact for a symmetric distribution):\n\n")
-    text += tests_table({
-        "DARTS: share of stage 3 − 1/3 (H4: above 0)":
-            [last_stage(search) - 1 / 3 for search in searches.get("DARTS", {}).values()],
-        "exact − DARTS: share of stage 3 (H4: above 0)": differences(searches, "exact", "DARTS", last_stage),
-        "exact − DARTS: gradient for skips, times 1000 (H5: above 0)":
-            differences(searches, "exact", "DARTS", lambda search: pull(search, "skip_connect"))}, False)
-    text += "\nWho decides: the share of each stage's cells in the gradient w.r.t. α:\n\n"
-    text += by_variant([f"stage {stage}, {part} quarter" for part in ("first", "last")
-                        for stage in (1, 2, 3)], stages)
-    text += "\nOn what: the mean of ∂L/∂p over the operations less that of one, times 1000:\n\n"
-    text += by_operation(pull)
-    text += ("\nWhere α went (not in the plan): "
-             "α of an operation at the end less the mean over the operations:\n\n")
-    text += by_operation(alpha_at_end)
-    return text
+    def cells(group: dict[int, Measures]) -> dict[str, str]:
+        shown = {seed: f"{numbers['end']['true accuracy, %']:.2f} ({numbers['end']['skips']:.0f})"
+                 for seed, numbers in group.items()}
+        return {f"seed {seed}": shown.get(seed, "") for seed in seeds}
 
+    def differences(first: str, second: str, of: str, column: str) -> list[float]:
+        """Between two variants, for each seed that both have."""
+        a, b = measured.get(first, {}), measured.get(second, {})
+        return [a[seed][of][column] - b[seed][of][column] for seed in seeds if seed in a and seed in b]
 
-def cells_of(searches: Searches) -> dict[str, dict[int, str]]:
-    """The last cells, as arch strings."""
-    return {variant: {seed: search["cell"] for seed, search in of_variant.items()}
-            for variant, of_variant in searches.items()}
+    def tests(column: str) -> str:
+        return tests_table({f"{first} − {second}": differences(first, second, "end", column)
+                            for first, second in TESTED}, corrected=True)
+
+    of_darts = [numbers["share"][LAST_STAGE] - 1 / 3 for numbers in measured.get("DARTS", {}).values()]
+    random_cell = spread(list(accuracies()[:, 0]))
+    tables = {
+        "The end of a search, mean ± deviation over the seeds": by_variant(ends),
+        f"True accuracy of each last cell, % (a random cell: {random_cell}), and its skips":
+            by_variant(cells),
+        "Exact tests of the difference in true accuracy, %, paired by seed": tests("true accuracy, %"),
+        "Exact tests of the difference in skips, paired by seed": tests("skips"),
+        "Tests of what the paper explains collapse by (the first is exact for a symmetric distribution)":
+            tests_table({
+                "DARTS: share of stage 3 − 1/3 (H4: above 0)": of_darts,
+                "exact − DARTS: share of stage 3 (H4: above 0)":
+                    differences("exact", "DARTS", "share", LAST_STAGE),
+                "exact − DARTS: gradient for skips, times 1000 (H5: above 0)":
+                    differences("exact", "DARTS", "pull", "skip_connect")}),
+        "Who decides: the share of each stage's cells in the gradient w.r.t. α":
+            by_variant(lambda group: means(group, "share")),
+        "On what: the mean of ∂L/∂p over the operations less that of one, times 1000":
+            by_variant(lambda group: means(group, "pull")),
+        "Where α went (not in the plan): α of an operation at the end less the mean over the operations":
+            by_variant(lambda group: means(group, "alpha")),
+    }
+    return "\n".join(f"{title}:\n\n{rows}" for title, rows in tables.items())
 
 
 def draw_along(searches: Searches, path: Path) -> None:
@@ -258,7 +212,7 @@ def draw_along(searches: Searches, path: Path) -> None:
                                               (25, 50, 75), axis=0)
             ax.plot(middle, color=f"C{k}", label=f"{variant} (n = {len(of_variant)})")
             ax.fill_between(range(len(low)), low, high, color=f"C{k}", alpha=0.15, lw=0)
-    axes[0].axhline(np.median(nasbench201.accuracies()[:, 0]), color="0.4", ls="--", lw=1,
+    axes[0].axhline(np.median(accuracies()[:, 0]), color="0.4", ls="--", lw=1,
                     label="a random cell: median")
     for ax, label in zip(axes, names.values()):
         ax.set_ylabel(label)
@@ -273,7 +227,9 @@ def main() -> None:
         return keep(sys.argv[2:])
     searches = read_results()
     text = findings(searches)
-    (FOLDER / "cells.json").write_text(json.dumps(cells_of(searches), indent=1) + "\n")
+    cells = {variant: {seed: search["cell"] for seed, search in group.items()}
+             for variant, group in searches.items()}
+    (FOLDER / "cells.json").write_text(json.dumps(cells, indent=1) + "\n")
     (FOLDER / "findings.md").write_text(text)
     print(text, end="")
     draw_along({name: of for name, of in searches.items() if name != "sign"}, FOLDER / "along.png")
