@@ -23,11 +23,11 @@ from torch.utils.benchmark import timer
 from . import Architect, Network, SearchNetwork, genotypes
 from .architect import search_step, weight_step
 from .capture import Captured
-from .errors import InputError, progress
+from .errors import progress
 from .fused import run_plainly
 from .fused.sums import compiled_for, mixed_sum, mixed_sum_ref
 from .runs import (AMP, MEMORY_FORMATS, Parser, amp_dtype, check_images, device_name, one_of, pick_device,
-                   script)
+                   script, uses_graph)
 from .runs.arguments import COUNT, COUNT_OR_0
 
 STAGES = {"1": (64, 16, 32, 32), "2": (64, 32, 16, 16), "3": (64, 64, 8, 8)}  # shapes of terms
@@ -50,24 +50,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     step.add_argument("--lambda_grad", type=one_of(("none", "central", "exact")), default="central")
     step.add_argument("--compare", dest="variant", action="store_const", const=None, default="ours",
                       help="in turn with plain PyTorch in both layouts, without a graph")
-    step.add_argument("--graph", action=argparse.BooleanOptionalAction, help="default: on a GPU, but for s4")
+    step.add_argument("--graph", action=argparse.BooleanOptionalAction, help="default: on a GPU, in s4 off")
     train = commands.add_parser("eval", help="a training step of a derived network")
     train.add_argument("--arch", default="LAMBDA_DARTS")
     train.add_argument("--layers", type=COUNT, default=20)
     train.add_argument("--compile", action="store_true", help="in comparisons for ours only")
-    train.set_defaults(graph=False)
-    names = ", ".join(VARIANTS)
     for command, batch_size, channels, variant in ((step, 16, 16, "ours"), (train, 96, 36, None)):
         command.add_argument("--batch_size", type=COUNT, default=batch_size)
         command.add_argument("--init_channels", type=COUNT, default=channels)
         command.add_argument("--memory_format", type=one_of(MEMORY_FORMATS), default="channels_last")
         command.add_argument("--amp", type=one_of(AMP), default="none", help="in comparisons for ours only")
-        command.add_argument("--variant", type=one_of(VARIANTS), default=variant, help=f"one of {names}")
+        command.add_argument("--variant", type=one_of(VARIANTS), default=variant, help=", ".join(VARIANTS))
         command.add_argument("--steps", type=COUNT, default=3, help="timed steps, after a first one")
         command.add_argument("--profile", type=COUNT_OR_0, default=10, help="operations to list, 0: none")
     for command in (sums, step, train):
         command.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
+    args.graph = args.command == "step" and args.variant is not None and uses_graph(args)
     args.device = pick_device(args.device)
     return args
 
@@ -154,17 +153,15 @@ def search_steps(net: nn.Module, args: argparse.Namespace) -> tuple[list[Optimiz
     """The step of a search, and its step of w alone."""
     sgd = SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=3e-4, fused=True)
     arch = Architect(net, F.cross_entropy, amp=amp_dtype(args.amp, args.device))
-    method = None if args.lambda_grad == "none" else args.lambda_grad
-    options = dict(lambda_t=0.125, kind="cosine", epsilon=1e-4, grad_clip=5.0, method=method)
+    options = dict(lambda_t=0.125, kind="cosine", epsilon=1e-4, grad_clip=5.0,
+                   method=None if args.lambda_grad == "none" else args.lambda_grad)
 
-    def step(x, y, *valid):
-        return search_step(arch, sgd, (x, y), valid, unrolled=args.unrolled,
+    def step(*batch):
+        return search_step(arch, sgd, batch, batch, unrolled=args.unrolled,
                            alpha_first=args.search_space != "nasbench201", **options)
 
-    def step_of_w(x, y, *valid):
-        return weight_step(arch, sgd, (x, y), **options)
-
-    return [sgd, arch.optimizer], {"step": step, "weight_step": step_of_w}
+    return [sgd, arch.optimizer], {"step": step,
+                                   "weight_step": lambda *batch: weight_step(arch, sgd, batch, **options)}
 
 
 def training_steps(net: nn.Module, args: argparse.Namespace) -> tuple[list[Optimizer], dict[str, Callable]]:
@@ -175,7 +172,7 @@ def training_steps(net: nn.Module, args: argparse.Namespace) -> tuple[list[Optim
     if args.compile:
         run, drop_path_prob = torch.compile(net), torch.tensor(0.2, device=args.device)
 
-    def step(x, y, *valid):
+    def step(x, y):
         with torch.autocast(args.device.type, amp, enabled=amp is not None):
             logits, auxiliary = run(x, drop_path_prob)
         sgd.zero_grad()
@@ -198,13 +195,12 @@ def steps_of(args: argparse.Namespace, variant: str) -> tuple[nn.Module, list[Op
         net = Network(args.init_channels, 10, args.layers, True, genotypes.load(args.arch))
     if variant != "ours":
         net.engine.runner = lambda x: run_plainly
-    layout, inputs = MEMORY_FORMATS[VARIANTS[variant] or args.memory_format], []
+    layout = MEMORY_FORMATS[VARIANTS[variant] or args.memory_format]
     net.to(args.device, memory_format=layout)
-    for _ in range(2):  # for w and for α
-        x = torch.randn(args.batch_size, 3, 32, 32, device=args.device).contiguous(memory_format=layout)
-        inputs += x, torch.randint(10, (args.batch_size,), device=args.device)
+    x = torch.randn(args.batch_size, 3, 32, 32, device=args.device).contiguous(memory_format=layout)
+    y = torch.randint(10, (args.batch_size,), device=args.device)
     optimizers, functions = (search_steps if in_search else training_steps)(net, args)
-    return net, optimizers, {name: partial(function, *inputs) for name, function in functions.items()}
+    return net, optimizers, {name: partial(function, x, y) for name, function in functions.items()}
 
 
 def compare(args: argparse.Namespace, variants: Iterable[str]) -> dict[str, float]:
@@ -218,31 +214,23 @@ def bench_step(args: argparse.Namespace) -> None:
     """The variants in turn, or one alone with its memory and the profile of a step without a graph."""
     if args.variant is None:
         seconds = compare(args, VARIANTS)
-        rows = [{"variant": variant, "seconds": own, "times_ours": own / seconds["ours"]}
-                for variant, own in seconds.items()]
-        return report(args, rows, graph=False)
-    on_gpu = args.device.type == "cuda"
-    if args.graph and not on_gpu:
-        raise InputError("--graph: needs a GPU; leave it out")
-    graph = on_gpu and args.search_space != "s4" if args.graph is None else args.graph
+        return report(args, ({"variant": variant, "seconds": own, "times_ours": own / seconds["ours"]}
+                             for variant, own in seconds.items()))
     net, optimizers, steps = steps_of(args, args.variant)
-    facts = {"graph": graph}
-    if args.variant != "ours":
-        facts |= {"memory_format": VARIANTS[args.variant], "fused": False}
+    facts = {} if args.variant == "ours" else {"memory_format": VARIANTS[args.variant], "fused": False}
     for name, step in steps.items():
-        timed = partial(Captured(step.func, net, optimizers), *step.args) if graph else step
+        timed = partial(Captured(step.func, net, optimizers), *step.args) if args.graph else step
         facts[f"seconds_per_{name}"] = in_turn({name: timed}, args.steps)[name]
         facts.setdefault("peak_mib", peak_mib(args.device))  # of the whole step
-    operations = costliest(steps["step"], on_gpu)[: args.profile] if args.profile else []
+    operations = costliest(steps["step"], args.device)[: args.profile] if args.profile else []
     report(args, operations, **facts)
 
 
-def costliest(step: Callable[[], object], on_gpu: bool) -> list[dict[str, Any]]:
+def costliest(step: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
     """Milliseconds, calls and name of the operations of a step, the costliest first."""
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:
         step()
-    cost = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # microseconds
+    cost = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"  # microseconds
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, cost))
     return [{"ms": getattr(event, cost) / 1e3, "calls": event.count, "name": event.key} for event in events]
 
@@ -251,7 +239,7 @@ def main() -> None:
     args = parse_args()
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    {"mixed_sum": bench_mixed_sum, "step": bench_step, "eval": bench_step}[args.command](args)
+    (bench_mixed_sum if args.command == "mixed_sum" else bench_step)(args)
 
 
 if __name__ == "__main__":
