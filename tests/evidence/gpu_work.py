@@ -20,7 +20,7 @@ import json
 import math
 import re
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 from unittest import mock
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from ldarts.architect import Architect, search_step  # noqa: E402
@@ -38,8 +39,7 @@ from ldarts.model_search import SearchNetwork  # noqa: E402
 LAUNCH_SECONDS, BYTES_PER_SECOND = 2e-6, 3e12
 FOREACH = (770, 448, 336, 252, 210)  # tensors a launch, by the number of lists (MultiTensorApply.cuh)
 CHUNKS, CHUNK = 2240, 65536  # a launch, of so many elements
-# Partial sums and their sum.
-LAUNCHES = {"channel_sums": 2}
+LAUNCHES = {"channel_sums": 2}  # partial sums and their sum
 KINDS = {  # of operations, by what their names contain
     "separable convolutions": ("separable_",),
     "other convolutions": ("conv", "mm"),
@@ -47,13 +47,12 @@ KINDS = {  # of operations, by what their names contain
     "sums of nodes": ("channel_sums", "affine_sums"),
     "pools": ("pool",), "ReLU": ("relu", "clamp_min", "threshold"), "optimizers": ("foreach", "sgd", "adam"),
     "copies and zeros": ("copy", "cat", "fill", "zero", "empty", "clone"),
-    "other additions": ("add",),
+    "other additions": ("add",), "other": ("",),
 }
 UNREAD = re.compile("copy_$|fill_$|zero_$|_like$|::new_")  # operators that do not read their own tensor
 
 
-def register_shapes() -> None:
-    """What the operators of csrc/norms.cpp return, for tensors without values."""
+if compiled_for("meta"):  # what the operators of csrc/norms.cpp return, for tensors without values
     @torch.library.register_fake("ldarts::norm_statistics")
     def _(z_sums, has_norm, p, beta, z_of_term, count, eps):
         of_z = [p.new_empty(len(has_norm), 2, z_sums.shape[2]) for _ in range(2)]
@@ -67,10 +66,6 @@ def register_shapes() -> None:
     @torch.library.register_fake("ldarts::norm_derivatives")
     def _(rstd_mean, p, grad_rstd_mean, sums, grad_scale, grad_of_z, grad_p, z_of_term, has_norm, count):
         return tuple(map(torch.empty_like, (rstd_mean, p, rstd_mean, sums)))
-
-
-if compiled_for("meta"):
-    register_shapes()
 
 
 def like_each(likes: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor | None]:
@@ -105,15 +100,14 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
         result = STAND_INS.get(name, func)(*args, **kwargs)
-        inputs = [t for t in tensors([args, *kwargs.values()]) if t.dim()]
+        inputs = [t for t in tensors((args, kwargs)) if t.dim()]
         devices = {t.device.type for t in [*inputs, *tensors(result)]}
         if len(devices) > 1:
             raise RuntimeError(f"{name} mixes devices: {', '.join(sorted(devices))}")
         if devices == {"meta"} and not func.is_view and "empty" not in name:
             launches, size = launches_of(name, args, result), bytes_of(func, args, kwargs, result)
-            seconds = max(launches * LAUNCH_SECONDS, size / BYTES_PER_SECOND)
-            for i, value in enumerate((1, launches, size, seconds)):
-                self.calls[name][i] += value
+            counts = 1, launches, size, max(launches * LAUNCH_SECONDS, size / BYTES_PER_SECOND)
+            self.calls[name] = [a + b for a, b in zip(self.calls[name], counts)]
         return result
 
     def total(self) -> tuple[int, int, float]:
@@ -122,10 +116,8 @@ class Work(TorchDispatchMode):
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in nested lists and tuples."""
-    if isinstance(tree, (list, tuple)):
-        return [t for branch in tree for t in tensors(branch)]
-    return [tree] if isinstance(tree, Tensor) else []
+    """The tensors in nested lists, tuples and dictionaries."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def launches_of(name: str, args: tuple, result: Any) -> int:
@@ -175,10 +167,10 @@ def step_on_meta(space: str, C: int, layers: int, batch_size: int, size: int = 3
     optimizer.param_groups[0]["lr"] = rate  # the constructor would read a tensor
     arch = Architect(net, F.cross_entropy)
 
+    @as_on_a_gpu()
     def step(**options) -> None:
-        with as_on_a_gpu():
-            search_step(arch, optimizer, batch, batch, alpha_first=space != "nasbench201", lambda_t=lambda_t,
-                        epsilon=1e-4, grad_clip=5.0, **options)
+        search_step(arch, optimizer, batch, batch, alpha_first=space != "nasbench201", lambda_t=lambda_t,
+                    epsilon=1e-4, grad_clip=5.0, **options)
 
     return step
 
@@ -186,16 +178,11 @@ def step_on_meta(space: str, C: int, layers: int, batch_size: int, size: int = 3
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """In this context PyTorch uses its foreach and fused implementations on the meta device too."""
-    with ExitStack() as stack:
-        for kind, module in (("foreach", "utils._foreach_utils"), ("fused", "optim.optimizer")):
-            name = f"torch.{module}._get_{kind}_kernels_supported_devices"
-            stack.enter_context(mock.patch(name, lambda: ["cuda", "meta"]))
+    names = "utils._foreach_utils._get_foreach", "optim.optimizer._get_fused"
+    foreach, fused = (mock.patch(f"torch.{name}_kernels_supported_devices", lambda: ["cuda", "meta"])
+                      for name in names)
+    with foreach, fused:
         yield
-
-
-def kind_of(operation: str) -> str:
-    """The kind of an operation in KINDS, by its name."""
-    return next((kind for kind, words in KINDS.items() if any(word in operation for word in words)), "other")
 
 
 def main() -> None:
@@ -218,8 +205,8 @@ def main() -> None:
     launches, size, least = work.total()
     kinds: dict[str, list[float]] = {}
     for name, counts in work.calls.items():
-        totals = kinds.setdefault(kind_of(name), [0, 0, 0])
-        totals[:] = (a + b for a, b in zip(totals, counts[1:]))
+        kind = next(kind for kind, words in KINDS.items() if any(word in name for word in words))
+        kinds[kind] = [a + b for a, b in zip(kinds.get(kind, [0, 0, 0]), counts[1:])]
     form = "fused" if compiled_for("meta") else "plain"
     if args.json:
         print(json.dumps({"launches": launches, "bytes": size, "least_seconds": least, "kinds": kinds,
