@@ -206,17 +206,15 @@ def draw_along(searches: Searches, path: Path) -> None:
     figure, axes = pyplot().subplots(2, 1, sharex=True, layout="constrained", figsize=(7.5, 6.4))
     names = {"true_cifar10": "test accuracy of the cell after\nfull training, CIFAR-10, %",
              "skip_connections": "skip connections, of 6"}
-    for k, (variant, of_variant) in enumerate(searches.items()):
-        for ax, name in zip(axes, names):
-            low, middle, high = np.percentile([search["epochs"][name] for search in of_variant.values()],
-                                              (25, 50, 75), axis=0)
-            ax.plot(middle, color=f"C{k}", label=f"{variant} (n = {len(of_variant)})")
+    for ax, (name, label) in zip(axes, names.items()):
+        for k, (variant, group) in enumerate(searches.items()):
+            values = [search["epochs"][name] for search in group.values()]
+            low, middle, high = np.percentile(values, (25, 50, 75), axis=0)
+            ax.plot(middle, color=f"C{k}", label=f"{variant} (n = {len(group)})")
             ax.fill_between(range(len(low)), low, high, color=f"C{k}", alpha=0.15, lw=0)
-    axes[0].axhline(np.median(accuracies()[:, 0]), color="0.4", ls="--", lw=1,
-                    label="a random cell: median")
-    for ax, label in zip(axes, names.values()):
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
+    axes[0].axhline(np.median(accuracies()[:, 0]), color="0.4", ls="--", lw=1, label="a random cell: median")
     axes[1].set_xlabel("epoch of the search")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save(figure, path)
@@ -232,9 +230,10 @@ def main() -> None:
     (FOLDER / "cells.json").write_text(json.dumps(cells, indent=1) + "\n")
     (FOLDER / "findings.md").write_text(text)
     print(text, end="")
-    draw_along({name: of for name, of in searches.items() if name != "sign"}, FOLDER / "along.png")
-    draw_shares({variant: [search["epochs"]["cell_shares"] for search in of_variant.values()]
-                 for variant, of_variant in searches.items()}, FOLDER / "shares.png")
+    draw_along({name: group for name, group in searches.items() if name != "sign"}, FOLDER / "along.png")
+    shares = {variant: [search["epochs"]["cell_shares"] for search in group.values()]
+              for variant, group in searches.items()}
+    draw_shares(shares, FOLDER / "shares.png")
 
 
 if __name__ == "__main__":
