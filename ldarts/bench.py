@@ -109,13 +109,6 @@ def peak_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def bench_mixed_sum(args: argparse.Namespace) -> None:
-    if not compiled_for(args.device.type):
-        sys.exit("the fused sum is not compiled here")
-    cases = product(args.stages, args.terms, MEMORY_FORMATS, args.dtypes, ("forward", "forward+backward"))
-    report(args, (time_sums(args, *case) for case in cases))
-
-
 def time_sums(args: argparse.Namespace, stage: str, count: int, layout: str, dtype: str,
               phase: str) -> dict[str, Any]:
     """GBps: the rate of the fused sum by the bytes that must move, M reads and 1 write forward, M + 1 reads
@@ -222,24 +215,26 @@ def bench_step(args: argparse.Namespace) -> None:
         timed = partial(Captured(step.func, net, optimizers), *step.args) if args.graph else step
         facts[f"seconds_per_{name}"] = in_turn({name: timed}, args.steps)[name]
         facts.setdefault("peak_mib", peak_mib(args.device))  # of the whole step
-    operations = costliest(steps["step"], args.device)[: args.profile] if args.profile else []
-    report(args, operations, **facts)
-
-
-def costliest(step: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
-    """Milliseconds, calls and name of the operations of a step, the costliest first."""
-    with torch.profiler.profile() as profiler:
-        step()
-    cost = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"  # microseconds
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, cost))
-    return [{"ms": getattr(event, cost) / 1e3, "calls": event.count, "name": event.key} for event in events]
+    costliest = []
+    if args.profile:
+        with torch.profiler.profile() as profiler:
+            steps["step"]()
+        cost = f"self_{'device' if args.device.type == 'cuda' else 'cpu'}_time_total"  # microseconds
+        costliest = sorted(profiler.key_averages(), key=lambda event: -getattr(event, cost))[: args.profile]
+    report(args, ({"ms": getattr(event, cost) / 1e3, "calls": event.count, "name": event.key}
+                  for event in costliest), **facts)
 
 
 def main() -> None:
     args = parse_args()
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    (bench_mixed_sum if args.command == "mixed_sum" else bench_step)(args)
+    if args.command != "mixed_sum":
+        return bench_step(args)
+    if not compiled_for(args.device.type):
+        sys.exit("the fused sum is not compiled here")
+    cases = product(args.stages, args.terms, MEMORY_FORMATS, args.dtypes, ("forward", "forward+backward"))
+    report(args, (time_sums(args, *case) for case in cases))
 
 
 if __name__ == "__main__":
