@@ -66,7 +66,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for command in (sums, step, train):
         command.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    args.graph = args.command == "step" and args.variant is not None and uses_graph(args)
+    if args.command != "mixed_sum":
+        args.graph = args.command == "step" and args.variant is not None and uses_graph(args)
     args.device = pick_device(args.device)
     return args
 
