@@ -70,7 +70,7 @@ class CellPlan(Plan):
         """blocks: one for each input, before the nodes, or none; edges: node by node; sources: of each node
         the states that its edges read; outputs: the states whose concatenation is the cell's output;
         drop_path: that which the cell's edges call"""
-        self.drop_path, self.drops_images = drop_path, meaning(drop_path) == KNOWN["drop_path"]
+        self.drop_path, self.drops_images = drop_path, KNOWN.get(meaning(drop_path)) == "drop_path"
         self.reader, self.recognised, self.refusals = reader, 0, []
         self.left: list[nn.Module] = []  # those that run as they are
         self.edges, self.width = len(edges), None  # the shape of p

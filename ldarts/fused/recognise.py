@@ -10,7 +10,7 @@ import os
 import types
 import weakref
 from operator import itemgetter
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,16 +120,18 @@ def meaning(function: Callable) -> tuple | None:
     None for a closure, or what is no plain function."""
     if not isinstance(function, types.FunctionType) or function.__closure__ or function.__defaults__:
         return None
-    scope, names = vars(builtins) | function.__globals__, {}
+    scope = vars(builtins) | function.__globals__
 
-    def instructions(code: types.CodeType) -> list:
-        listed = [*dis.get_instructions(code)]
-        names.update((i.argval, scope.get(i.argval)) for i in listed
-                     if i.opname == "LOAD_GLOBAL" and i.argval != "drop_path")
-        return [(i.opname, instructions(i.argval) if isinstance(i.argval, types.CodeType) else i.argval)
-                for i in listed]
+    def instructions(code: types.CodeType) -> Iterator[tuple]:
+        for i in dis.get_instructions(code):
+            if isinstance(i.argval, types.CodeType):
+                yield i.opname, *instructions(i.argval)
+            elif i.opname == "LOAD_GLOBAL" and i.argval != "drop_path":
+                yield i.argval, id(scope.get(i.argval))
+            else:
+                yield i.opname, i.argval
 
-    return function.__code__.co_varnames, instructions(function.__code__), names
+    return function.__code__.co_varnames, *instructions(function.__code__)
 
 
 def drop_path_of(of_type: type) -> Callable | None:
@@ -137,7 +139,7 @@ def drop_path_of(of_type: type) -> Callable | None:
     return getattr(getattr(of_type, "_edge", None), "__globals__", {}).get("drop_path")
 
 
-KNOWN = {known.__name__: meaning(known)
+KNOWN = {meaning(known): known.__name__
          for known in (block, factorized_reduce, zero, mixed_op, nas201_edge, cell, nas201_cell, derived_cell,
                        derived_edge, derived_nas201_cell, drop_path)}
 
@@ -183,10 +185,9 @@ class Reader:
             return "leaf"
         if of_type is nn.Sequential:
             return "sequential"
-        text = meaning(of_type.forward)
-        kind = next((name for name, known in KNOWN.items() if text == known), None)
+        kind = KNOWN.get(meaning(of_type.forward))
         if (kind is None or not calls_as_modules_do(of_type, own["_modules"])
-                or kind == "derived_cell" and meaning(of_type._edge) != KNOWN["derived_edge"]):
+                or kind == "derived_cell" and KNOWN.get(meaning(of_type._edge)) != "derived_edge"):
             raise Unrecognised(of_type.__name__)
         return kind
 
