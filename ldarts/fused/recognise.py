@@ -15,7 +15,6 @@ from typing import Any, Callable, Iterator, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair  # one number stands for both sides
 
 # Settings on which a result depends, beside parameters and `training`.
 SETTINGS = {
@@ -260,19 +259,9 @@ def check_leaf(module: nn.Module) -> None:
                                                    else "of momentum None"))
         if not (module.weight is None) == (module.bias is None) == (not module.affine):
             raise Unrecognised("a BatchNorm2d of another scale or shift")
-    if of_type in (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d) and not keeps_size(module):
-        raise Unrecognised(f"a {of_type.__name__} of another size, ceil_mode or return_indices")
-
-
-def keeps_size(module: nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d) -> bool:
-    """Whether the result is one image of ceil(H / stride) x ceil(W / stride)."""
-    kernel, padding, dilation = (_pair(getattr(module, name, 1))
-                                 for name in ("kernel_size", "padding", "dilation"))
-    return (not getattr(module, "ceil_mode", False) and not getattr(module, "return_indices", False)
-            and all(k % 2 == 1 and p == d * (k - 1) // 2 for k, p, d in zip(kernel, padding, dilation)))
 
 
 def is_1x1(conv: nn.Module, stride: int) -> bool:
     """Whether it is a product of each pixel with one matrix."""
     return (type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.stride == (stride, stride)
-            and conv.groups == 1 and conv.bias is None)
+            and conv.padding == (0, 0) and conv.groups == 1 and conv.bias is None)

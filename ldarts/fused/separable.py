@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .normalised_sum import (Terms, channels_last, derivatives, move_statistics, no_sums, pixels,
                              scale_shift_of)
 from .norms import NO_THIRD, Norms
+from .recognise import is_1x1
 from .sums import channel_sums, split
 
 
@@ -46,13 +47,13 @@ def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
 
 def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
     """Whether the operators of csrc/separable.cpp compute these three. norm: that at the end of the chain."""
-    C, no_bias = depthwise.groups, depthwise.bias is None and pointwise.bias is None
+    C, k, dilation = depthwise.groups, depthwise.kernel_size[0], depthwise.dilation[0]
     square = all(len(set(getattr(depthwise, name))) == 1 for name in ("kernel_size", "stride", "dilation"))
-    return (no_bias and square and depthwise.stride[0] in (1, 2)
-            and depthwise.padding_mode == "zeros" and (first or depthwise.stride == (1, 1))
-            and pointwise.kernel_size == pointwise.stride == (1, 1) and pointwise.groups == 1
-            and depthwise.weight.shape == (C, 1, *depthwise.kernel_size)
-            and pointwise.weight.shape == (C, C, 1, 1)
+    return (square and depthwise.stride[0] in (1, 2) and (first or depthwise.stride == (1, 1))
+            and k % 2 == 1 and depthwise.padding == (dilation * (k // 2),) * 2
+            and depthwise.padding_mode == "zeros" and depthwise.bias is None
+            and depthwise.weight.shape == (C, 1, k, k)
+            and is_1x1(pointwise, 1) and pointwise.weight.shape == (C, C, 1, 1)
             and inner.eps == norm.eps)
 
 
