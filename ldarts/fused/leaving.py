@@ -121,7 +121,7 @@ class State:
         if type(link) is Halves:
             return torch.cat([conv_1x1(x, conv.weight) for x, conv in zip(self.pixels, link)], dim=1)
         if type(link) in (nn.AvgPool2d, nn.MaxPool2d):
-            key = type(link), str([getattr(link, name) for name in SETTINGS[type(link)]])
+            key = type(link), str(SETTINGS[type(link)](vars(link)))
             if key not in self.pools:
                 self.pools[key] = link(self.x)
             return self.pools[key]

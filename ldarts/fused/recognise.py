@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Settings on which a result depends, beside parameters and `training`.
+# The types that the engine knows, and settings on which a result depends, beside parameters.
 SETTINGS = {
-    nn.Identity: (),
-    nn.ReLU: ("inplace",),
-    nn.Conv2d: ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: ("eps", "momentum", "affine", "num_features"),
-    nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    nn.Identity: itemgetter("training"),
+    nn.ReLU: itemgetter("inplace"),
+    nn.Conv2d: itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm2d: itemgetter("training", "eps", "momentum", "affine", "num_features"),
+    nn.AvgPool2d: itemgetter("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad",
+                             "divisor_override"),
+    nn.MaxPool2d: itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
 }
 WIRING = "_steps", "_multiplier", "max_nodes", "sources", "concat"  # what cells' forwards read beside modules
-SETTINGS_OF = {of_type: itemgetter("training", *names) for of_type, names in SETTINGS.items()}
 
 
 def pytorch() -> list[Callable]:
@@ -143,6 +143,9 @@ KNOWN = {meaning(known): known.__name__
                        derived_edge, derived_nas201_cell, drop_path)}
 
 
+CALLING = "__call__", "_call_impl", "__getattr__", "__getattribute__"  # how modules call, find children
+
+
 class Unrecognised(Exception):
     """Why a module runs as it is: the name of its type, or that of a part, or more words."""
 
@@ -174,30 +177,32 @@ class Reader:
     def kind(self, module: nn.Module) -> str:
         """The name of a forward above, "leaf" for the types in SETTINGS, "sequential"; else Unrecognised."""
         of_type, own = type(module), module.__dict__
+        name, children = of_type.__name__, own["_modules"]
         self.read.append((weakref.ref(module), contents(module)))
         if is_hooked(own):
-            raise Unrecognised(f"a hook on {of_type.__name__}")
-        for name in own:
-            if callable(getattr(of_type, name, None)) or name in own["_modules"]:
-                raise Unrecognised(f"{name} of {of_type.__name__} patched")
+            raise Unrecognised(f"a hook on {name}")
+        for attribute in own:
+            if callable(getattr(of_type, attribute, None)) or attribute in children:
+                raise Unrecognised(f"{attribute} of {name} patched")
         if of_type in SETTINGS:
             return "leaf"
         if of_type is nn.Sequential:
             return "sequential"
         kind = KNOWN.get(meaning(of_type.forward))
-        if (kind is None or not calls_as_modules_do(of_type, own["_modules"])
+        if (kind is None or any(getattr(of_type, method) is not getattr(nn.Module, method) for method in CALLING)
+                or any(hasattr(of_type, child) for child in children)
                 or kind == "derived_cell" and KNOWN.get(meaning(of_type._edge)) != "derived_edge"):
-            raise Unrecognised(of_type.__name__)
+            raise Unrecognised(name)
         return kind
 
     def members(self, container: nn.Module) -> dict[str, nn.Module]:
         """Those of a ModuleList or ModuleDict."""
         of_type = type(container)
-        reading = of_type.__iter__, of_type.__getitem__
-        if reading not in [(t.__iter__, t.__getitem__) for t in (nn.ModuleList, nn.ModuleDict)]:
+        if not any(of_type.__iter__ is known.__iter__ and of_type.__getitem__ is known.__getitem__
+                   for known in (nn.ModuleList, nn.ModuleDict)):
             raise Unrecognised(of_type.__name__)
         self.read.append((weakref.ref(container), contents(container)))
-        return dict(container.__dict__["_modules"])
+        return container.__dict__["_modules"]
 
     def chain(self, module: nn.Module, kind: str | None = None) -> list[Link]:
         """Modules of which each reads the result of the one before; [] for the identity. kind: what `kind`
@@ -220,20 +225,13 @@ class Reader:
         raise Unrecognised(f"the forward of {type(module).__name__}")
 
 
-def calls_as_modules_do(of_type: type, children: dict[str, nn.Module]) -> bool:
-    """Whether a class calls forward, and finds its children, as nn.Module does."""
-    inherited = "__call__", "_call_impl", "__getattr__", "__getattribute__"
-    return (all(getattr(of_type, name) is getattr(nn.Module, name) for name in inherited)
-            and not any(hasattr(of_type, name) for name in children))
-
-
 def contents(module: nn.Module) -> tuple[Any, ...]:
     """What the engine's result depends on, but for the values of parameters and buffers."""
     own, of_type = module.__dict__, type(module)
     parameters = own["_parameters"]
     shapes = parameters and [None if p is None else (type(p), p.shape) for p in parameters.values()]
-    if of_type in SETTINGS_OF:
-        return of_type, len(own), "forward" in own, is_hooked(own), shapes, SETTINGS_OF[of_type](own)
+    if of_type in SETTINGS:
+        return of_type, len(own), "forward" in own, is_hooked(own), shapes, SETTINGS[of_type](own)
     functions = of_type.forward, getattr(of_type, "_edge", None), drop_path_of(of_type)
     code = [getattr(function, "__code__", None) for function in functions]
     wiring = [tuple(value) if isinstance(value, list) else value for value in map(own.get, WIRING)]
@@ -255,8 +253,7 @@ def check_leaf(module: nn.Module) -> None:
         raise Unrecognised("an in-place ReLU")
     if of_type is nn.BatchNorm2d:
         if module.momentum is None or not module.training:
-            raise Unrecognised("a BatchNorm2d " + ("in eval()" if module.momentum is not None
-                                                   else "of momentum None"))
+            raise Unrecognised("a BatchNorm2d in eval() or of momentum None")
         if not (module.weight is None) == (module.bias is None) == (not module.affine):
             raise Unrecognised("a BatchNorm2d of another scale or shift")
 
