@@ -181,17 +181,18 @@ class Reader:
         self.read.append((weakref.ref(module), contents(module)))
         if is_hooked(own):
             raise Unrecognised(f"a hook on {name}")
-        for attribute in own:
-            if callable(getattr(of_type, attribute, None)) or attribute in children:
-                raise Unrecognised(f"{attribute} of {name} patched")
+        patched = [attribute for attribute in own if callable(getattr(of_type, attribute, None))]
+        patched += [child for child in children if child in own or hasattr(of_type, child)]
+        if patched:
+            raise Unrecognised(f"{patched[0]} of {name} patched")
         if of_type in SETTINGS:
             return "leaf"
         if of_type is nn.Sequential:
             return "sequential"
         kind = KNOWN.get(meaning(of_type.forward))
-        if (kind is None or any(getattr(of_type, method) is not getattr(nn.Module, method) for method in CALLING)
-                or any(hasattr(of_type, child) for child in children)
-                or kind == "derived_cell" and KNOWN.get(meaning(of_type._edge)) != "derived_edge"):
+        if kind == "derived_cell" and KNOWN.get(meaning(of_type._edge)) != "derived_edge":
+            kind = None
+        if kind is None or any(getattr(of_type, how) is not getattr(nn.Module, how) for how in CALLING):
             raise Unrecognised(name)
         return kind
 
