@@ -22,7 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..operations import Zero
-from .cell import CellPlan, Plan, make_plan
+from .cell import Plan, make_plan
 from .leaving import State
 from .recognise import AS_IMPORTED, Reader, Unrecognised, pytorch
 from .sums import compiled_for, mixed_sum, transformed
@@ -54,8 +54,7 @@ class Engine:
 
     def __init__(self, devices: Sequence[str] = ("cpu", "cuda")):
         self.devices = devices
-        # For each module (Reader, Plan or why it has none). Checked at every use.
-        self._plans = weakref.WeakKeyDictionary()
+        self._plans = weakref.WeakKeyDictionary()  # of each module its Reader and Plan, checked at every use
 
     def __reduce__(self):  # a copy of a network has other modules
         return Engine, (self.devices,)
@@ -66,17 +65,17 @@ class Engine:
         supported = isinstance(x, Tensor) and x.device.type in self.devices and engine_supports(x)
         return Pass(self, x.device.type) if supported else run_plainly
 
-    def plan_of(self, module: nn.Module) -> Plan | str:
-        """How a module is computed, or why it runs as it is. Made again when the module has changed."""
+    def plan_of(self, module: nn.Module) -> Plan:
+        """How a module is computed. Made again when the module has changed."""
         reader, plan = self._plans.get(module, (None, None))
         if reader is None or not reader.unchanged():
             reader = Reader()
             try:
                 plan = make_plan(module, reader)
             except Unrecognised as reason:
-                plan = reason.of(module)
+                plan = Plan(reason.of(module))
             except Exception as error:  # a module that lacks the usual parts
-                plan = f"{type(module).__name__}, which cannot be read ({error!r})"
+                plan = Plan(f"{type(module).__name__}, which cannot be read ({error!r})")
             self._plans[module] = reader, plan
         return plan
 
@@ -86,13 +85,11 @@ class Engine:
         cells: those of a network, in training mode; blocks of other kinds do not count.
         """
         plans = [self.plan_of(cell) for cell in cells if count_operations(cell)]
-        recognised = sum(plan.recognised for plan in plans if isinstance(plan, CellPlan))
-        refusals = [reason for plan in plans
-                    for reason in (plan.refusals if isinstance(plan, CellPlan) else [plan])]
+        refusals = [reason for plan in plans for reason in plan.refusals]
         operations = sum(map(count_operations, cells))
         if not is_unwatched():
             return f"0 of {operations} operations run in the engine; PyTorch is patched or has a global hook"
-        text = f"{recognised} of {operations} operations run in the engine"
+        text = f"{sum(plan.recognised for plan in plans)} of {operations} operations run in the engine"
         return f"{text}; {refusals[0]} runs as it is, slower" if refusals else text
 
 
@@ -105,12 +102,12 @@ class Pass:
         self.states: dict[tuple, State] = {}
 
     def __call__(self, module: nn.Module, *inputs: Any) -> Tensor:
-        plan = self.engine.plan_of(module) if module.training else None
         devices = {x.device for x in inputs if isinstance(x, Tensor)}
-        if (not isinstance(plan, Plan) or [device.type for device in devices] != [self.device]
-                or not plan.fits(*inputs)):
-            return module(*inputs)
-        return plan.run(self.state_of, *inputs)
+        if module.training and [device.type for device in devices] == [self.device]:
+            plan = self.engine.plan_of(module)
+            if plan.fits(*inputs):
+                return plan.run(self.state_of, *inputs)
+        return module(*inputs)
 
     def state_of(self, x: Tensor) -> State:
         """The State of x: a new one for another tensor, after a change of x in place, and where autograd does

@@ -15,42 +15,49 @@ from torch import Tensor, nn
 from .normalised_sum import Copies, Terms, normalise, normalised_terms
 from .norms import ones
 from .recognise import SETTINGS, Halves, Link, is_1x1
-from .separable import Pair, pairs_of, separable_convolutions
+from .separable import Pair, separable_convolutions
 
 
 class Operation(NamedTuple):
     """A recognised operation of an edge: norm(chain(state)), or chain(state) where norm is None."""
 
+    edge: int
     column: int  # of its weight in the flattened p [edges, ops]
     chain: list[Link]
     norm: nn.BatchNorm2d | None
+    pairs: list[Pair]  # that it consists of: two (separable), one (dilated) or none (others)
 
 
 class Leaving:
-    """The operations on the edges that leave a state, sorted by the way in which they are computed.
+    """The operations that leave a state, those of an edge side by side, sorted by the way in which they are
+    computed. columns: theirs, in this order"""
 
-    separable (twice a depthwise and a pointwise convolution), dilated (once), others: each with the number of
-    its edge among these; columns: those of all separable ones, then of all dilated ones, then of the others.
-    """
+    def __init__(self, operations: Sequence[Operation], grouped: bool):
+        """grouped: whether separable and dilated convolutions are two calls, or among the others"""
+        stride = next((op.pairs[0].depthwise.stride for op in operations if op.pairs), None)
+        self.by_pairs: list[list[Operation]] = [[], [], []]
+        for op in operations:
+            in_group = grouped and op.pairs and op.pairs[0].depthwise.stride == stride
+            self.by_pairs[len(op.pairs) if in_group else 0].append(op)
+        self.columns = [op.column for of_kind in self.by_pairs for op in of_kind]
+        self.edges = {op.edge for op in operations}
 
-    def __init__(self, edges: Sequence[Sequence[Operation]], grouped: bool):
-        """grouped: whether separable convolutions are one call, else they are among the others"""
-        self.edges, stride = len(edges), None
-        self.separable: list[tuple[int, list[Pair]]] = []
-        self.dilated: list[tuple[int, list[Pair]]] = []
-        self.others: list[tuple[int, Operation]] = []
-        kinds = (self.others, []), (self.dilated, []), (self.separable, [])  # by the number of pairs
-        for number, edge in enumerate(edges):
-            for op in edge:
-                pairs = pairs_of(op.chain, op.norm) if grouped else []
-                if pairs and stride is None:
-                    stride = pairs[0].depthwise.stride
-                if pairs and pairs[0].depthwise.stride != stride:
-                    pairs = []
-                of_kind, columns = kinds[len(pairs)]
-                of_kind.append((number, pairs or op))
-                columns.append(op.column)
-        self.columns = [column for _, columns in reversed(kinds) for column in columns]
+    def terms(self, state: Tensor, p: Tensor) -> dict[int, list[Terms]]:
+        """The terms p_k op_k(state) of each edge. p: in the order of `columns`"""
+        others, dilated, separable = self.by_pairs
+        p_others, p_dilated, p_separable = p.split([len(of_kind) for of_kind in self.by_pairs])
+        parts, count = [], len(separable)
+        if separable or dilated:
+            pairs = [op.pairs[0] for op in separable + dilated]
+            p_pairs = torch.cat([ones(count, p), p_dilated]) if separable else p_dilated
+            edges = [op.edge for op in dilated]
+            z, inner, terms = separable_convolutions([state], None, pairs, p_pairs, edges)
+            parts.append(terms)
+        if separable:
+            pairs, edges = [op.pairs[1] for op in separable], [op.edge for op in separable]
+            parts.append(separable_convolutions(z[:count], inner, pairs, p_separable, edges)[2])
+        parts += terms_of_others(state, others, p_others)
+        return {edge: [part[edge] for part in parts if edge in part] for edge in self.edges}
 
 
 def groups_separable(x: Tensor) -> bool:
@@ -58,30 +65,9 @@ def groups_separable(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def outgoing_terms(state: Tensor, plan: Leaving, p: Tensor) -> list[list[Terms]]:
-    """The terms p_k op_k(state) of each edge that leaves a state. p: in the order of plan.columns"""
-    separable, dilated, others = plan.separable, plan.dilated, plan.others
-    count = len(separable)
-    p_separable, p_dilated, p_others = p.split([count, len(dilated), len(others)])
-    parts: list[dict[int, Terms]] = []
-    if separable or dilated:
-        pairs = [of_op[0] for _, of_op in separable + dilated]
-        p_pairs = torch.cat([ones(count, p), p_dilated]) if separable else p_dilated
-        z, inner, terms = separable_convolutions([state], None, pairs, p_pairs, [edge for edge, _ in dilated])
-        parts.append(terms)
-    if separable:
-        pairs = [of_op[1] for _, of_op in separable]
-        _, _, terms = separable_convolutions(z[:count], inner, pairs, p_separable,
-                                             [edge for edge, _ in separable])
-        parts.append(terms)
-    parts += terms_of_others(state, others, p_others)
-    return [[part[edge] for part in parts if edge in part] for edge in range(plan.edges)]
-
-
-def terms_of_others(state: Tensor, operations: Sequence[tuple[int, Operation]],
-                    p: Tensor) -> Iterator[dict[int, Terms]]:
+def terms_of_others(state: Tensor, operations: Sequence[Operation], p: Tensor) -> Iterator[dict[int, Terms]]:
     """The terms of each edge, for each shape and dtype of results: several in some forks."""
-    chains = [op.chain for _, op in operations]
+    chains = [op.chain for op in operations]
     readers = sum(type(chain[0]) is nn.ReLU for chain in chains if chain) + 2  # two for the pixels
     results = run_chains([State(state, readers)] * len(chains), chains)
     kinds = [(z.shape, z.dtype) for z in results]
@@ -90,8 +76,7 @@ def terms_of_others(state: Tensor, operations: Sequence[tuple[int, Operation]],
         its_p = p if len(chosen) == len(results) else torch.stack([p[k] for k in chosen])
         of_edges: dict[int, list[tuple[Tensor, nn.BatchNorm2d | None]]] = {}
         for k in chosen:
-            edge, op = operations[k]
-            of_edges.setdefault(edge, []).append((results[k], op.norm))
+            of_edges.setdefault(operations[k].edge, []).append((results[k], operations[k].norm))
         yield dict(zip(of_edges, normalised_terms([*of_edges.values()], its_p)))
 
 
