@@ -1,13 +1,5 @@
 """The engine: what `model_search` defines, computed faster. Its door is `Engine.runner`.
-
-    build            compile and load csrc/
-    recognise        what a module is, by its contents
-    sums             the two sums on which all is built, and `mixed_sum`
-    norms            batch norms behind terms: arithmetic on numbers per channel
-    normalised_sum   a node as one sum of normalised terms
-    separable        the separable convolutions that leave a state
-    leaving          the operations that leave a state, by all of these
-    cell             a cell: what leaves its states, summed up in its nodes
+Reading order: build, recognise, sums, norms, normalised_sum, separable, leaving, cell.
 
 "The gradient by x", in code `by_x`, is that with respect to x. LDARTS_FUSED=off in the environment shuts the
 door: every module runs as it is.

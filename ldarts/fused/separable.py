@@ -48,12 +48,12 @@ def pairs_of(chain: Sequence, norm: nn.BatchNorm2d | None) -> list[Pair]:
 def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
     """Whether the operators of csrc/separable.cpp compute these three. norm: that at the end of the chain."""
     C, k, dilation = depthwise.groups, depthwise.kernel_size[0], depthwise.dilation[0]
-    square = all(len(set(getattr(depthwise, name))) == 1 for name in ("kernel_size", "stride", "dilation"))
-    return (square and depthwise.stride[0] in (1, 2) and (first or depthwise.stride == (1, 1))
-            and k % 2 == 1 and depthwise.padding == (dilation * (k // 2),) * 2
+    return (depthwise.stride in ([(1, 1), (2, 2)] if first else [(1, 1)])
+            and depthwise.kernel_size == (k, k) and k % 2 == 1 and depthwise.dilation == (dilation, dilation)
+            and depthwise.padding == (dilation * (k // 2),) * 2
             and depthwise.padding_mode == "zeros" and depthwise.bias is None
-            and depthwise.weight.shape == (C, 1, k, k)
-            and is_1x1(pointwise, 1) and pointwise.weight.shape == (C, C, 1, 1)
+            and is_1x1(pointwise, 1)
+            and depthwise.weight.shape == (C, 1, k, k) and pointwise.weight.shape == (C, C, 1, 1)
             and inner.eps == norm.eps)
 
 
