@@ -70,7 +70,7 @@ class CellPlan(Plan):
                  drop_path: Callable | None = None):
         """blocks: one for each input, before the nodes, or none; edges: node by node; sources: of each node
         the states that its edges read; outputs: the states whose concatenation is the cell's output;
-        drop_path: that which the cell's edges call"""
+        drop_path: what the cell's edges call"""
         super().__init__()
         self.reader, self.derived, self.drop_path = reader, derived, drop_path
         self.drops_images = KNOWN.get(meaning(drop_path)) == "drop_path"

@@ -27,6 +27,7 @@ SETTINGS = {
     nn.MaxPool2d: itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
 }
 WIRING = "_steps", "_multiplier", "max_nodes", "sources", "concat"  # what cells' forwards read beside modules
+CALLING = "__call__", "_call_impl", "__getattr__", "__getattribute__"  # how modules call, find children
 
 
 def pytorch() -> list[Callable]:
@@ -141,9 +142,6 @@ def drop_path_of(of_type: type) -> Callable | None:
 KNOWN = {meaning(known): known.__name__
          for known in (block, factorized_reduce, zero, mixed_op, nas201_edge, cell, nas201_cell, derived_cell,
                        derived_edge, derived_nas201_cell, drop_path)}
-
-
-CALLING = "__call__", "_call_impl", "__getattr__", "__getattribute__"  # how modules call, find children
 
 
 class Unrecognised(Exception):

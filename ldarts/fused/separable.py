@@ -50,9 +50,8 @@ def is_pair(depthwise, pointwise, inner, norm, first: bool) -> bool:
     C, k, dilation = depthwise.groups, depthwise.kernel_size[0], depthwise.dilation[0]
     return (depthwise.stride in ([(1, 1), (2, 2)] if first else [(1, 1)])
             and depthwise.kernel_size == (k, k) and k % 2 == 1 and depthwise.dilation == (dilation, dilation)
-            and depthwise.padding == (dilation * (k // 2),) * 2
-            and depthwise.padding_mode == "zeros" and depthwise.bias is None
-            and is_1x1(pointwise, 1)
+            and depthwise.padding == (dilation * (k // 2),) * 2 and depthwise.padding_mode == "zeros"
+            and depthwise.bias is None and is_1x1(pointwise, 1)
             and depthwise.weight.shape == (C, 1, k, k) and pointwise.weight.shape == (C, C, 1, 1)
             and inner.eps == norm.eps)
 
