@@ -1,6 +1,6 @@
 """`Architect`: the gradients of α, and ∇_w Λ; `search_step`: a step along them."""
 import random
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -13,6 +13,7 @@ from .errors import InputError
 from .model_search import SearchNetwork
 
 Batch = tuple[Tensor, Tensor]  # x [N, 3, H, W], y [N]
+Start = tuple[list, list[Tensor | None]]  # of a pass: the states of random generators, copies of buffers
 METHODS = ("central", "exact", "random")
 
 
@@ -23,14 +24,6 @@ class WeightGrads(NamedTuple):
     d_lambda: Sequence[Tensor] | None  # ∇_w Λ
     alignment: Tensor | None  # Λ
     clipped: Tensor | None = None  # [1], of a search step: 1 where the gradient was clipped
-
-
-class Start(NamedTuple):
-    """What a pass depends on besides w, see Architect.kept."""
-
-    device: torch.device
-    generators: list[tuple[Callable, Any]]
-    buffers: list[Tensor | None]  # copies
 
 
 class Architect:
@@ -245,9 +238,7 @@ class Architect:
         """
         w, tracking = self.weights, [norm for norm in self._norms if norm.track_running_stats]
         before = [p.data for p in w], self._own_buffers()
-        drawn = generators(start.device) if start else []  # at the end as if the pass had drawn nothing
-        for restore, state in start.generators if start else []:
-            restore(state)
+        random_states, buffers = start or ([], before[1])
 
         def put(values, buffers, grad, track):
             for p, value in zip(w, values):
@@ -258,17 +249,16 @@ class Architect:
             for norm in tracking:  # Module's own __setattr__ looks for parameters first
                 object.__setattr__(norm, "track_running_stats", track)
 
-        put(before[0] if values is None else values, copies(start.buffers if start else before[1]), grad,
-            False)
-        try:
+        with ExitStack() as at_end:
+            for read, write, state in random_states:
+                at_end.callback(write, read())  # as if the passes had drawn nothing
+                write(state)
+            at_end.callback(put, *before, True, True)
+            put(before[0] if values is None else values, copies(buffers), grad, False)
             yield
-        finally:
-            put(*before, True, True)
-            for restore, state in drawn:
-                restore(state)
 
     def _start(self, device: torch.device) -> Start:
-        return Start(device, generators(device), copies(self._own_buffers()))
+        return generators(device), copies(self._own_buffers())
 
     def _own_buffers(self) -> list[Tensor | None]:
         return [of_module[name] for of_module, name in self._buffers]
@@ -353,28 +343,24 @@ def full_float32() -> Iterator[None]:
     attributes = [(cudnn, "allow_tf32", False), *((part, "fp32_precision", "ieee") for part in parts)]
     switches = [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
                 *((partial(getattr, *of), partial(setattr, *of), off) for *of, off in attributes)]
-    before = []
-    for read, write, _ in switches:
-        with suppress(RuntimeError):  # the old switches can't be read where the new ones say otherwise
-            before.append((write, read()))
-    for _, write, off in switches:
-        write(off)
-    try:
+    with ExitStack() as at_end:  # which calls in reverse order
+        for read, write, _ in reversed(switches):
+            with suppress(RuntimeError):  # the old switches can't be read where the new ones say otherwise
+                at_end.callback(write, read())
+        for _, write, off in switches:
+            write(off)
         yield
-    finally:
-        for write, value in before:
-            write(value)
 
 
-def generators(device: torch.device) -> list[tuple[Callable, Any]]:
-    """(restore, state) for the random generators of Python, NumPy, PyTorch and a GPU: restore(state)."""
-    states = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()),
-              (torch.set_rng_state, torch.get_rng_state())]
+def generators(device: torch.device) -> list[tuple[Callable[[], Any], Callable[[Any], object], Any]]:
+    """(read, write, state) of the random generators of Python, NumPy, PyTorch and a GPU."""
+    functions = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
+                 (torch.get_rng_state, torch.set_rng_state)]
     # A step that draws random numbers is not captured (capture.py).
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        restore = lambda state: torch.cuda.set_rng_state(state, device)  # noqa: E731
-        states.append((restore, torch.cuda.get_rng_state(device)))
-    return states
+        functions.append((lambda: torch.cuda.get_rng_state(device),
+                          lambda state: torch.cuda.set_rng_state(state, device)))
+    return [(read, write, read()) for read, write in functions]
 
 
 def copies(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
