@@ -167,18 +167,14 @@ class Architect:
 
             length = torch.linalg.vector_norm(flat(u_l for u_l in u if u_l is not None))
             d_lambda = self.average(central_difference(by_w, epsilon, length))
-            if method == "random":
-                d_lambda = self._random_direction(d_lambda)
+            if method == "random":  # every process draws its own; their mean is the same on all of them
+                noise = self.average([torch.randn_like(t) for t in d_lambda])
+                scale = nn.utils.get_total_norm(d_lambda) / nn.utils.get_total_norm(noise)
+                d_lambda = torch._foreach_mul(noise, scale)
             if lambda_t is not None:
                 dw, d_lambda = moved(dw, -lambda_t, d_lambda), None
         d_lambda = None if d_lambda is None else in_layout_of(w, d_lambda)
         return WeightGrads(mean_loss, logits.detach(), in_layout_of(w, dw), d_lambda, value)
-
-    def _random_direction(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Normal random numbers, scaled to the norm of `like` as a whole."""
-        # Every process draws its own; their mean is the same direction on all of them.
-        noise = self.average([torch.randn_like(t) for t in like])
-        return torch._foreach_mul(noise, nn.utils.get_total_norm(like) / nn.utils.get_total_norm(noise))
 
     def cell_leaves(self) -> list[Tensor]:
         """A copy p_l of p = softmax(α) for every searched cell, each a leaf of its own."""
@@ -211,11 +207,9 @@ class Architect:
         collapses (Zela et al., 2020): power iteration by double backward, from the same direction each time,
         changing nothing. Ends after `iterations`, or at a change of less than `tolerance` times the value.
         """
-        device, alphas = batch[0].device, self.alphas
-        if not alphas:
+        if not (alphas := self.alphas):
             return 0.0
-        generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with self.kept(), generators:
+        with self.kept(self._start(batch[0].device)):
             torch.manual_seed(0)
             gradient = flat(gradients(self._loss(batch), alphas, create_graph=True))
             product, value = torch.randn_like(gradient), 0.0
