@@ -7,21 +7,22 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .alignment import layer_alignment
 from .errors import InputError
 from .model_search import SearchNetwork
 
 Batch = tuple[Tensor, Tensor]  # x [N, 3, H, W], y [N]
-Start = tuple[list, list[Tensor | None]]  # of a pass: the states of random generators, copies of buffers
+Tensors = Sequence[Tensor]
 METHODS = ("central", "exact", "random")
 
 
 class WeightGrads(NamedTuple):
     loss: Tensor
     logits: Tensor  # [N, num_classes], of the training pass
-    dw: Sequence[Tensor]  # ∇_w L, or ∇_w (L − λ_t Λ)
-    d_lambda: Sequence[Tensor] | None  # ∇_w Λ
+    dw: Tensors  # ∇_w L, or ∇_w (L − λ_t Λ)
+    d_lambda: Tensors | None  # ∇_w Λ
     alignment: Tensor | None  # Λ
     clipped: Tensor | None = None  # [1], of a search step: 1 where the gradient was clipped
 
@@ -47,12 +48,11 @@ class Architect:
     def __init__(self, net: SearchNetwork, criterion: Callable[[Tensor, Tensor], Tensor], lr: float = 3e-4,
                  betas: tuple[float, float] = (0.5, 0.999), weight_decay: float = 1e-3,
                  w_momentum: float = 0.9, w_weight_decay: float = 3e-4,
-                 average: Callable[[Sequence[Tensor]], list[Tensor]] = list, amp: torch.dtype | None = None,
+                 average: Callable[[Tensors], list[Tensor]] = list, amp: torch.dtype | None = None,
                  eps: float = 1e-8):
         self.net, self.criterion, self.average, self.amp = net, criterion, average, amp
         self.w_momentum, self.w_weight_decay = w_momentum, w_weight_decay
-        self.optimizer = torch.optim.Adam(net.arch_parameters(), lr=lr, betas=betas,
-                                          weight_decay=weight_decay, eps=eps)
+        self.optimizer = torch.optim.Adam(net.arch_parameters(), lr, betas, eps, weight_decay)
         # Lists, because a walk through the thousands of modules of a supernet takes milliseconds.
         self._weights, modules = list(net.weight_parameters()), list(net.modules())
         # These track nothing where track_running_stats is off; the buffers of all other modules are copied.
@@ -71,14 +71,14 @@ class Architect:
         """Those of net.arch_parameters() that require a gradient."""
         return [alpha for alpha in self.net.arch_parameters() if alpha.requires_grad]
 
-    def step(self, grads: Sequence[Tensor]) -> None:
+    def step(self, grads: Tensors) -> None:
         """One step of Adam along the gradients of alpha_grads."""
         self.optimizer.zero_grad()  # of an α that was frozen since the last step
         for alpha, grad in zip(self.alphas, grads, strict=True):
             alpha.grad = grad
         self.optimizer.step()
 
-    def alpha_grads(self, train: Batch, valid: Batch, eta: float, w_optimizer: torch.optim.Optimizer | None,
+    def alpha_grads(self, train: Batch, valid: Batch, eta: float, w_optimizer: Optimizer | None,
                     unrolled: bool, hessian: str = "central") -> list[Tensor]:
         """∂L_valid/∂α, at w or, `unrolled`, at w' = w − ξ (∇L_train + momentum · v + weight_decay · w).
 
@@ -108,8 +108,7 @@ class Architect:
                 product = central_difference(by_alpha, 1e-2, nn.utils.get_total_norm(vector))
         return [d - eta * h for d, h in zip(d_alpha, self.average(product))]
 
-    def _unrolled(self, w: Sequence[nn.Parameter], dw: Sequence[Tensor], eta: float,
-                  optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    def _unrolled(self, w: Tensors, dw: Tensors, eta: float, optimizer: Optimizer | None) -> list[Tensor]:
         """w' = w − ξ (∇L_train + momentum · v + weight_decay · w)"""
         state = optimizer.state if optimizer else {}
         momenta = [state.get(p, {}).get("momentum_buffer") for p in w]
@@ -180,7 +179,7 @@ class Architect:
         """A copy p_l of p = softmax(α) for every searched cell, each a leaf of its own."""
         return [p.detach().clone().requires_grad_() for p in self.net.cell_weights()]
 
-    def alignment(self, grads: Sequence[Tensor], kind: str) -> tuple[Tensor, list[Tensor | None]]:
+    def alignment(self, grads: Tensors, kind: str) -> tuple[Tensor, list[Tensor | None]]:
         """Λ over normal cells and u_l = ∂Λ/∂g_l, None for reductions. grads: g_l of every searched cell."""
         leaves = [g.detach().requires_grad_() for g in grads]
         normal = [g for g, cell in zip(leaves, self.net.searched_cells())
@@ -194,8 +193,7 @@ class Architect:
             p = self.cell_leaves()
             return self.average(gradients(self._loss(batch, p), p))
 
-    def gradient_norms(self, batch: Batch, kind: str, epsilon: float,
-                       method: str | None) -> tuple[Tensor, Tensor]:
+    def gradient_norms(self, batch: Batch, kind: str, epsilon: float, method: str | None) -> Tensors:
         """‖∇_w L‖ and ‖∇_w Λ‖ (not computed: 0) on one batch, by the passes of a step, changing nothing."""
         with self.kept(grad=True):
             grads = self.weight_grads(batch, kind, epsilon, method)
@@ -222,8 +220,7 @@ class Architect:
         return value
 
     @contextmanager
-    def kept(self, start: Start | None = None, values: Sequence[Tensor] | None = None,
-             grad: bool = False) -> Iterator[None]:
+    def kept(self, start: tuple | None = None, values: Tensors | None = None, grad: bool = False) -> Iterator:
         """Within, passes leave the net as it was: batch norms track nothing, other buffers are copies.
 
         start: an earlier result of _start; the passes draw the same random numbers and read the same buffers
@@ -251,19 +248,17 @@ class Architect:
             put(before[0] if values is None else values, copies(buffers), grad, False)
             yield
 
-    def _start(self, device: torch.device) -> Start:
+    def _start(self, device: torch.device) -> tuple[list, list]:
+        """What a pass depends on besides w: (random generators with their states, copies of buffers)."""
         return generators(device), copies(self._own_buffers())
 
     def _own_buffers(self) -> list[Tensor | None]:
         return [of_module[name] for of_module, name in self._buffers]
 
-    def _loss(self, batch: Batch, p: Sequence[Tensor] | None = None,
-              amp: torch.dtype | None = None) -> Tensor:
+    def _loss(self, batch: Batch, p: Tensors | None = None, amp: torch.dtype | None = None) -> Tensor:
         return self._pass(batch, p, amp)[1]
 
-    def _pass(self, batch: Batch, p: Sequence[Tensor] | None,
-              amp: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        """(logits, loss) at p"""
+    def _pass(self, batch: Batch, p: Tensors | None, amp: torch.dtype | None) -> tuple[Tensor, Tensor]:
         x, y = batch
         # Without its cache, because a weight is read once a pass and has other values in the next.
         with torch.autocast(x.device.type, amp, cache_enabled=False) if amp else nullcontext():
@@ -271,7 +266,7 @@ class Architect:
             return logits, self.criterion(logits, y)
 
 
-def search_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch, valid: Batch, *,
+def search_step(arch: Architect, optimizer: Optimizer, train: Batch, valid: Batch, *,
                 unrolled: bool, alpha_first: bool, hessian: str = "central", **of_weights) -> WeightGrads:
     """One step: α on the validation batch, then w on the training batch (in nasbench201 w goes first).
 
@@ -291,7 +286,7 @@ def search_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch,
     return grads
 
 
-def weight_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch, *, lambda_t: float | Tensor,
+def weight_step(arch: Architect, optimizer: Optimizer, train: Batch, *, lambda_t: float | Tensor,
                 kind: str, epsilon: float, method: str | None, grad_clip: float) -> WeightGrads:
     """The step of w alone, which minimises L_train - λ_t Λ. method: how ∇Λ is computed, None: without Λ"""
     grads = arch.weight_grads(train, kind, epsilon, method, lambda_t)
@@ -304,7 +299,7 @@ def weight_step(arch: Architect, optimizer: torch.optim.Optimizer, train: Batch,
     return grads._replace(clipped=(norm > grad_clip).to(norm).view(1))
 
 
-def clip(grads: Sequence[Tensor], longest: float) -> tuple[list[Tensor], Tensor]:
+def clip(grads: Tensors, longest: float) -> tuple[list[Tensor], Tensor]:
     """(the gradients, scaled down if their total norm is above `longest`; that norm). As clip_grad_norm_ of
     PyTorch, but not in place: the gradients of weights that are added up are one tensor."""
     norm = nn.utils.get_total_norm(grads)
@@ -312,16 +307,15 @@ def clip(grads: Sequence[Tensor], longest: float) -> tuple[list[Tensor], Tensor]
     return torch._foreach_mul(grads, factor) if grads else [], norm
 
 
-def gradients(outputs: Tensor | Sequence[Tensor], tensors: Sequence[Tensor],
-              along: Tensor | Sequence[Tensor] | None = None, **options: bool) -> tuple[Tensor, ...]:
+def gradients(outputs: Tensor | Tensors, tensors: Tensors, along: Tensor | Tensors | None = None,
+              **options: bool) -> Tensors:
     """Σ ∂output/∂tensor · along, for each tensor; 0 where no output reaches it. A loss needs no `along`."""
     if not tensors:
         return ()
     return torch.autograd.grad(outputs, tensors, along, materialize_grads=True, **options)
 
 
-def central_difference(gradient: Callable[[Tensor], Sequence[Tensor]], epsilon: float,
-                       length: Tensor) -> list[Tensor]:
+def central_difference(gradient: Callable[[Tensor], Tensors], epsilon: float, length: Tensor) -> Tensors:
     """[gradient(r) − gradient(−r)] / 2r with r = epsilon / length. gradient(r): at x + r v; length: ‖v‖"""
     r = epsilon / length.clamp_min(torch.finfo(length.dtype).tiny)  # the vector may be 0
     with full_float32():
@@ -361,7 +355,7 @@ def copies(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [buffer if buffer is None else buffer.clone() for buffer in buffers]
 
 
-def moved(tensors: Sequence[Tensor], r: float | Tensor, vector: Sequence[Tensor]) -> list[Tensor]:
+def moved(tensors: Tensors, r: float | Tensor, vector: Tensors) -> list[Tensor]:
     """tensors + r · vector"""
     with torch.no_grad():
         return torch._foreach_add(tensors, torch._foreach_mul(vector, r))
@@ -371,7 +365,7 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
 
-def in_layout_of(parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+def in_layout_of(parameters: Tensors, grads: Tensors) -> list[Tensor]:
     """The gradients in the memory layout of their parameters, as backward() would leave them in `.grad`.
 
     A fused optimizer reads both as flat memory: with other strides it steps a weight by another's gradient.
