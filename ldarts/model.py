@@ -16,10 +16,8 @@ class Cell(nn.Module):
     def __init__(self, genotype: Genotype, C_prev_prev: int, C_prev: int, C: int,
                  reduction: bool, reduction_prev: bool):
         super().__init__()
-        if reduction_prev:
-            self.preprocess0 = FactorizedReduce(C_prev_prev, C)
-        else:
-            self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0)
+        self.preprocess0 = (FactorizedReduce(C_prev_prev, C) if reduction_prev
+                            else ReLUConvBN(C_prev_prev, C, 1, 1, 0))
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0)
         edges = genotype.reduce if reduction else genotype.normal
         self.concat = genotype.reduce_concat if reduction else genotype.normal_concat
@@ -82,15 +80,13 @@ class Network(nn.Module):
         C_prev, reduction_prev, auxiliary_stride = self._make_stem(C)
         C_prev_prev = C_prev
         self.cells = nn.ModuleList()
-        self.auxiliary = auxiliary
-        self.auxiliary_layer = 2 * layers // 3
+        self.auxiliary, self.auxiliary_layer = auxiliary, 2 * layers // 3
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             C *= 2 if reduction else 1
             cell = Cell(genotype, C_prev_prev, C_prev, C, reduction, reduction_prev)
             self.cells.append(cell)
-            reduction_prev = reduction
-            C_prev_prev, C_prev = C_prev, cell.multiplier * C
+            reduction_prev, C_prev_prev, C_prev = reduction, C_prev, cell.multiplier * C
             if auxiliary and i == self.auxiliary_layer:
                 self.auxiliary_head = AuxiliaryHead(C_prev, num_classes, auxiliary_stride)
         self.classifier = nn.Linear(C_prev, num_classes)

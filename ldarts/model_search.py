@@ -41,10 +41,8 @@ class Cell(nn.Module):
                  reduction: bool, reduction_prev: bool, steps: int = 4, multiplier: int = 4):
         super().__init__()
         self.reduction, self._steps, self._multiplier = reduction, steps, multiplier
-        if reduction_prev:
-            self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
-        else:
-            self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
+        self.preprocess0 = (FactorizedReduce(C_prev_prev, C, affine=False) if reduction_prev
+                            else ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False))
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
         self._ops = nn.ModuleList()
         for i in range(steps):
@@ -119,13 +117,13 @@ class SearchNetwork(nn.Module):
     def _build_darts(self, C: int, num_classes: int, layers: int) -> None:
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
         self.cells = nn.ModuleList()
-        C_prev_prev, C_prev, C_curr, reduction_prev = 3 * C, 3 * C, C, False
+        C_prev_prev, C_prev, reduction_prev = 3 * C, 3 * C, False
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
-            C_curr *= 2 if reduction else 1
-            primitives = self.primitives.reduce if reduction else self.primitives.normal
-            self.cells.append(Cell(primitives, C_prev_prev, C_prev, C_curr, reduction, reduction_prev))
-            reduction_prev, C_prev_prev, C_prev = reduction, C_prev, 4 * C_curr
+            C *= 2 if reduction else 1
+            primitives = self.primitives[reduction]
+            self.cells.append(Cell(primitives, C_prev_prev, C_prev, C, reduction, reduction_prev))
+            reduction_prev, C_prev_prev, C_prev = reduction, C_prev, 4 * C
         self.lastact, self.classifier = nn.Identity(), nn.Linear(C_prev, num_classes)
 
     def _build_nasbench201(self, C: int, num_classes: int, layers: int) -> None:
@@ -188,9 +186,8 @@ class SearchNetwork(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         alphas = zip(self._alpha_names, self.arch_parameters())
-        kept = {prefix + name: alpha.detach() for name, alpha in alphas
-                if prefix + name not in state_dict}  # the original keeps α elsewhere
-        if kept:
+        kept = {prefix + name: alpha.detach() for name, alpha in alphas if prefix + name not in state_dict}
+        if kept:  # the original keeps α elsewhere
             warnings.warn(f"ldarts: these weights come without {' and '.join(kept)}: α stays as it was, and "
                           "genotype() reads α", stacklevel=5)
             state_dict.update(kept)
