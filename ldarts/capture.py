@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: thousands of kernels of a few microseconds each, launched at once."""
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from numbers import Number
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -40,8 +40,7 @@ class Captured:
                 self.held = self._holds(inputs, options)
             if self.failed:
                 return self.step(*inputs, **options)
-            for own, new in zip(self.inputs, inputs):
-                own.copy_(new)
+            torch._foreach_copy_(self.inputs, inputs)
             self.graph.replay()
             return self.result
 
@@ -54,14 +53,14 @@ class Captured:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         if self.rates is None:
             self.rates = [torch.zeros((), device=device) for _ in groups]
-        before = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in groups]
-        for group, numbers, rate in zip(groups, before, self.rates, strict=True):
-            group |= {name: rate.fill_(value) if name == "lr" else True for name, value in numbers.items()}
-        try:
+        with ExitStack() as at_end:
+            for group, rate in zip(groups, self.rates, strict=True):
+                changed = [name for name in ("lr", "capturable") if name in group]
+                at_end.callback(group.update, {name: group[name] for name in changed})
+                group["lr"] = rate.fill_(group["lr"])
+                if "capturable" in group:
+                    group["capturable"] = True
             yield
-        finally:
-            for group, numbers in zip(groups, before):
-                group |= numbers
 
     def _holds(self, inputs: Sequence[Tensor], options: dict[str, Any]) -> tuple:
         """The addresses and numbers that a graph captured now would hold, and what is frozen."""
