@@ -2,7 +2,7 @@
 import random
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -249,8 +249,15 @@ class Architect:
             yield
 
     def _start(self, device: torch.device) -> tuple[list, list]:
-        """What a pass depends on besides w: (random generators with their states, copies of buffers)."""
-        return generators(device), copies(self._own_buffers())
+        """What a pass depends on besides w: ((read, write, state) of the random generators of Python, NumPy,
+        PyTorch and a GPU; copies of buffers)."""
+        functions = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
+                     (torch.get_rng_state, torch.set_rng_state)]
+        # A step that draws random numbers is not captured (capture.py).
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            functions.append((lambda: torch.cuda.get_rng_state(device),
+                              lambda state: torch.cuda.set_rng_state(state, device)))
+        return [(read, write, read()) for read, write in functions], copies(self._own_buffers())
 
     def _own_buffers(self) -> list[Tensor | None]:
         return [of_module[name] for of_module, name in self._buffers]
@@ -338,17 +345,6 @@ def full_float32() -> Iterator[None]:
         for _, write, off in switches:
             write(off)
         yield
-
-
-def generators(device: torch.device) -> list[tuple[Callable[[], Any], Callable[[Any], object], Any]]:
-    """(read, write, state) of the random generators of Python, NumPy, PyTorch and a GPU."""
-    functions = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
-                 (torch.get_rng_state, torch.set_rng_state)]
-    # A step that draws random numbers is not captured (capture.py).
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        functions.append((lambda: torch.cuda.get_rng_state(device),
-                          lambda state: torch.cuda.set_rng_state(state, device)))
-    return [(read, write, read()) for read, write in functions]
 
 
 def copies(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
