@@ -68,7 +68,6 @@ class Architect:
 
     @property
     def alphas(self) -> list[nn.Parameter]:
-        """Those of net.arch_parameters() that require a gradient."""
         return [alpha for alpha in self.net.arch_parameters() if alpha.requires_grad]
 
     def step(self, grads: Tensors) -> None:
@@ -134,8 +133,7 @@ class Architect:
                      lambda_t: Tensor | float | None = None) -> WeightGrads:
         """lambda_grads with the logits of the training pass; method None: ∇_w L alone, without Λ.
 
-        With lambda_t, dw is ∇_w (L − lambda_t Λ) and d_lambda is None; the first backward pass of `exact`
-        then needs no gradients w.r.t. w.
+        With lambda_t, dw is ∇_w (L − lambda_t Λ), by `exact` in one backward pass, and d_lambda is None.
         """
         if method not in (None, *METHODS):
             raise InputError(f"unknown method {method!r} for the gradient of Λ: "
@@ -223,9 +221,8 @@ class Architect:
     def kept(self, start: tuple | None = None, values: Tensors | None = None, grad: bool = False) -> Iterator:
         """Within, passes leave the net as it was: batch norms track nothing, other buffers are copies.
 
-        start: an earlier result of _start; the passes draw the same random numbers and read the same buffers
-        as a pass at that time. values: replace w within. grad: whether gradients w.r.t. w can be taken, which
-        costs time.
+        start: an earlier result of _start, with whose random numbers and buffers the passes begin; values:
+        replace w within; grad: whether gradients w.r.t. w can be taken, which costs time.
         """
         w, tracking = self.weights, [norm for norm in self._norms if norm.track_running_stats]
         before = [p.data for p in w], self._own_buffers()
@@ -249,8 +246,7 @@ class Architect:
             yield
 
     def _start(self, device: torch.device) -> tuple[list, list]:
-        """What a pass depends on besides w: ((read, write, state) of the random generators of Python, NumPy,
-        PyTorch and a GPU; copies of buffers)."""
+        """What a pass depends on besides w: random generators as (read, write, state), copies of buffers."""
         functions = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
                      (torch.get_rng_state, torch.set_rng_state)]
         # A step that draws random numbers is not captured (capture.py).
@@ -317,9 +313,7 @@ def clip(grads: Tensors, longest: float) -> tuple[list[Tensor], Tensor]:
 def gradients(outputs: Tensor | Tensors, tensors: Tensors, along: Tensor | Tensors | None = None,
               **options: bool) -> Tensors:
     """Σ ∂output/∂tensor · along, for each tensor; 0 where no output reaches it. A loss needs no `along`."""
-    if not tensors:
-        return ()
-    return torch.autograd.grad(outputs, tensors, along, materialize_grads=True, **options)
+    return torch.autograd.grad(outputs, tensors, along, materialize_grads=True, **options) if tensors else ()
 
 
 def central_difference(gradient: Callable[[Tensor], Tensors], epsilon: float, length: Tensor) -> Tensors:
