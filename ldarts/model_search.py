@@ -121,7 +121,7 @@ class SearchNetwork(nn.Module):
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             C *= 2 if reduction else 1
-            primitives = self.primitives[reduction]
+            primitives = self.primitives.reduce if reduction else self.primitives.normal
             self.cells.append(Cell(primitives, C_prev_prev, C_prev, C, reduction, reduction_prev))
             reduction_prev, C_prev_prev, C_prev = reduction, C_prev, 4 * C
         self.lastact, self.classifier = nn.Identity(), nn.Linear(C_prev, num_classes)
