@@ -24,7 +24,6 @@ from .files import (CHECKPOINT, PREVIOUS, load_newest, not_written, read_config,
                     save_checkpoint, script_path, write_atomically, writing)
 from .machine import origin, seed_everything
 
-NEVER = 2**62  # larger than any step
 OWN = ("arch", "data", "device", "resume", "workers")  # arguments that may differ from process to process
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
@@ -54,7 +53,7 @@ class Run:
         self.writes = processes.rank == 0
         self.epoch, self.step, self.history = 0, 0, []
         self.meter = Meter(processes)
-        self.first_not_finite: dict[str, Tensor] = {}  # the step in which a quantity was not finite
+        self.unread: list[tuple[str, int, Tensor]] = []  # (quantity, step, whether it was finite)
         self.steps_taken = 0  # by this process
         self.signal_number = 0  # of the last signal to stop, 0 for none
         self.board = None
@@ -129,10 +128,9 @@ class Run:
         watched: further scalars that have to be finite.
         """
         self.meter.update(loss, logits, y, clipped)
-        for name, value in {"the loss": loss, **watched}.items():
-            if value is not None:  # stays on the device, so that the step does not wait for it
-                at = torch.where(value.detach().isfinite(), NEVER, self.step)
-                self.first_not_finite[name] = torch.minimum(at, self.first_not_finite.get(name, at))
+        # They stay on the device, so that the step does not wait for it.
+        self.unread += [(f"{name} is not finite at", self.step, value.detach().isfinite())
+                        for name, value in {"the loss": loss, **watched}.items() if value is not None]
         reports = self.step % self.args.report_freq == 0 or self.step == self.steps - 1
         if reports or not loss.is_cuda:
             self._require_finite()
@@ -173,13 +171,11 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint. Raises NotFinite if a weight is not finite."""
         started = time.perf_counter()
-        self._require_finite()
         meters = self.processes.gather(self.meter.totals)  # [world, 4]
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        finite = torch.stack([value.isfinite().all() for value in state["model"].values()]).tolist()
-        for name, fine in zip(state["model"], finite):
-            if not fine:
-                raise self._not_finite(f"{name} is not finite before", self.step)
+        self.unread += [(f"{name} is not finite before", self.step, value.isfinite().all())
+                        for name, value in state["model"].items()]
+        self._require_finite()
         if self.writes:
             save_checkpoint(self.path, state | self.carried | {
                 "processes": self.processes.world, "epoch": self.epoch, "step": self.step,
@@ -218,9 +214,10 @@ class Run:
         self.write("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in self.history))
 
     def _require_finite(self) -> None:
-        for name, first in self.first_not_finite.items():
-            if (step := int(first)) != NEVER:
-                raise self._not_finite(f"{name} is not finite at", step)
+        unread, self.unread = self.unread, []
+        for (what, step, _), finite in zip(unread, torch.stack([flag for *_, flag in unread]).tolist()):
+            if not finite:
+                raise self._not_finite(what, step)
 
     def _not_finite(self, what: str, step: int) -> NotFinite:
         before = "there is no checkpoint before it"
