@@ -24,36 +24,31 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
     Raises InputError if the disk is full or the folder is read-only; the old file stays.
     """
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(partial, path)
+    with writing(path, path.parent):
+        try:
+            partial.write_bytes(content)
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+            if previous and path.exists():
+                os.replace(path, previous)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)
         with contextlib.suppress(OSError):  # some mounts of CIFS and FUSE can't
             os.fsync(folder)  # so that the new name survives a power cut
         os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise not_written(path, error) from error
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within, an OSError is raised as the InputError that `path` cannot be written."""
+def writing(what: str | Path, folder: Path) -> Iterator[None]:
+    """Within, an OSError is raised as the InputError that `what` cannot be written. folder: of the run"""
     try:
         yield
     except OSError as error:
-        raise not_written(path, error) from error
-
-
-def not_written(path: Path, error: OSError) -> InputError:
-    begun = os.path.exists(path.parent / "config.json")
-    remedy = f"; {resume_flag(path.parent)} continues the run" if begun else ", or choose another folder"
-    return InputError(f"{path}: cannot be written ({error.strerror}); correct that{remedy}")
+        begun = os.path.exists(folder / "config.json")
+        remedy = f"; {resume_flag(folder)} continues the run" if begun else ", or choose another folder"
+        raise InputError(f"{what}: cannot be written ({error.strerror}); correct that{remedy}") from error
 
 
 def resume_flag(folder: Path) -> str:

@@ -6,10 +6,9 @@ import os
 import secrets
 import signal
 import sys
-import threading
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Sequence
@@ -20,8 +19,8 @@ from torch import Tensor
 from ..distributed import Meter, Processes
 from ..errors import InputError, NotFinite, brief
 from ..locks import locked
-from .files import (CHECKPOINT, PREVIOUS, load_newest, not_written, read_config, resume_flag,
-                    save_checkpoint, script_path, write_atomically, writing)
+from .files import (CHECKPOINT, PREVIOUS, load_newest, read_config, resume_flag, save_checkpoint, script_path,
+                    write_atomically, writing)
 from .machine import origin, seed_everything
 
 OWN = ("arch", "data", "device", "resume", "workers")  # arguments that may differ from process to process
@@ -91,9 +90,12 @@ class Run:
             if self.writes and getattr(self.args, "tensorboard", False):
                 from torch.utils.tensorboard import SummaryWriter
                 # Each of its calls, close() too, may raise an error of its thread.
-                at_end.enter_context(writing(self.path / "events.out.tfevents"))
+                at_end.enter_context(writing(self.path / "events.out.tfevents", self.path))
                 self.board = at_end.enter_context(SummaryWriter(self.path))
-            self._handle_signals(at_end)
+            with suppress(ValueError):  # Python allows handlers in the main thread alone
+                for number in EXIT_STATUS:
+                    former = signal.signal(number, self._note_signal)
+                    at_end.callback(signal.signal, number, former or signal.SIG_DFL)  # None: C code had set it
             self.at_end = at_end.pop_all()
         return self
 
@@ -107,13 +109,11 @@ class Run:
     def log(self, line: str) -> None:
         """Print a line and append it, with the time, to log.txt."""
         if self.writes:
-            try:
+            with writing("standard output", self.path):
                 print(line, flush=True)
-            except OSError as error:
-                raise InputError(f"standard output: cannot be written ({error.strerror}); correct that; "
-                                 f"{resume_flag(self.path)} continues the run") from error
             path = self.path / "log.txt"
-            with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            with (writing(path, self.path),
+                  open(path, "a", encoding="utf-8", errors="backslashreplace") as file):
                 file.write(f"{datetime.now():%m-%d %H:%M:%S} {line}\n")
 
     def seed(self) -> None:
@@ -181,30 +181,20 @@ class Run:
 
     def _lock_folder(self, at_end: ExitStack) -> None:
         """Lock the folder until the end; make it first unless the run is continued."""
-        try:
-            if not self.args.resume:  # a start that was killed, or a full disk, left no more than this
-                begun = self.path.is_dir() and {*os.listdir(self.path)} - {"lock", ".config.json.partial"}
-                self.path.mkdir(parents=True, exist_ok=not begun)
+        with writing(self.path / "lock", self.path):
+            if not self.args.resume:
+                self.path.mkdir(parents=True, exist_ok=True)
+                # A start that was killed, or a full disk, left no more than this.
+                if {*os.listdir(self.path)} - {"lock", ".config.json.partial"}:
+                    is_run = (self.path / "config.json").exists()
+                    or_resume = f", or continue it with {resume_flag(self.path)}" if is_run else ""
+                    raise InputError(f"{self.path} exists already: give another name with --save{or_resume}")
             at_end.enter_context(locked(self.path / "lock", wait=False))
-        except FileExistsError as error:
-            or_resume = f", or continue it with {resume_flag(self.path)}"
-            is_run = (self.path / "config.json").exists()
-            raise InputError(f"{self.path} exists already: give another name with --save"
-                             + or_resume * is_run) from error
-        except OSError as error:
-            raise not_written(self.path / "lock", error) from error
 
-    def _handle_signals(self, at_end: ExitStack) -> None:
-        """Set handlers, and the former ones again at the end. Python allows this in the main thread alone."""
-        def handle(number: int, frame) -> None:
-            if number == self.signal_number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal_number = number
-
-        if threading.current_thread() is threading.main_thread():
-            for number in EXIT_STATUS:
-                former = signal.signal(number, handle)
-                at_end.callback(signal.signal, number, former or signal.SIG_DFL)  # None: C code had set it
+    def _note_signal(self, number: int, frame) -> None:
+        if number == self.signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
 
     def _write_metrics(self) -> None:
         self.write("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in self.history))
