@@ -80,12 +80,12 @@ def main():
     check_images(*sides, args.batch_size // processes.world)
     layout, remarks = safe_layout(args.memory_format, device, args.init_channels, *sides)
     for_w, for_alpha = halves(len(train_set.labels), args.train_portion, args.seed)
-    train_batches, valid_batches = (
-        Batches(train_set, half, args.batch_size, args.seed, tag=tag, memory_format=layout,
-                cutout_length=args.cutout_length if args.cutout else 0,
-                rank=processes.rank, world=processes.world)
-        for half, tag in ((for_w, "train"), (for_alpha, "valid")))
-    most = min(len(train_batches), len(valid_batches))
+    batches = {tag: Batches(train_set, half, args.batch_size, args.seed, tag=tag, memory_format=layout,
+                            cutout_length=args.cutout_length if args.cutout else 0,
+                            rank=processes.rank, world=processes.world)
+               for tag, half in (("train", for_w), ("valid", for_alpha))}
+    train_batches, valid_batches = batches.values()
+    most = min(map(len, batches.values()))
     if args.probe_batches and args.probe_batches > most:
         raise InputError(f"--probe_batches {args.probe_batches}: an epoch has {most}; use at most as many")
 
@@ -144,21 +144,21 @@ def main():
             train_loss, train_accuracy, clipped = run.meter.read()
             # The batches of the last step, which a resumed run may not have taken itself.
             last = len(train_batches) - 1
-            last_train, last_valid = (next(batches.epoch(epoch, cutout_prob, *divmod(last, len(batches))))
-                                      for batches in (train_batches, valid_batches))
-            loss_norm, lambda_norm = arch.gradient_norms(last_train, args.lambda_kind, args.epsilon, method)
-            probes = {"train": [last_train], "valid": [last_valid]}
+            probes = {half: [next(of_half.epoch(epoch, cutout_prob, *divmod(last, len(of_half))))]
+                      for half, of_half in batches.items()}
+            loss_norm, lambda_norm = arch.gradient_norms(*probes["train"], args.lambda_kind, args.epsilon,
+                                                         method)
             if args.probe_batches:  # of an epoch that no step is taken on: new crops of the same images
-                probes = {half: islice(batches.epoch(args.epochs + epoch, cutout_prob), args.probe_batches)
-                          for half, batches in (("train", train_batches), ("valid", valid_batches))}
+                probes = {half: islice(of_half.epoch(args.epochs + epoch, cutout_prob), args.probe_batches)
+                          for half, of_half in batches.items()}
             of_cells = measure_cells(arch, probes, args.lambda_kind) if normal_cells > 1 else {}
             share = for_alpha[processes.rank :: processes.world]
             if args.eigenvalue:
                 images = args.batch_size // processes.world
                 probe = next(eval_batches(train_set, share, images, memory_format=layout))
                 of_cells["alpha_eigenvalue"] = arch.alpha_eigenvalue(probe)
-            batches = eval_batches(train_set, share, args.batch_size, memory_format=layout)
-            valid_loss, valid_accuracy = evaluate(net, criterion, batches, processes)
+            held_out = eval_batches(train_set, share, args.batch_size, memory_format=layout)
+            valid_loss, valid_accuracy = evaluate(net, criterion, held_out, processes)
             values = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy,
                       "valid_loss": valid_loss, "valid_accuracy": valid_accuracy, "lambda_reg": lambda_t,
                       **of_cells, "lambda_grad_norm": lambda_t * float(lambda_norm),
@@ -173,18 +173,14 @@ def main():
             run.end_epoch(values)
             if args.plot and run.writes:
                 visualize.draw_run(run.path)
-        report(run, net.genotype(), args)
+        genotype = net.genotype()
+        run.log(f"genotype: {genotype}")
+        if args.search_space == "nasbench201" and nasbench201.has(genotype):
+            run.log(nasbench201.describe(genotype, args.dataset))
+        options = "--arch", str(run.path), "--dataset", args.dataset, "--data", args.data
+        run.log(f"train it: python {script_path('train_eval.py')} {shlex.join(options)}")
     run_step = None  # NCCL waits for the end of the graphs that use it
     processes.close()
-
-
-def report(run, genotype, args):
-    """What a search ends in."""
-    run.log(f"genotype: {genotype}")
-    if args.search_space == "nasbench201" and nasbench201.has(genotype):
-        run.log(nasbench201.describe(genotype, args.dataset))
-    options = "--arch", str(run.path), "--dataset", args.dataset, "--data", args.data
-    run.log(f"train it: python {script_path('train_eval.py')} {shlex.join(options)}")
 
 
 if __name__ == "__main__":
