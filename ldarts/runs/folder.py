@@ -1,6 +1,6 @@
 """The run folder: configuration, log, metrics and checkpoints."""
 import argparse
-import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -60,12 +61,11 @@ class Run:
         same = {name: value for name, value in vars(args).items() if name not in OWN}
         same |= {"--resume": bool(args.resume), "images": self.data, "kind of device": processes.device.type,
                  **self.carried}
-        digests = [int(hashlib.sha256(repr(value).encode()).hexdigest()[:15], 16) for value in same.values()]
-        started, mark, *agreed = processes.largest(int(time.time()), secrets.randbelow(16**6), *digests,
-                                                   *(-digest for digest in digests))
-        if differing := [name for name, largest, smallest in zip(same, agreed, agreed[len(same) :])
-                         if largest != -smallest]:
-            raise InputError(f"the processes differ in {', '.join(differing)}: give all of them the same")
+        digests = torch.tensor([zlib.crc32(repr(value).encode()) for value in same.values()])
+        differ = (processes.gather(digests) != digests).any(0).tolist()
+        if names := [*itertools.compress(same, differ)]:
+            raise InputError(f"the processes differ in {', '.join(names)}: give all of them the same")
+        started, mark = processes.largest(int(time.time()), secrets.randbelow(16**6))
         name = args.save or f"{kind}-{datetime.fromtimestamp(started):%Y%m%d-%H%M%S}-{mark:06x}"
         self.path = Path(args.resume or Path("runs", name))
 
