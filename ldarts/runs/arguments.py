@@ -200,8 +200,7 @@ def parse_search_args() -> Namespace:
         if getattr(args, name):
             require(module, f"--{name}")
     if args.search_space == "nasbench201" and args.unrolled:
-        raise InputError("--unrolled: nasbench201 is searched by first order only, as published; "
-                         "leave it out")
+        raise InputError("--unrolled: nasbench201 is searched by first order, as published; leave it out")
     if args.hessian == "exact" and not args.unrolled:
         raise InputError("--hessian exact: the first order has no Hessian product; add --unrolled")
     return args
@@ -241,16 +240,14 @@ def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str, list[str]]:
     if search and not (args.resume or args.evaluate) and (so_far := unfinished(folder)):
         remarks.append(f"warning: {folder} is an unfinished search, {so_far}: this is its cell so far; to "
                        f"continue it: python {script_path('train_search.py')} {resume_flag(folder)}")
-    C, layers, why = usual_size(search.get("search_space"), genotype, args.dataset)
-    missing = {name: size for name, size in (("init_channels", C), ("layers", layers))
-               if getattr(args, name) is None}
-    vars(args).update(missing)
-    if missing:
+    *sizes, why = usual_size(search.get("search_space"), genotype, args.dataset)
+    if missing := {name: size for name, size in zip(("init_channels", "layers"), sizes)
+                   if getattr(args, name) is None}:
+        vars(args).update(missing)
         remarks.append(" ".join(f"--{name} {size}" for name, size in missing.items()) + f": {why}")
     in_201 = isinstance(genotype, str)
     if in_201 and args.dataset == "imagenet":
-        raise InputError("--dataset imagenet: the networks of nasbench201 are for 32x32 images; "
-                         "use a cell of a DARTS space")
+        raise InputError("--dataset imagenet: a network of nasbench201 takes 32x32 images; use a DARTS cell")
     if in_201 and args.auxiliary:
         raise InputError("--auxiliary: the networks of nasbench201 have no auxiliary tower; leave it out")
     # A test does not use the tower.

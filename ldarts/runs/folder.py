@@ -95,7 +95,7 @@ class Run:
             with suppress(ValueError):  # Python allows handlers in the main thread alone
                 for number in EXIT_STATUS:
                     former = signal.signal(number, self._note_signal)
-                    at_end.callback(signal.signal, number, former or signal.SIG_DFL)  # None: C code had set it
+                    at_end.callback(signal.signal, number, former or signal.SIG_DFL)  # None: C code's
             self.at_end = at_end.pop_all()
         return self
 

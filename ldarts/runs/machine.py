@@ -28,8 +28,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     elif name.startswith("cuda") and (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
-        raise InputError(f"--device {name} with {local} processes here: each needs a GPU of its own; "
-                         "use cuda")
+        raise InputError(f"--device {name}, {local} processes: each needs a GPU of its own; use cuda")
     if not re.fullmatch(r"cpu|cuda:\d+", name):
         raise InputError(f"--device {name}: this code runs on no such device; use cpu, cuda, cuda:N or auto")
     try:
@@ -45,13 +44,14 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast. Raises InputError for bf16 on a CPU, where PyTorch 2.13's gradient w.r.t. the
     weight of a dilated depthwise convolution reads unwritten memory (channels-last, 16 channels of 32x32),
     and on GPUs before Ampere, for which cuDNN has no bfloat16 convolutions: PyTorch's go image by image."""
-    if name == "bf16" and device.type == "cpu":
-        raise InputError("--amp bf16: PyTorch's bfloat16 gradients of dilated convolutions are wrong on a "
-                         "CPU; leave it out there")
-    if name == "bf16" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+    if name == "none":
+        return None
+    if device.type == "cpu":
+        raise InputError("--amp bf16: on a CPU its gradients of dilated convolutions are wrong; leave it out")
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         raise InputError("--amp bf16: a GPU of compute capability {}.{} computes convolutions "
                          "of bfloat16 image by image; leave it out there".format(*capability))
-    return torch.bfloat16 if name == "bf16" else None
+    return torch.bfloat16
 
 
 def seed_everything(seed: int, *position: int) -> None:
