@@ -138,15 +138,11 @@ class Parser(argparse.ArgumentParser):
 
 def recorded(folder: str | Path, kind: str, names: Iterable[str], parser: Parser) -> dict[str, Any]:
     """Those of the named arguments that a run of a kind was started with, from its config.json."""
-    config, flags = read_config(folder), []
+    config = read_config(folder)
     if config["kind"] != kind:
         raise InputError(f"{folder}: not a run of this script; --resume takes one of kind {kind!r}")
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            flags.append(f"--{name}={value}")
+    flags = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+             for name in names if (value := config.get(name)) is not None]
     try:
         return vars(parser.parse_args(flags))
     except InputError as error:
