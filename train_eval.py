@@ -94,7 +94,7 @@ def main():
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     uses_engine = device.type == "cpu" and layout is torch.channels_last and not args.compile
     facts = {"parameters": count_parameters(net), "multiply_adds": count_multiply_adds(net, image),
-             "machine": machine_facts(device, engine=uses_engine, graph=False)}
+             **machine_facts(device, engine=uses_engine, graph=False)}
     parts = {"model": net, "optimizer": optimizer, "scheduler": scheduler}
     with Run("eval", args, processes, parts, len(train_batches), [train_set, test_set], facts,
              {"genotype": to_json(genotype)}) as run:

@@ -111,7 +111,7 @@ def main():
 
     parts = {"model": net, "optimizer": optimizer, "arch": arch.optimizer, "scheduler": scheduler}
     uses_engine = layout is torch.channels_last
-    facts = {"machine": machine_facts(device, uses_engine, graph)}  # compiles the engine if need be
+    facts = machine_facts(device, uses_engine, graph)  # compiles the engine if need be
     with Run("search", args, processes, parts, len(train_batches), [train_set], facts) as run:
         weights = sum(p.numel() for p in net.weight_parameters())
         run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "

@@ -22,7 +22,7 @@ from ..errors import InputError, NotFinite, brief
 from ..locks import locked
 from .files import (CHECKPOINT, PREVIOUS, load_newest, read_config, resume_flag, save_checkpoint, script_path,
                     write_atomically, writing)
-from .machine import origin, seed_everything
+from .machine import seed_everything
 
 OWN = ("arch", "data", "device", "resume", "workers")  # arguments that may differ from process to process
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
@@ -37,8 +37,8 @@ class Run:
     (seed, rank, epoch, step) alone. All processes call each method; only rank 0 writes.
 
     args: those of the script; parts: objects with a state_dict, by their names in the checkpoint; steps: per
-    epoch; sets: the images, each an ImageSet or ImageFolder; facts: more for config.json; carried: more for
-    readers of the checkpoint.
+    epoch; sets: the images, each an ImageSet or ImageFolder; facts: for config.json, those of machine_facts
+    and more; carried: more for readers of the checkpoint.
 
     epoch, step: the next ones; meter: of this epoch; history: the lines of metrics.jsonl. With and without
     interruptions only its `seconds` differ.
@@ -71,7 +71,6 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.started = self.saved = self.epoch_started = time.perf_counter()
-        self.origin = origin(self.processes.device)
         with ExitStack() as at_end:
             if self.writes:
                 self._lock_folder(at_end)
@@ -82,11 +81,10 @@ class Run:
                     raise InputError(f"{self.path}: the processes found checkpoints of different steps; "
                                      "it must be one folder on a file system that all of them share")
             else:
-                config = vars(self.args) | {"kind": self.kind, "processes": self.processes.world}
-                config |= self.origin | self.facts
+                config = vars(self.args) | {"kind": self.kind, "processes": self.processes.world} | self.facts
                 self.write("config.json", json.dumps(config, indent=1) + "\n")
             if self.facts and self.writes:
-                self._log_machine(self.facts["machine"])
+                self._log_machine()
             if self.writes and getattr(self.args, "tensorboard", False):
                 from torch.utils.tensorboard import SummaryWriter
                 # Each of its calls, close() too, may raise an error of its thread.
@@ -225,10 +223,10 @@ class Run:
             self.processes.largest(0)  # wait: torchrun ends the others when the first one leaves
             sys.exit(EXIT_STATUS[signal_number])
 
-    def _log_machine(self, now: dict[str, str | int | bool]) -> None:
-        config, now = read_config(self.path), now | {"commit": self.origin["commit"]}
+    def _log_machine(self) -> None:
+        config = self.facts | read_config(self.path)
+        before, now = (of["machine"] | {"commit": of["commit"]} for of in (config, self.facts))
         self.log("machine: " + ", ".join(f"{name} {value}" for name, value in now.items()))
-        before = config.get("machine", now) | {"commit": config.get("commit", now["commit"])}
         if self.args.device == "auto" and "graph" in before and "graph" not in now:  # a GPU has it
             raise InputError(f"{self.path}: the run was on {before['device']}, and no GPU is visible here; "
                              "--device cpu continues it on the CPU")

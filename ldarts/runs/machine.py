@@ -81,22 +81,23 @@ def device_name(device: torch.device) -> str:
             f"{os.cpu_count()} cores")
 
 
-def machine_facts(device: torch.device, engine: bool, graph: bool) -> dict[str, str | int | bool]:
-    """What the bits of a run depend on beside its arguments. engine, graph: whether it uses them"""
-    facts = {"PyTorch": torch.__version__, "device": device_name(device), "threads": torch.get_num_threads()}
+def machine_facts(device: torch.device, engine: bool, graph: bool) -> dict[str, Any]:
+    """Where a run takes place, for its config.json. engine, graph: whether it uses them
+
+    machine: what its bits depend on beside its arguments and the commit, that of the checkout, with a + where
+    it has uncommitted changes; None outside a checkout.
+    """
+    name = device_name(device)
+    machine = {"PyTorch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
     if engine:
         hindrances = (hindrance(part) for part in dict.fromkeys(("cpu", device.type)))  # up to the first
         reason = next(filter(None, hindrances), "")
-        facts["engine"] = f"off, the plain form runs ({reason})" if reason else "on"
-    return facts | {"graph": graph} if device.type == "cuda" else facts
-
-
-def origin(device: torch.device) -> dict[str, Any]:
-    """Where a run comes from, for its config.json. commit: the checkout's, with a + where it has uncommitted
-    changes; None outside a checkout."""
+        machine["engine"] = f"off, the plain form runs ({reason})" if reason else "on"
+    if device.type == "cuda":
+        machine["graph"] = graph
     commit, root = None, Path(__file__).parents[2]
     if (root / ".git").exists() and shutil.which("git"):
         command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
         commit = subprocess.run(command, cwd=root, text=True, capture_output=True).stdout.strip() or None
     versions = {"ldarts": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {"versions": versions, "device_name": device_name(device), "commit": commit}
+    return {"versions": versions, "device_name": name, "commit": commit, "machine": machine}
