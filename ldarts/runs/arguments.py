@@ -150,10 +150,8 @@ def recorded(folder: str | Path, kind: str, names: Iterable[str], parser: Parser
 
 
 def parse_flags(kind: str, table: list[tuple], description: str) -> Namespace:
-    """The arguments of a script, from the command line; with --resume and --evaluate also from the run.
-
-    kind: `search` or `eval`, as in the run's config.json.
-    """
+    """The arguments of the script of a kind, `search` or `eval`: those typed and, with --resume and
+    --evaluate, those of the run."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     defaults = {flag[2:]: default for flag, default, *_ in table}
     changeable = ", ".join(name for name in MAY_CHANGE if name in defaults)
@@ -203,11 +201,8 @@ def parse_search_args() -> Namespace:
 
 
 def uses_graph(args: Namespace) -> bool:
-    """Whether a step is a CUDA graph: as --graph says, by default if nothing prevents it.
-
-    Not recorded with the arguments of a run, which may be continued on another device. Raises InputError for
-    a --graph that is impossible.
-    """
+    """Whether a step is a CUDA graph: as --graph says, or else if nothing prevents it. Raises InputError for
+    a --graph that is impossible."""
     hindrance = ""
     if pick_device(args.device).type != "cuda":
         hindrance = "needs a GPU"
@@ -232,11 +227,12 @@ def parse_eval_args() -> tuple[Namespace, genotypes.Genotype | str, list[str]]:
         # A run's folder holds its genotype, unless the run was stopped before it was written.
         of_run = Path(args.resume or "", "genotype.json")
         genotype = genotypes.load(str(of_run) if args.resume and of_run.exists() else args.arch)
-    folder, search = search_of(args.arch)
-    if search and not (args.resume or args.evaluate) and (so_far := unfinished(folder)):
-        remarks.append(f"warning: {folder} is an unfinished search, {so_far}: this is its cell so far; to "
-                       f"continue it: python {script_path('train_search.py')} {resume_flag(folder)}")
-    *sizes, why = usual_size(search.get("search_space"), genotype, args.dataset)
+    search = search_of(args.arch) if args.arch else None
+    if search and not (args.resume or args.evaluate) and (so_far := unfinished(search)):
+        remarks.append(f"warning: {search} is an unfinished search, {so_far}: this is its cell so far; to "
+                       f"continue it: python {script_path('train_search.py')} {resume_flag(search)}")
+    space = read_config(search).get("search_space") if search else None
+    *sizes, why = usual_size(space, genotype, args.dataset)
     if missing := {name: size for name, size in zip(("init_channels", "layers"), sizes)
                    if getattr(args, name) is None}:
         vars(args).update(missing)

@@ -20,11 +20,8 @@ Cell = genotypes.Genotype | str
 
 
 def usual_size(space: str | None, cell: Cell, dataset: str) -> tuple[int, int, str]:
-    """(channels, cells, reason) of the network in which a cell is trained.
-
-    On CIFAR-100 and SVHN the size depends on the space in which the cell was searched; if `space` is None, on
-    that of a published cell equal to it.
-    """
+    """(channels, cells, reason) of the network in which a cell is trained. On CIFAR-100 and SVHN they depend
+    on the space in which it was searched; if `space` is None, on that of a published cell equal to it."""
     if isinstance(cell, str):
         return 16, 5, "as in NAS-Bench-201"
     if dataset == "imagenet":

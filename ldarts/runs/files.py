@@ -19,10 +19,8 @@ SEAL = b"\nldarts-sha256:"  # then 64 digits; after the zip archive, so that tor
 
 
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write a temporary file, then rename it to `path`; an old file becomes `previous`.
-
-    Raises InputError if the disk is full or the folder is read-only; the old file stays.
-    """
+    """Write a temporary file, then rename it to `path`; an old file becomes `previous`. If the disk is full or
+    the folder is read-only, the old file stays and InputError is raised."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path, path.parent):
         try:
@@ -51,7 +49,7 @@ def writing(what: str | Path, folder: Path) -> Iterator[None]:
         raise InputError(f"{what}: cannot be written ({error.strerror}); correct that{remedy}") from error
 
 
-def resume_flag(folder: Path) -> str:
+def resume_flag(folder: str | Path) -> str:
     """The flag that continues the run in a folder, quoted for a shell."""
     return f"--resume {quote(str(folder))}"
 
@@ -87,9 +85,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
 def load_checkpoint(path: str | Path, sealed: bool = False) -> dict[str, Any]:
     """A checkpoint of save_checkpoint or, unless `sealed`, from elsewhere; its weights are under "model".
-
-    Raises InputError for other files, and for a checkpoint of save_checkpoint in which a bit has changed.
-    """
+    Raises InputError for other files, and for a checkpoint of save_checkpoint in which a bit has changed."""
     try:
         content = Path(path).read_bytes()
         archive, seal, digest = content.rpartition(SEAL)
@@ -139,15 +135,12 @@ def read_run(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return config, metrics
 
 
-def search_of(arch: str | None) -> tuple[Path, dict[str, Any]]:
-    """(folder, configuration) of the search that --arch names, by itself or by its genotype.json; an empty
-    configuration if it names none."""
-    path = Path(arch or "")
+def search_of(arch: str) -> str | None:
+    """The folder of the search that --arch names, by itself or by its genotype.json."""
+    path = Path(arch)
     folder = path.parent if path.name == "genotype.json" else path
     with contextlib.suppress(InputError):
-        if arch and (config := read_config(folder))["kind"] == "search":
-            return folder, config
-    return folder, {}
+        return str(folder) if read_config(folder)["kind"] == "search" else None
 
 
 def unfinished(path: str | Path) -> str:

@@ -66,12 +66,11 @@ def summary(paths: list[str], with_unfinished: bool = False) -> str:
         return [line[name] for line in lines if name in line]
 
     for name, group in grouped(paths).items():
-        runs = counted(group)
-        named = {path: search_of(read_config(path).get("arch", path)) for path in group}
-        folders = {path: str(folder) for path, (folder, config) in named.items() if config and runs}
-        other = {path: folder for path, folder in folders.items() if cell_of(path) != cell_of(folder)}
-        changed |= other
-        searches = counted(dict.fromkeys(folder for path, folder in folders.items() if path not in other))
+        runs, folders = counted(group), {}
+        for path in group if runs else ():
+            if folder := search_of(read_config(path).get("arch", path)):
+                (folders if cell_of(path) == cell_of(folder) else changed)[path] = folder
+        searches = counted(dict.fromkeys(folders.values()))
         configs, ends = [config for config, _ in runs], [metrics[-1] for _, metrics in runs]
         ends_of_searches = [metrics[-1] for _, metrics in searches]
         judge = searched_set(next((config.get("dataset") for config, _ in searches), None))
