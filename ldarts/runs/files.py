@@ -19,8 +19,8 @@ SEAL = b"\nldarts-sha256:"  # then 64 digits; after the zip archive, so that tor
 
 
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write a temporary file, then rename it to `path`; an old file becomes `previous`. If the disk is full or
-    the folder is read-only, the old file stays and InputError is raised."""
+    """Write a temporary file, then rename it to `path`; an old file becomes `previous`. If the disk is full
+    or the folder is read-only, the old file stays and InputError is raised."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path, path.parent):
         try:
