@@ -99,9 +99,8 @@ def main():
     with Run("eval", args, processes, parts, len(train_batches), [train_set, test_set], facts,
              {"genotype": to_json(genotype)}) as run:
         run.write("genotype.json", to_json(genotype))
-        for remark in remarks + layout_remarks:
-            run.log(remark)
-        run.log(f"{run.path}: {args.arch} on {args.dataset}, {len(train_set.labels)} images, "
+        run.log(*remarks, *layout_remarks,
+                f"{run.path}: {args.arch} on {args.dataset}, {len(train_set.labels)} images, "
                 f"{facts['parameters']:,} parameters, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds, "
                 f"on {device}")
         if uses_engine and compiled_for("cpu"):

@@ -115,9 +115,7 @@ def main():
     with Run("search", args, processes, parts, len(train_batches), [train_set], facts) as run:
         weights = sum(p.numel() for p in net.weight_parameters())
         run.log(f"{run.path}: {args.search_space} on {args.dataset}, {len(for_w)} images for w and "
-                f"{len(for_alpha)} for α, {weights:,} weights, on {device}")
-        for remark in remarks:
-            run.log(remark)
+                f"{len(for_alpha)} for α, {weights:,} weights, on {device}", *remarks)
         if uses_engine and compiled_for(device.type):
             run.log(net.engine.coverage(net.searched_cells()))
         if args.lambda_reg and args.epochs == 1:

@@ -72,12 +72,11 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 def load_newest(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """(the last whole checkpoint in a folder, None before the first one; what is wrong with a later one)"""
     damage = []
-    for path in (folder / CHECKPOINT, folder / PREVIOUS):
-        if path.exists():
-            try:
-                return load_checkpoint(path, sealed=True), "; ".join(damage)
-            except InputError as error:
-                damage.append(str(error))
+    for path in filter(Path.exists, (folder / CHECKPOINT, folder / PREVIOUS)):
+        try:
+            return load_checkpoint(path, sealed=True), "; ".join(damage)
+        except InputError as error:
+            damage.append(str(error))
     if damage:
         raise InputError("; ".join(damage) + "; no whole checkpoint is left, start again")
     return None, ""

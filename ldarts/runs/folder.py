@@ -104,9 +104,9 @@ class Run:
         if self.writes:
             write_atomically(self.path / name, text.encode())
 
-    def log(self, line: str) -> None:
-        """Print a line and append it, with the time, to log.txt."""
-        if self.writes:
+    def log(self, *lines: str) -> None:
+        """Print the lines and append them, with the time, to log.txt."""
+        for line in lines if self.writes else ():
             with writing("standard output", self.path):
                 print(line, flush=True)
             path = self.path / "log.txt"

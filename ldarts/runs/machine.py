@@ -90,8 +90,7 @@ def machine_facts(device: torch.device, engine: bool, graph: bool) -> dict[str, 
     name = device_name(device)
     machine = {"PyTorch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
     if engine:
-        hindrances = (hindrance(part) for part in dict.fromkeys(("cpu", device.type)))  # up to the first
-        reason = next(filter(None, hindrances), "")
+        reason = hindrance("cpu") or hindrance(device.type)
         machine["engine"] = f"off, the plain form runs ({reason})" if reason else "on"
     if device.type == "cuda":
         machine["graph"] = graph
