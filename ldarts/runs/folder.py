@@ -142,7 +142,10 @@ class Run:
                      f"accuracy {accuracy:.2f} %, {seconds:.3g} s/step, "
                      f"{timedelta(seconds=round(seconds * steps_left))} left")
         overdue = self.writes and time.perf_counter() - self.saved >= 60 * self.args.checkpoint_minutes
-        self._save_or_stop(int(overdue))
+        signal_number, overdue = self.processes.largest(self.signal_number, int(overdue))
+        if overdue or signal_number:
+            self.save()
+        self._stop(signal_number)
 
     def end_epoch(self, values: dict[str, Any]) -> None:
         """Write the values as a line of metrics.jsonl, and a checkpoint; go on to the next epoch."""
@@ -160,7 +163,8 @@ class Run:
             self.board.flush()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.processes)
         self.epoch_started = time.perf_counter()
-        self._save_or_stop(due=1)
+        self.save()
+        self._stop(*self.processes.largest(self.signal_number))
 
     def save(self) -> None:
         """Write a checkpoint. Raises NotFinite if a weight is not finite."""
@@ -210,11 +214,7 @@ class Run:
         return NotFinite(f"{what} step {step} of epoch {self.epoch}; {before}: start again with another "
                          "--save and a smaller --learning_rate")
 
-    def _save_or_stop(self, due: int) -> None:
-        """Save if that is due in any process; if any got a signal to stop, save and exit."""
-        signal_number, due = self.processes.largest(self.signal_number, due)
-        if due or signal_number:
-            self.save()
+    def _stop(self, signal_number: int) -> None:
         if signal_number:
             launcher = "python" if self.processes.world == 1 else "torchrun …"
             command = f"{launcher} {script_path(f'train_{self.kind}.py')} {resume_flag(self.path)}"
