@@ -16,25 +16,19 @@ void each(int64_t rows, int64_t C, const Visit& visit) {
 }
 
 struct Cpu {
-  struct Guard { explicit Guard(at::Device) {} };
-
   static at::ScalarType type_for(const at::Tensor&) { return at::kDouble; }
 
-  template <typename P>
-  static void run(const NormStatistics<P>& norms) {
-    each(norms.map.K, norms.C, [&](int64_t k, int64_t c) { norms.of_z(k, c); });
-    each(norms.map.M, norms.C, [&](int64_t m, int64_t c) { norms.of_term(m, c); });
-  }
-
-  template <typename Gradients>  // NormGradients, NormDerivatives
-  static void run(const Gradients& norms) {
-    const int64_t width = norms.p.width;
-    std::fill_n(norms.by_p, norms.map.M * width, 0);
+  template <typename Norms>
+  static void run(const Norms& norms) {
     each(norms.map.K, norms.C, [&](int64_t k, int64_t c) { norms.write_of_z(k, c); });
-    each(norms.map.M, norms.C, [&](int64_t m, int64_t c) {
-      norms.write_of_term(m, c);
-      norms.by_p[m * width + (width > 1 ? c : 0)] += norms.share_of_p(m, c);
-    });
+    each(norms.map.M, norms.C, [&](int64_t m, int64_t c) { norms.write_of_term(m, c); });
+    if constexpr (Norms::kHasGradientByP) {
+      const int64_t width = norms.p.width;
+      std::fill_n(norms.by_p, norms.map.M * width, 0);
+      each(norms.map.M, norms.C, [&](int64_t m, int64_t c) {
+        norms.by_p[m * width + (width > 1 ? c : 0)] += norms.share_of_p(m, c);
+      });
+    }
   }
 };
 

@@ -67,6 +67,7 @@ struct TermWeights {
 // P: the type of p and of what follows from it.
 template <typename P>
 struct NormStatistics {
+  static constexpr bool kHasGradientByP = false;
   TermMap map;
   int64_t C, count;  // of pixels
   double eps;
@@ -82,13 +83,13 @@ struct NormStatistics {
     const double var = rounded < 0 ? 0 : rounded;  // NaN stays NaN
     return {mean, var, 1 / sqrt(var + eps)};
   }
-  LDARTS_BOTH void of_z(int64_t k, int64_t c) const {
+  LDARTS_BOTH void write_of_z(int64_t k, int64_t c) const {
     const Moments of_k = moments_of(k, c);
     rstd_mean[2 * k * C + c] = of_k.rstd;
     rstd_mean[(2 * k + 1) * C + c] = moments[2 * k * C + c] = of_k.mean;
     moments[(2 * k + 1) * C + c] = of_k.var * count / (count > 1 ? count - 1 : 1);
   }
-  LDARTS_BOTH void of_term(int64_t m, int64_t c) const {
+  LDARTS_BOTH void write_of_term(int64_t m, int64_t c) const {
     const Moments of_k = moments_of(map.z_of_term[m], c);
     const double scale = p(m, c) * of_k.rstd;
     coefficients[2 * m * C + c] = (beta ? beta[m * C + c] : 0) - scale * of_k.mean;
@@ -101,6 +102,7 @@ struct TwoNumbers { double first, second; };
 // The gradients through the norms.
 template <typename P>
 struct NormGradients {
+  static constexpr bool kHasGradientByP = true;
   TermMap map;
   int64_t C, count;
   const P* rstd_mean;

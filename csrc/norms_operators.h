@@ -1,7 +1,6 @@
 #pragma once
 // The operators of norms.h for a device: from tensors to pointers. Device has
 //
-//     Guard                 what makes a tensor's device the current one
 //     type_for(p)           the dtype of the numbers per channel, float32 or float64
 //     run(norms)            a struct of norms.h, computed on all its channels
 #include "norms.h"
@@ -10,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <optional>
 #include <tuple>
@@ -38,7 +38,7 @@ template <typename Device>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_statistics(
     const at::Tensor& z_sums, at::IntArrayRef has_norm, const at::Tensor& p, const MaybeTensor& beta,
     at::IntArrayRef z_of_term, int64_t count, double eps) {
-  const typename Device::Guard guard(p.device());
+  const c10::DeviceGuard guard(p.device());
   const int64_t C = z_sums.size(2);
   TORCH_CHECK(p.dim() == 1 || p.size(1) == C, "ldarts: a batch norm of ", p.size(-1), " channels behind ", C);
   TORCH_CHECK(p.size(0) == static_cast<int64_t>(z_of_term.size()), "ldarts: ", p.size(0), " rows of p for ",
@@ -62,7 +62,7 @@ template <typename Device>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_gradients(
     const at::Tensor& rstd_mean, const at::Tensor& p, const MaybeTensor& grad_rstd_mean,
     const at::Tensor& grad_sums, at::IntArrayRef z_of_term, at::IntArrayRef has_norm, int64_t count) {
-  const typename Device::Guard guard(p.device());
+  const c10::DeviceGuard guard(p.device());
   const int64_t C = rstd_mean.size(2);
   const auto map = term_map(z_of_term, has_norm);
   const auto numbers = rstd_mean.contiguous(), sums = dense(grad_sums, at::kDouble);
@@ -85,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_derivatives(
     const at::Tensor& rstd_mean, const at::Tensor& p, const MaybeTensor& grad_rstd_mean,
     const at::Tensor& grad_sums, const MaybeTensor& grad_scale, const MaybeTensor& grad_of_z,
     const MaybeTensor& grad_p, at::IntArrayRef z_of_term, at::IntArrayRef has_norm, int64_t count) {
-  const typename Device::Guard guard(p.device());
+  const c10::DeviceGuard guard(p.device());
   const auto map = term_map(z_of_term, has_norm);
   const auto numbers = rstd_mean.contiguous(), sums = dense(grad_sums, at::kDouble);
   const auto dtype = numbers.scalar_type();

@@ -1,5 +1,5 @@
-// The operators of sums.cpp and norms.cpp on CUDA: tensors to pointers (launch.cuh). Numbers per channel stay
-// on the device; nothing here waits for it.
+// The operators of sums.cpp and norms.cpp on CUDA: tensors to pointers. Numbers per channel stay on the
+// device; nothing here waits for it.
 #include "sums_cuda.h"
 #include "checks.h"
 #include "norms_operators.h"
@@ -42,8 +42,10 @@ int64_t most_blocks() {
   return int64_t{64} * processors;
 }
 
+CudaLaunch launch() { return {c10::cuda::getCurrentCUDAStream()}; }
+
 template <typename T>
-SumKernels<T> kernels() { return {c10::cuda::getCurrentCUDAStream(), most_blocks()}; }
+SumKernels<T, CudaLaunch> kernels() { return {launch()}; }
 
 template <typename T>
 std::vector<const T*> pointers(const Tensors& tensors) {
@@ -110,29 +112,17 @@ Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shif
         sum.entries.push_back({read<T>(checked.z[z_of_entry[e]]), row(scale, scale_of_entry[e]),
                                row(shift, shift_of_entry[e])});
     }
-    kernels<T>().affine_sums(sums, numel / C, C);
+    kernels<T>().affine_sums(sums, numel / C, C, most_blocks());
   });
   return outs;
 }
 
 struct Cuda {
-  using Guard = c10::cuda::CUDAGuard;
-
   static at::ScalarType type_for(const at::Tensor& p) { return at::toOpMathType(p.scalar_type()); }
 
-  template <typename P>
-  static void run(const NormStatistics<P>& norms) {
-    NormKernels<P>{c10::cuda::getCurrentCUDAStream()}.statistics(norms);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-  template <typename P>
-  static void run(const NormGradients<P>& norms) {
-    NormKernels<P>{c10::cuda::getCurrentCUDAStream()}.gradients(norms);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-  template <typename P>
-  static void run(const NormDerivatives<P>& norms) {
-    NormKernels<P>{c10::cuda::getCurrentCUDAStream()}.derivatives(norms);
+  template <typename Norms>
+  static void run(const Norms& norms) {
+    launch_norms(norms, launch());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };

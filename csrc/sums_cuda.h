@@ -1,7 +1,13 @@
 #pragma once
-// What sums_kernels.cu, compiled by nvcc, and sums_cuda.cpp, by the host's compiler, both know.
+// What the files of the CUDA operators share. They are three, so that nvcc never sees PyTorch's headers, on
+// which it spends ten times what the kernels take (27 s against 3 s):
+//
+//     sums_kernels.cuh   device code and the plan of its launches; no PyTorch; emulated by the tests
+//     sums_kernels.cu    that code compiled for every type; nvcc
+//     sums_cuda.cpp      tensors to pointers, TORCH_LIBRARY_IMPL(ldarts, CUDA, m); the host's compiler
 #include "norms.h"
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -32,25 +38,30 @@ struct AffineSum {
   std::vector<Affine<T>> entries;
 };
 
-// The plans of sums_kernels.cuh: for float, double, __nv_bfloat16 and __half, and for float and double.
-template <typename T>
+// kernel(args), on blocks of kThreads threads with `bytes` of shared memory.
+struct CudaLaunch {
+  CUstream_st* stream;
+
+  template <typename Args>
+  void operator()(void (*kernel)(Args), int64_t blocks, size_t bytes, const Args& args) const;
+};
+
+// The plans of sums_kernels.cuh. Launch: CudaLaunch, for which sums_kernels.cu compiles them, or the tests'
+// emulation. Pointers are device pointers, arrays of pointers lie on the host. T: float, double,
+// __nv_bfloat16, __half.
+template <typename T, typename Launch>
 struct SumKernels {
-  CUstream_st* stream;
-  int64_t max_blocks;
+  Launch launch;
 
-  // partial: [kMaxSlabs, min(pairs, kMaxPairs), 2, C]
+  // partial [max_slabs, min(pairs, kMaxPairs), 2, C] is scratch, out [pairs, 2, C]; pixels > 0.
   void channel_sums(const T* const* x, const T* const* y, int64_t pairs, double* partial, double* out,
-                    int64_t pixels, int C) const;
-  void affine_sums(const std::vector<AffineSum<T>>& sums, int64_t pixels, int C) const;
+                    int64_t pixels, int C, int64_t max_slabs = kMaxSlabs) const;
+  // Each sum has at least one entry.
+  void affine_sums(const std::vector<AffineSum<T>>& sums, int64_t pixels, int C, int64_t max_blocks) const;
 };
 
-template <typename P>
-struct NormKernels {
-  CUstream_st* stream;
-
-  void statistics(const NormStatistics<P>& norms) const;
-  void gradients(const NormGradients<P>& norms) const;
-  void derivatives(const NormDerivatives<P>& norms) const;
-};
+// Norms: NormStatistics, NormGradients or NormDerivatives of float or double.
+template <typename Norms, typename Launch>
+void launch_norms(const Norms& norms, const Launch& launch);
 
 }  // namespace ldarts

@@ -1,40 +1,22 @@
-// The CUDA kernels of the sums, compiled for each type (launch.cuh).
-#include "launch.cuh"
+// The CUDA kernels of the sums, compiled for each type.
 #include "sums_kernels.cuh"
 
 namespace ldarts {
 
-template <typename T>
-void SumKernels<T>::channel_sums(const T* const* x, const T* const* y, int64_t pairs, double* partial,
-                                 double* out, int64_t pixels, int C) const {
-  launch_channel_sums<T>(x, y, pairs, partial, out, pixels, C, kMaxSlabs, Launch<kThreads>{stream});
+template <typename Args>
+void CudaLaunch::operator()(void (*kernel)(Args), int64_t blocks, size_t bytes, const Args& args) const {
+  kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(args);
 }
 
-template <typename T>
-void SumKernels<T>::affine_sums(const std::vector<AffineSum<T>>& sums, int64_t pixels, int C) const {
-  launch_affine_sums<T>(sums, pixels, C, max_blocks, Launch<kThreads>{stream});
-}
-
-template <typename P>
-void NormKernels<P>::statistics(const NormStatistics<P>& norms) const {
-  launch_statistics<P>(norms, Launch<kThreads>{stream});
-}
-
-template <typename P>
-void NormKernels<P>::gradients(const NormGradients<P>& norms) const {
-  launch_gradients(norms, Launch<kThreads>{stream});
-}
-
-template <typename P>
-void NormKernels<P>::derivatives(const NormDerivatives<P>& norms) const {
-  launch_gradients(norms, Launch<kThreads>{stream});
-}
-
-template struct SumKernels<float>;
-template struct SumKernels<double>;
-template struct SumKernels<__nv_bfloat16>;
-template struct SumKernels<__half>;
-template struct NormKernels<float>;
-template struct NormKernels<double>;
+template struct SumKernels<float, CudaLaunch>;
+template struct SumKernels<double, CudaLaunch>;
+template struct SumKernels<__nv_bfloat16, CudaLaunch>;
+template struct SumKernels<__half, CudaLaunch>;
+template void launch_norms(const NormStatistics<float>&, const CudaLaunch&);
+template void launch_norms(const NormStatistics<double>&, const CudaLaunch&);
+template void launch_norms(const NormGradients<float>&, const CudaLaunch&);
+template void launch_norms(const NormGradients<double>&, const CudaLaunch&);
+template void launch_norms(const NormDerivatives<float>&, const CudaLaunch&);
+template void launch_norms(const NormDerivatives<double>&, const CudaLaunch&);
 
 }  // namespace ldarts

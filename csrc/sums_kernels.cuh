@@ -131,39 +131,39 @@ __global__ void __launch_bounds__(kThreads) sum_slabs_kernel(const __grid_consta
   a.out[i] = sum;
 }
 
-// Results of norms.h, a channel of a z or of a term a thread. P: the type of p.
-
-template <typename P>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ NormStatistics<P> a) {
-  const int64_t i = thread_number(), row = i / a.C, c = i % a.C;
-  if (row < a.map.K) a.of_z(row, c);
-  else if (row < a.map.K + a.map.M) a.of_term(row - a.map.K, c);
+// The blocks in front of the others: one a term for the gradient by p, where that is one number.
+template <typename Norms>
+LDARTS_BOTH int blocks_for_p(const Norms& a) {
+  return Norms::kHasGradientByP && a.p.width == 1 ? a.map.M : 0;
 }
 
-// Norms: NormGradients or NormDerivatives. The first M blocks are those of the gradients by p, where that is
-// one number a term.
+// Results of norms.h, a channel of a z or of a term a thread. Norms: NormStatistics, NormGradients or
+// NormDerivatives.
 template <typename Norms>
-__global__ void __launch_bounds__(kThreads) gradients_kernel(const __grid_constant__ Norms a) {
-  const int64_t K = a.map.K, M = a.map.M, C = a.C, in_front = a.p.width == 1 ? M : 0;
-  double* shared = shared_memory;  // [kWarps]
-  if (blockIdx.x < in_front) {
-    const int m = blockIdx.x;
-    double sum = 0;
-    for (int64_t c = threadIdx.x; c < C; c += kThreads) sum += a.share_of_p(m, c);
-    sum = warp_sum(sum);
-    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sum;
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    for (int warp = 1; warp < kWarps; ++warp) sum += shared[warp];
-    a.by_p[m] = sum;
-    return;
+__global__ void __launch_bounds__(kThreads) norms_kernel(const __grid_constant__ Norms a) {
+  const int64_t K = a.map.K, M = a.map.M, C = a.C, in_front = blocks_for_p(a);
+  if constexpr (Norms::kHasGradientByP) {
+    double* shared = shared_memory;  // [kWarps]
+    if (blockIdx.x < in_front) {
+      const int m = blockIdx.x;
+      double sum = 0;
+      for (int64_t c = threadIdx.x; c < C; c += kThreads) sum += a.share_of_p(m, c);
+      sum = warp_sum(sum);
+      if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sum;
+      __syncthreads();
+      if (threadIdx.x > 0) return;
+      for (int warp = 1; warp < kWarps; ++warp) sum += shared[warp];
+      a.by_p[m] = sum;
+      return;
+    }
   }
   const int64_t i = thread_number() - in_front * kThreads, row = i / C, c = i % C;
   if (row < K) {
     a.write_of_z(row, c);
   } else if (row < K + M) {
     a.write_of_term(row - K, c);
-    if (a.p.width > 1) a.by_p[i - K * C] = a.share_of_p(row - K, c);
+    if constexpr (Norms::kHasGradientByP)
+      if (a.p.width > 1) a.by_p[i - K * C] = a.share_of_p(row - K, c);
   }
 }
 
@@ -247,13 +247,11 @@ __global__ void __launch_bounds__(kThreads) affine_sums_kernel(const __grid_cons
   }
 }
 
-// The plans. `launch(kernel, blocks, bytes of shared memory, arguments)` starts blocks of kThreads threads.
-// Pointers are device pointers, arrays of pointers lie on the host.
+// The plans, as sums_cuda.h declares them.
 
-// partial [max_slabs, pairs or kMaxPairs, 2, C] is scratch, out [pairs, 2, C]; pixels > 0.
 template <typename T, typename Launch>
-void launch_channel_sums(const T* const* x, const T* const* y, int64_t pairs, double* partial, double* out,
-                         int64_t pixels, int C, int64_t max_slabs, const Launch& launch) {
+void SumKernels<T, Launch>::channel_sums(const T* const* x, const T* const* y, int64_t pairs, double* partial,
+                                         double* out, int64_t pixels, int C, int64_t max_slabs) const {
   const bool wide = C % kLanes<T> == 0 && aligned(x, pairs) && aligned(y, pairs);
   const Layout layout(pixels, C, wide ? kLanes<T> : 1);
   const int slabs = static_cast<int>(blocks_for(pixels, int64_t{kRun} * layout.rows, max_slabs));
@@ -271,22 +269,15 @@ void launch_channel_sums(const T* const* x, const T* const* y, int64_t pairs, do
   }
 }
 
-template <typename P, typename Launch>
-void launch_statistics(const NormStatistics<P>& a, const Launch& launch) {
-  launch(statistics_kernel<P>, blocks_for((a.map.K + a.map.M) * a.C, kThreads, INT32_MAX), size_t{0}, a);
-}
-
 template <typename Norms, typename Launch>
-void launch_gradients(const Norms& a, const Launch& launch) {
-  launch(gradients_kernel<Norms>,
-         (a.p.width == 1 ? a.map.M : 0) + blocks_for((a.map.K + a.map.M) * a.C, kThreads, INT32_MAX),
-         sizeof(double) * kWarps, a);
+void launch_norms(const Norms& a, const Launch& launch) {
+  const int64_t blocks = blocks_for_p(a) + blocks_for((a.map.K + a.map.M) * a.C, kThreads, INT32_MAX);
+  launch(norms_kernel<Norms>, blocks, Norms::kHasGradientByP ? sizeof(double) * kWarps : 0, a);
 }
 
-// Each sum has at least one entry.
 template <typename T, typename Launch>
-void launch_affine_sums(const std::vector<AffineSum<T>>& sums, int64_t pixels, int C, int64_t max_blocks,
-                        const Launch& launch) {
+void SumKernels<T, Launch>::affine_sums(const std::vector<AffineSum<T>>& sums, int64_t pixels, int C,
+                                        int64_t max_blocks) const {
   bool wide = C % kLanes<T> == 0;
   for (const auto& sum : sums) {
     wide = wide && aligned(&sum.out, 1);

@@ -56,6 +56,8 @@ struct Launch {
   }
 };
 
+using Kernels = ldarts::SumKernels<T, Launch>;
+
 template <typename V>
 void keep(std::vector<char>& bytes, const Array<V>& results) {
   bytes.insert(bytes.end(), (const char*)results.data, (const char*)(results.data + results.size));
@@ -73,8 +75,8 @@ std::vector<char> channel_sums(const Case& c, unsigned order) {
   }
   const int64_t size = 2 * std::min<int64_t>(c.count, ldarts::kMaxPairs) * c.C;
   Array<double> partial(std::min(c.most, c.pixels / ldarts::kRun + 1) * size), out(2 * c.count * c.C);
-  ldarts::launch_channel_sums<T>(x.data(), y.data(), c.count, partial.data, out.data, c.pixels, c.C, c.most,
-                                 Launch{order});
+  const Kernels kernels{Launch{order}};
+  kernels.channel_sums(x.data(), y.data(), c.count, partial.data, out.data, c.pixels, c.C, c.most);
   for (const auto& a : arrays) expect(a.intact(), c, "an input", 0, 0, 0);
   expect(partial.intact() && out.intact(), c, "a border", 0, 0, 0);
   for (int64_t m = 0; m < c.count; ++m)
@@ -131,7 +133,7 @@ std::vector<char> affine_sums(const Case& c, unsigned order) {
                                      m % 3 == 2 ? nullptr : shifts.back().data});
     }
   }
-  ldarts::launch_affine_sums<T>(sums, c.pixels, c.C, c.most, Launch{order});
+  Kernels{Launch{order}}.affine_sums(sums, c.pixels, c.C, c.most);
   std::vector<char> bytes;
   for (const auto& a : terms) expect(a.intact(), c, "an input", 0, 0, 0);
   for (size_t s = 0; s < sums.size(); ++s) {
@@ -171,7 +173,7 @@ std::vector<char> numbers(const Case& c, unsigned order) {
   const ldarts::NormStatistics<A> statistics{
       map, C, 50, 1e-5, sums.data, weights, M % 2 ? beta.data : nullptr, rstd_mean.data, moments.data,
       coefficients.data};
-  ldarts::launch_statistics<A>(statistics, Launch{order});
+  ldarts::launch_norms(statistics, Launch{order});
   std::vector<char> bytes;
   const auto check = [&](const char* name, const Array<A>& found, int64_t i, double want) {
     expect(std::abs(found.data[i] - want) <= 1e-5 * std::abs(want) + 1e-9, c, name, i, found.data[i], want);
@@ -192,7 +194,7 @@ std::vector<char> numbers(const Case& c, unsigned order) {
   Array<A> scale(M * C), of_z(2 * K * C), by_p(M * width);
   const ldarts::NormGradients<A> norms{map, C, 50, rstd_mean.data, weights, M % 2 ? given.data : nullptr,
                                        grad_sums.data, scale.data, of_z.data, by_p.data};
-  ldarts::launch_gradients(norms, Launch{order});
+  ldarts::launch_norms(norms, Launch{order});
   const auto check_p = [&](const char* name, const auto& of_terms, const Array<A>& found) {
     for (int64_t m = 0; m < M; ++m) {
       double sum = 0, size = 0;
@@ -223,7 +225,7 @@ std::vector<char> numbers(const Case& c, unsigned order) {
   ldarts::NormDerivatives<A> derivatives{norms, of_scale.data, of_of_z.data, {of_p.data, width},
                                          by_numbers.data, by_given.data, by_sums.data};
   derivatives.by_p = of_weights.data;
-  ldarts::launch_gradients(derivatives, Launch{order});
+  ldarts::launch_norms(derivatives, Launch{order});
   check_p("derivative by p", derivatives, of_weights);
   Array<A> numbers_again(2 * K * C), given_again(2 * K * C);
   Array<double> sums_again(2 * M * C);
@@ -253,8 +255,8 @@ void index(int64_t offset) {
   Array<double> partial((pixels / ldarts::kRun + 1) / (ldarts::kThreads / C) * 2 * C + 2 * C), out(2 * C);
   std::memset(partial.data, 0, partial.size * sizeof(double));
   const int rows = ldarts::Layout(pixels, C, offset ? 1 : ldarts::kLanes<T>).rows, run = ldarts::kRun * rows;
-  ldarts::launch_channel_sums<T>(&pointer, &pointer, 1, partial.data, out.data, pixels, C, c.most,
-                                 Launch{1, true});
+  const Kernels kernels{Launch{1, true}};
+  kernels.channel_sums(&pointer, &pointer, 1, partial.data, out.data, pixels, C, c.most);
   for (int64_t channel = 0; channel < C; ++channel) {
     double sum = 0;
     for (int64_t pixel = 0; pixel < run; ++pixel) sum += ldarts::widen(x.data[pixel * C + channel]);
@@ -263,8 +265,7 @@ void index(int64_t offset) {
     expect(std::abs(out.data[channel] - sum) < 1e-3, c, "sum", channel, out.data[channel], sum);
   }
   Array<T> to(n, 0, open);
-  ldarts::launch_affine_sums<T>({{to.data, {{pointer, nullptr, nullptr}}}}, pixels, C, INT32_MAX,
-                                Launch{1, true});
+  kernels.affine_sums({{to.data, {{pointer, nullptr, nullptr}}}}, pixels, C, INT32_MAX);
   for (int64_t i : {int64_t{0}, int64_t{C}, n - 1, n - C})
     expect(ldarts::widen(to.data[i]) == ldarts::widen(x.data[i]), c, "copy", i, ldarts::widen(to.data[i]),
            ldarts::widen(x.data[i]));

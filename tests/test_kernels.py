@@ -65,10 +65,10 @@ MUTATIONS = {
     "numbers: half of the channels of p":
         ("numbers", "float32", "c < C; c += kThreads)", "c < C / 2; c += kThreads)"),
     "numbers: no barrier":
-        ("numbers", "float32", "    __syncthreads();\n    if (threadIdx.x > 0) return;",
-         "    if (threadIdx.x > 0) return;"),
+        ("numbers", "float32", "      __syncthreads();\n      if (threadIdx.x > 0) return;",
+         "      if (threadIdx.x > 0) return;"),
     "numbers: terms at the place of z":
-        ("numbers", "float32", "a.of_term(row - a.map.K, c)", "a.of_term(row, c)"),
+        ("numbers", "float32", "a.write_of_term(row - K, c)", "a.write_of_term(row, c)"),
     "numbers: by S2 once": ("numbers", "float32", "2 * by_var / count}", "by_var / count}"),
     "numbers: blocks of p counted twice":
         ("numbers", "float32", "thread_number() - in_front * kThreads", "thread_number()"),
