@@ -124,7 +124,7 @@ struct Group {
     for (int64_t h = 0; h < in_h; ++h)
       each_span(h, [&](int64_t w, int64_t first, int64_t size) {
         T* to = padded + ((h + halo) * stride + w % stride) * pitch + (w + halo) / stride * C;
-        each_vector<T>(size, period, [&](int64_t i, int64_t place, auto count) {
+        each_vector<T>(size, pattern, [&](int64_t i, int64_t place, auto count) {
           store(to + i, input(n * in_size() + first + i, place, count), count);
         });
       });

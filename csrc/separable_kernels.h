@@ -185,7 +185,7 @@ struct Backward {
     const int64_t place_of_rows = n * group.out_size() + first * group.row;
     auto rows_of = [&](auto* image) { return image ? image + place_of_rows : nullptr; };
     const T *z = rows_of(grads.z), *grad_z = rows_of(grads.grad_z), *grad_term = rows_of(grads.grad_term);
-    each_vector<T>(count * group.row, group.period, [&](int64_t i, int64_t place, auto size) {
+    each_vector<T>(count * group.row, pattern, [&](int64_t i, int64_t place, auto size) {
       auto sum = at::vec::fmadd(Vec<T>::loadu(by_square.data() + place), load(z + i, size),
                                 Vec<T>::loadu(by_sum.data() + place));
       if (grad_term)

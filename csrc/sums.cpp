@@ -29,94 +29,59 @@ constexpr int64_t kGroup = 8;
 // Parts of a channel's sum, whatever the number of threads: the same bits always.
 constexpr int64_t kChunks = 8;
 
+// Elements as vectors of the type in which they are summed, float32 or wider, and back.
+template <typename T> using Acc = at::opmath_type<T>;
+template <typename T> constexpr int kRegisters = sizeof(Acc<T>) / sizeof(T);
+template <typename T> using Wide = at::vec::VectorizedN<Acc<T>, kRegisters<T>>;
+
+// Count: Constant<kV<T>>, or of fewer elements.
+template <typename T, typename Count>
+Wide<T> load_wide(const T* from, Count count) {
+  constexpr bool whole = std::is_same_v<Count, Constant<kV<T>>>;
+  const auto narrow = whole ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
+  return at::vec::convert<Acc<T>, kRegisters<T>, T, 1>(narrow);
+}
+template <typename T, typename Count>
+void store_narrow(T* to, const Wide<T>& values, Count count) {
+  const Vec<T> narrow = at::vec::convert<T, 1, Acc<T>, kRegisters<T>>(values);
+  if constexpr (std::is_same_v<Count, Constant<kV<T>>>) narrow.store(to);
+  else narrow.store(to, static_cast<int>(count));
+}
+
+// One sum, Σ scale term + shift over its entries; its numbers repeat along a term or, if there are `images`,
+// along each image of it.
 template <typename T>
-struct Lanes {
-  using Acc = at::opmath_type<T>;
-  static constexpr int kRegisters = sizeof(Acc) / sizeof(T);
-  using Vec = at::vec::VectorizedN<Acc, kRegisters>;
-  static constexpr int64_t kSize = Vec::size();
-  using Full = std::integral_constant<int64_t, kSize>;
-
-  template <typename Count>
-  static Vec load(const T* from, Count count) {
-    using Raw = at::vec::VectorizedN<T, 1>;
-    if constexpr (std::is_same_v<Count, Full>)
-      return at::vec::convert<Acc, kRegisters, T, 1>(Raw::loadu(from));
-    else
-      return at::vec::convert<Acc, kRegisters, T, 1>(Raw::loadu(from, count));
-  }
-  template <typename Count>
-  static void store(T* to, const Vec& vec, Count count) {
-    const auto raw = at::vec::convert<T, 1, Acc, kRegisters>(vec);
-    if constexpr (std::is_same_v<Count, Full>) raw.store(to);
-    else raw.store(to, static_cast<int>(count));
-  }
-  // visit(offset, count) for each vector of `size` elements; the count is a constant but for the last one.
-  template <typename Visit>
-  static void each(int64_t size, const Visit& visit) {
-    int64_t i = 0;
-    for (; i + kSize <= size; i += kSize) visit(i, Full{});
-    if (i < size) visit(i, size - i);
-  }
-};
-
-// Σ scale term + shift over the entries of one sum, with C numbers each, which repeat along a term or, if
-// there are `images`, along each image of it: C = 1, or the channels of channels-last terms.
 struct Sum {
-  std::vector<at::Tensor> terms;
-  std::vector<double> scale, shift;  // [terms, images, C] and, added up, [images, C]
+  std::vector<const T*> terms;
+  Buffer<Acc<T>> scale, shift;  // patterns of `repeat` elements, [images, terms, repeat] and [images, repeat]
+  T* out;
 };
 
+// images: that have numbers of their own; size: elements of an image
 template <typename T>
-void sum_kernel(const std::vector<Sum>& sums, int64_t images, int64_t C, const Tensors& outs) {
-  using L = Lanes<T>;
-  using Acc = typename L::Acc;
-  struct Job {
-    std::vector<const T*> term;
-    Buffer<Acc> scale, shift;  // along `repeat` elements, [images, terms, repeat] and [images, repeat]
-    T* out;
-  };
-  const int64_t repeat = std::lcm(C, L::kSize), block = std::max<int64_t>(1, kBlock / repeat) * repeat;
-  std::vector<Job> jobs;
+void compute_sums(const std::vector<Sum<T>>& sums, int64_t images, int64_t size, int64_t repeat) {
+  const int64_t block = std::max<int64_t>(1, kBlock / repeat) * repeat, blocks = (size + block - 1) / block;
   int64_t work = 0;  // reads of one element
-  for (size_t s = 0; s < sums.size(); ++s) {
-    const Sum& sum = sums[s];
-    const int64_t M = sum.terms.size();
-    Job& job = jobs.emplace_back();
-    for (const auto& t : sum.terms) job.term.push_back(t.const_data_ptr<T>());
-    job.scale.resize(images * M * repeat);
-    job.shift.resize(images * repeat);
-    job.out = outs[s].mutable_data_ptr<T>();
-    for (int64_t n = 0; n < images; ++n) {
-      fill_pattern(job.shift.data() + n * repeat, repeat, sum.shift.data() + n * C, 1, C);
-      for (int64_t m = 0; m < M; ++m)
-        fill_pattern(job.scale.data() + (n * M + m) * repeat, repeat, sum.scale.data() + (m * images + n) * C,
-                     1, C);
-    }
-    work += M;
-  }
-  // A block goes through all sums, which may read the same terms.
-  const int64_t size = outs[0].numel() / std::max<int64_t>(1, images), blocks = (size + block - 1) / block;
+  for (const auto& sum : sums) work += sum.terms.size();
   const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / (block * work));
+  // A block goes through all sums, which may read the same terms.
   at::parallel_for(0, images * blocks, grain, [&](int64_t from, int64_t to) {
-    Buffer<Acc> acc(block);
+    Buffer<Acc<T>> acc(block);
     for (int64_t b = from; b < to; ++b) {
       const int64_t n = b / blocks, first = b % blocks * block, begin = n * size + first;
-      for (const Job& job : jobs) {
-        const int64_t M = job.term.size();
+      for (const auto& sum : sums) {
+        const int64_t M = sum.terms.size();
         unrolled<kGroup>(M, [&](int64_t m, auto group) {
           const bool last = m + group == M;
-          int64_t place = 0;
-          L::each(std::min(block, size - first), [&](int64_t i, auto count) {
-            auto sum = L::Vec::loadu(m == 0 ? job.shift.data() + n * repeat + place : acc.data() + i);
-            const Acc* scale = job.scale.data() + (n * M + m) * repeat + place;
+          const Acc<T>* scales = sum.scale.data() + (n * M + m) * repeat;
+          each_vector<T>(std::min(block, size - first), repeat, [&](int64_t i, int64_t place, auto count) {
+            auto acc_of_i = Wide<T>::loadu(m == 0 ? sum.shift.data() + n * repeat + place : acc.data() + i);
             for (int64_t k = 0; k < group; ++k) {
-              const auto term = L::load(job.term[m + k] + begin + i, count);
-              sum = at::vec::fmadd(L::Vec::loadu(scale + k * repeat), term, sum);
+              const auto term = load_wide(sum.terms[m + k] + begin + i, count);
+              acc_of_i = at::vec::fmadd(Wide<T>::loadu(scales + k * repeat + place), term, acc_of_i);
             }
-            if (last) L::store(job.out + begin + i, sum, count);
-            else sum.store(acc.data() + i);
-            place = place + L::kSize == repeat ? 0 : place + L::kSize;
+            if (last) store_narrow(sum.out + begin + i, acc_of_i, count);
+            else acc_of_i.store(acc.data() + i);
           });
         });
       }
@@ -140,24 +105,37 @@ Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shif
                     at::IntArrayRef z_of_entry, at::IntArrayRef scale_of_entry,
                     at::IntArrayRef shift_of_entry, at::IntArrayRef entries) {
   const Entries checked(z, scales, shifts, z_of_entry, scale_of_entry, shift_of_entry, entries);
-  const int64_t numbers = checked.numbers;
+  const int64_t images = checked.images, numbers = checked.numbers, C = numbers / images;
   const auto scale = rows_of(scales), shift = rows_of(shifts);
-  std::vector<Sum> sums;
+  const std::vector<double> ones(numbers, 1);
+  const at::Tensor& like = checked.z[0];
   Tensors outs;
-  int64_t e = 0;
-  for (const int64_t count : entries) {
-    Sum& sum = sums.emplace_back(Sum{{}, {}, std::vector<double>(numbers)});
-    for (int64_t end = e + count; e < end; ++e) {
-      sum.terms.push_back(checked.z[z_of_entry[e]]);
-      for (int64_t c = 0; c < numbers; ++c) {
-        sum.scale.push_back(scale_of_entry[e] < 0 ? 1 : scale[scale_of_entry[e] * numbers + c]);
-        if (shift_of_entry[e] >= 0) sum.shift[c] += shift[shift_of_entry[e] * numbers + c];
+  for (size_t j = 0; j < entries.size(); ++j)
+    outs.push_back(at::empty_like(like, like.options().memory_format(checked.format)));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, like.scalar_type(), "affine_sums", [&] {
+    using T = scalar_t;
+    const int64_t repeat = std::lcm(C, kV<T>);
+    std::vector<Sum<T>> sums;
+    int64_t first = 0;
+    for (size_t j = 0; j < outs.size(); first += entries[j++]) {
+      const int64_t M = entries[j];
+      Sum<T>& sum = sums.emplace_back();
+      sum.out = outs[j].mutable_data_ptr<T>();
+      sum.scale.resize(images * M * repeat);
+      sum.shift.resize(images * repeat);
+      std::vector<double> total(numbers);
+      for (int64_t m = 0; m < M; ++m) {
+        const int64_t e = first + m, of_scale = scale_of_entry[e], of_shift = shift_of_entry[e];
+        sum.terms.push_back(checked.z[z_of_entry[e]].const_data_ptr<T>());
+        const double* row = of_scale < 0 ? ones.data() : scale.data() + of_scale * numbers;
+        for (int64_t n = 0; n < images; ++n)
+          fill_pattern(sum.scale.data() + (n * M + m) * repeat, repeat, row + n * C, 1, C);
+        for (int64_t c = 0; c < numbers && of_shift >= 0; ++c) total[c] += shift[of_shift * numbers + c];
       }
+      for (int64_t n = 0; n < images; ++n)
+        fill_pattern(sum.shift.data() + n * repeat, repeat, total.data() + n * C, 1, C);
     }
-    outs.push_back(at::empty_like(checked.z[0], checked.z[0].options().memory_format(checked.format)));
-  }
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, outs[0].scalar_type(), "affine_sums", [&] {
-    sum_kernel<scalar_t>(sums, checked.images, numbers / checked.images, outs);
+    compute_sums(sums, images, like.numel() / std::max<int64_t>(1, images), repeat);
   });
   return outs;
 }
@@ -167,23 +145,23 @@ Tensors affine_sums(at::TensorList z, at::TensorList scales, at::TensorList shif
 // from a mean far from 0: Σ x y = Σ x (y - shift) + shift Σ x, and where x is y both factors are shifted.
 template <typename T>
 void add_channel_sums(const T* x, const T* y, int64_t size, int64_t C, double* sums) {
-  using L = Lanes<T>;
-  constexpr int64_t kRun = 32, V = L::kSize;
+  constexpr int64_t kRun = 32, V = kV<T>;
+  constexpr Constant<V> whole_vector{};
   const int64_t pattern = std::lcm(C, V);
   for (int64_t place = 0; place < std::min(pattern, size); place += V) {
-    const auto less = L::load(y + place, std::min(V, size - place));
-    typename L::Acc shift[V];
+    const auto less = load_wide(y + place, std::min(V, size - place));
+    Acc<T> shift[V];
     less.store(shift);
     for (int64_t run = place; run < size; run += kRun * pattern) {
-      typename L::Vec sum(0), product(0);
+      Wide<T> sum(0), product(0);
       int64_t whole = 0, i = run;
       for (; whole < kRun && i + V <= size; ++whole, i += pattern) {
-        const auto xs = L::load(x + i, typename L::Full{});
+        const auto xs = load_wide(x + i, whole_vector);
         const auto one = x == y ? xs - less : xs;
         sum = sum + one;
-        product = at::vec::fmadd(one, x == y ? one : L::load(y + i, typename L::Full{}) - less, product);
+        product = at::vec::fmadd(one, x == y ? one : load_wide(y + i, whole_vector) - less, product);
       }
-      typename L::Acc part[2][V];
+      Acc<T> part[2][V];
       sum.store(part[0]);
       product.store(part[1]);
       const int64_t count = x == y ? whole : 0, first = place % C;

@@ -80,12 +80,12 @@ void add_shifted_sums(T sum, T product, T shift, int64_t count, double& to_sum, 
 // visit(element, place in the pattern, count) for the vectors of `size` elements; the count is a constant but
 // for the last one.
 template <typename T, typename Visit>
-void each_vector(int64_t size, int64_t period, const Visit& visit) {
+void each_vector(int64_t size, int64_t pattern, const Visit& visit) {
   constexpr int64_t V = kV<T>;
   int64_t i = 0, place = 0;
   for (; i + V <= size; i += V) {
     visit(i, place, Constant<V>{});
-    place = place + V == period * V ? 0 : place + V;
+    place = place + V == pattern ? 0 : place + V;
   }
   if (i < size) visit(i, place, size - i);
 }
