@@ -114,12 +114,12 @@ Entries::Entries(at::TensorList terms, at::TensorList scales, at::TensorList shi
   if (numbers > 1) format = at::MemoryFormat::ChannelsLast;
 }
 
-std::vector<at::Tensor> checked_pairs(at::TensorList x, at::TensorList y) {
+Tensors checked_pairs(at::TensorList x, at::TensorList y) {
   TORCH_CHECK_VALUE(!x.empty() && x.size() == y.size(), "channel_sums: ", x.size(), " tensors and ", y.size(),
                     " to multiply them by");
   TORCH_CHECK_VALUE(x[0].dim() == 4, "channel_sums: a tensor has shape ", x[0].sizes(),
                     ", expected [N, C, H, W]");
-  std::vector<at::Tensor> all;
+  Tensors all;
   for (const auto& t : x) all.push_back(t.contiguous(at::MemoryFormat::ChannelsLast));
   for (size_t k = 0; k < y.size(); ++k)
     all.push_back(y[k].is_same(x[k]) ? all[k] : y[k].contiguous(at::MemoryFormat::ChannelsLast));

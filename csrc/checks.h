@@ -1,11 +1,21 @@
 #pragma once
-// Checks of the arguments of the operators, part of both libraries, CPU and CUDA. An error names the
-// argument, the property, what was expected and what was found.
+// Checks of the arguments of the operators, part of both libraries, CPU and CUDA, and pointers to what they
+// hold. An error names the argument, the property, what was expected and what was found.
 #include <ATen/core/Tensor.h>
 
 #include <vector>
 
 namespace ldarts {
+
+using Tensors = std::vector<at::Tensor>;
+
+// Null where the tensor is undefined.
+template <typename T>
+const T* read(const at::Tensor& t) {
+  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr;
+}
+template <typename T>
+T* write(const at::Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; }
 
 // Terms: at least one, float32, float64, bfloat16 or float16, all of one shape, dtype, device and memory
 // format (dense: contiguous or channels-last). Returns that format, Contiguous or ChannelsLast; a tensor that
@@ -19,7 +29,7 @@ void check_weights(const at::Tensor& weights, int64_t count, const at::Tensor& l
 // The arguments of affine_sums. With one number a row, z of any dense format; with C numbers, one for each
 // channel, or N C, one for each image and channel, z [N, C, H, W], brought into channels-last.
 struct Entries {
-  std::vector<at::Tensor> z;
+  Tensors z;
   int64_t numbers = 1;  // of a row of scales and shifts: 1, C or N C
   int64_t images = 1;   // that have numbers of their own: N or 1
   at::MemoryFormat format;
@@ -30,6 +40,6 @@ struct Entries {
 
 // The arguments of channel_sums, [N, C, H, W] of one shape and dtype, in channels-last: all x, then all y.
 // Where x is y, both are one tensor.
-std::vector<at::Tensor> checked_pairs(at::TensorList x, at::TensorList y);
+Tensors checked_pairs(at::TensorList x, at::TensorList y);
 
 }  // namespace ldarts

@@ -3,10 +3,10 @@
 //
 //     type_for(p)           the dtype of the numbers per channel, float32 or float64
 //     run(norms)            a struct of norms.h, computed on all its channels
+#include "checks.h"
 #include "norms.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
@@ -17,13 +17,6 @@
 namespace ldarts {
 
 using MaybeTensor = std::optional<at::Tensor>;
-
-template <typename T>
-const T* read(const at::Tensor& t) {
-  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr;
-}
-template <typename T>
-T* write(const at::Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
 inline at::Tensor dense(const MaybeTensor& t, at::ScalarType dtype) {
   return t ? t->to(dtype).contiguous() : at::Tensor();

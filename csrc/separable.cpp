@@ -17,8 +17,6 @@
 namespace ldarts {
 namespace {
 
-using Tensors = std::vector<at::Tensor>;
-
 // 8, and for large batches one for 4 images: as many threads as there are chunks can work.
 int64_t chunks_of(int64_t images) { return std::min(images, std::max<int64_t>(8, images / 4)); }
 
@@ -33,22 +31,22 @@ void each_image(int64_t images, const Make& make, const Run& run) {
   });
 }
 
-// The sum over the first dimension, in order; float64.
+// The sum over the first dimension, in order.
+template <typename T>
 at::Tensor sum_of_chunks(const at::Tensor& parts) {
   const auto result = parts[0].clone();
-  double* sum = result.mutable_data_ptr<double>();
   const int64_t size = result.numel();
-  for (int64_t i = size; i < parts.numel(); ++i) sum[i % size] += parts.const_data_ptr<double>()[i];
+  T* sum = write<T>(result);
+  at::parallel_for(0, size, at::internal::GRAIN_SIZE, [&](int64_t from, int64_t to) {
+    for (int64_t chunk = 1; chunk < parts.size(0); ++chunk) {
+      const T* part = read<T>(parts) + chunk * size;
+      for (int64_t i = from; i < to; ++i) sum[i] += part[i];
+    }
+  });
   return result;
 }
 
 at::Tensor zero_sums(at::IntArrayRef shape) { return at::zeros(shape, at::dtype(at::kDouble)); }
-
-// Null where the tensor is undefined.
-template <typename T>
-const T* read(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; }
-template <typename T>
-T* write(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; }
 
 Tensors channels_last(at::TensorList tensors) {
   Tensors result;
@@ -57,18 +55,16 @@ Tensors channels_last(at::TensorList tensors) {
   return result;
 }
 
+// x: in channels-last
 void check(at::TensorList x, at::TensorList depthwise, at::TensorList pointwise, at::IntArrayRef dilations) {
   const size_t U = depthwise.size();
   const bool as_many = U == pointwise.size() && U == dilations.size() && (x.size() == 1 || x.size() == U);
   TORCH_CHECK_VALUE(U > 0 && as_many, "separable convolutions: ", x.size(), " inputs, ", U, " depthwise and ",
                     pointwise.size(), " pointwise weights, ", dilations.size(),
                     " dilations; expected as many of each, or one input");
+  check_terms("separable convolutions", x);
   const int64_t C = x[0].size(1);
   const auto dtype = x[0].scalar_type();
-  for (const auto& t : x)
-    TORCH_CHECK_VALUE(t.dim() == 4 && t.sizes() == x[0].sizes() && t.scalar_type() == dtype,
-                      "separable convolutions: an input has shape ", t.sizes(), " and dtype ",
-                      t.scalar_type(), ", expected those of the first, ", x[0].sizes(), " and ", dtype);
   for (size_t u = 0; u < U; ++u) {
     const at::Tensor &d = depthwise[u], &p = pointwise[u];
     const int64_t k = d.size(-1);
@@ -83,50 +79,17 @@ void check(at::TensorList x, at::TensorList depthwise, at::TensorList pointwise,
   }
 }
 
-// x, tangent: one for each pair or one for all; tangent may be empty. affine: [U, 2 or 4, C] of b and s, then
-// b' and s'. forward, backward: which of z = P D a and its gradients a pass computes.
-template <typename T>
-Group<T> group_of(at::TensorList x, at::TensorList tangent,
-                  const std::optional<at::Tensor>& affine, at::TensorList depthwise, at::TensorList pointwise,
-                  int64_t stride, at::IntArrayRef dilations, bool forward, bool backward) {
-  const int64_t U = depthwise.size(), C = x[0].size(1);
-  at::Tensor coefficients;
-  if (affine) coefficients = affine->to(x[0].scalar_type()).contiguous();
-  auto coefficient = [&](int64_t which, int64_t u) -> const T* {
-    if (!coefficients.defined() || which >= coefficients.size(1)) return nullptr;
-    return read<T>(coefficients) + (u * coefficients.size(1) + which) * C;
-  };
-  Tensors kept;
-  auto dense = [&](const at::Tensor& t) { return read<T>(kept.emplace_back(t.contiguous())); };
-  std::vector<PairArgs<T>> pairs(U);
-  for (int64_t u = 0; u < U; ++u) {
-    PairArgs<T>& pair = pairs[u];
-    pair.x = read<T>(x[x.size() == 1 ? 0 : u]);
-    pair.tangent = tangent.empty() ? nullptr : read<T>(tangent[tangent.size() == 1 ? 0 : u]);
-    pair.shift = coefficient(0, u);
-    pair.scale = coefficient(1, u);
-    pair.shift_tangent = coefficient(2, u);
-    pair.scale_tangent = coefficient(3, u);
-    pair.depthwise = dense(depthwise[u]);
-    pair.pointwise = dense(pointwise[u]);
-    pair.kernel_size = depthwise[u].size(2);
-    pair.dilation = dilations[u];
-  }
-  return Group<T>({x[0].size(0), C, x[0].size(2), x[0].size(3), stride}, pairs, forward, backward);
-}
-
 // For each pair z = P D relu(s x + b), [N, C, out_h, out_w], channels-last; the sums of z and z z, [U, 2, C].
 std::tuple<Tensors, at::Tensor> separable_forward(
     at::TensorList x, const std::optional<at::Tensor>& affine, at::TensorList depthwise,
     at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations) {
-  check(x, depthwise, pointwise, dilations);
   const auto xs = channels_last(x);
+  check(xs, depthwise, pointwise, dilations);
   Tensors zs;
   at::Tensor z_sums;
   AT_DISPATCH_FLOATING_TYPES(x[0].scalar_type(), "separable_forward", [&] {
     using T = scalar_t;
-    const auto group =
-        group_of<T>(xs, {}, affine, depthwise, pointwise, stride, dilations, true, false);
+    const Group<T> group(xs, {}, affine, depthwise, pointwise, stride, dilations, true, false);
     const int64_t U = group.pairs.size();
     const auto options = x[0].options().memory_format(at::MemoryFormat::ChannelsLast);
     std::vector<T*> z;
@@ -140,31 +103,13 @@ std::tuple<Tensors, at::Tensor> separable_forward(
         group.N, [&] { return Forward<T>{group, z}; },
         [&](int64_t chunk, int64_t n, Forward<T>& pass) { pass.image(n, sums + chunk * U * 2 * group.C); });
   });
-  return {zs, sum_of_chunks(z_sums)};
+  return {zs, sum_of_chunks<double>(z_sums)};
 }
 
 // For the gradient by a weight [C, 1, k, k] or [C, C, 1, 1], whose numbers lie in one order in both layouts.
 // With the strides of the weight it need not be copied before an optimizer's step.
 at::Tensor empty_gradient(const at::Tensor& weight) {
   return at::empty(weight.sizes(), weight.options().memory_format(weight.suggest_memory_format()));
-}
-
-// The gradients by the weights of each pair, grad_depthwise and grad_pointwise, from the sums of each chunk.
-template <typename T>
-void finish_weights(const Group<T>& group, const at::Tensor& depthwise_sums, const at::Tensor& pointwise_sums,
-                    const Tensors& grad_depthwise, const Tensors& grad_pointwise) {
-  const int64_t C = group.C, chunks = pointwise_sums.size(0);
-  at::parallel_for(0, group.pairs.size(), 1, [&](int64_t from, int64_t to) {
-    for (int64_t u = from; u < to; ++u) {
-      const Pair<T>& pair = group.pairs[u];
-      const int64_t taps = pair.kernel_size * pair.kernel_size;
-      const T* depthwise = read<T>(depthwise_sums) + pair.first_tap * group.pattern;
-      const T* pointwise = read<T>(pointwise_sums) + u * C * group.width;
-      sum_depthwise(depthwise, chunks, depthwise_sums.stride(0), C, taps, group.pattern,
-                    write<T>(grad_depthwise[u]));
-      sum_pointwise(pointwise, chunks, pointwise_sums.stride(0), C, group.width, write<T>(grad_pointwise[u]));
-    }
-  });
 }
 
 // The gradients by x, affine and the weights, from those by z itself (grad_z), by the terms of a node that
@@ -181,10 +126,10 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
     at::TensorList z, const c10::List<std::optional<at::Tensor>>& grad_z, at::TensorList grad_terms,
     const at::Tensor& scale, const at::Tensor& of_z, bool need_grad_x, bool need_grad_weights,
     bool need_tangent_z) {
-  check(x, depthwise, pointwise, dilations);
   Tensors given;
   for (const std::optional<at::Tensor>& t : grad_z) given.push_back(t.value_or(at::Tensor()));
   const auto xs = channels_last(x), tangents = channels_last(tangent), zs = channels_last(z);
+  check(xs, depthwise, pointwise, dilations);
   const auto grad_zs = channels_last(given), grads = channels_last(grad_terms);
   const auto dtype = x[0].scalar_type();
   const auto scales = scale.to(dtype).contiguous(), by_sums = of_z.to(dtype).contiguous();
@@ -195,8 +140,7 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
   at::Tensor input_sums, tangent_sums;  // of each chunk
   AT_DISPATCH_FLOATING_TYPES(dtype, "separable_backward", [&] {
     using T = scalar_t;
-    const auto group =
-        group_of<T>(xs, tangents, affine, depthwise, pointwise, stride, dilations, need_tangent_z, true);
+    const Group<T> group(xs, tangents, affine, depthwise, pointwise, stride, dilations, need_tangent_z, true);
     at::Tensor depthwise_sums, pointwise_sums;  // of each chunk
     if (need_grad_x) {
       for (const auto& t : xs) grad_x.push_back(at::empty_like(t));
@@ -234,12 +178,21 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
                          of_chunk(write<double>(tangent_sums), tangent_sums, chunk)});
         });
     if (need_grad_weights) {
-      for (const auto& weight : depthwise) grad_depthwise.push_back(empty_gradient(weight));
-      for (const auto& weight : pointwise) grad_pointwise.push_back(empty_gradient(weight));
-      finish_weights(group, depthwise_sums, pointwise_sums, grad_depthwise, grad_pointwise);
+      depthwise_sums = sum_of_chunks<T>(depthwise_sums);
+      pointwise_sums = sum_of_chunks<T>(pointwise_sums);
+      for (int64_t u = 0; u < U; ++u) {
+        grad_depthwise.push_back(empty_gradient(depthwise[u]));
+        grad_pointwise.push_back(empty_gradient(pointwise[u]));
+        const Pair<T>& pair = group.pairs[u];
+        write_weights(group, pair, read<T>(depthwise_sums) + pair.first_tap * group.pattern,
+                      read<T>(pointwise_sums) + u * C * group.width, write<T>(grad_depthwise[u]),
+                      write<T>(grad_pointwise[u]));
+      }
     }
   });
-  auto finish = [](const at::Tensor& sums) { return sums.defined() ? sum_of_chunks(sums) : at::empty({0}); };
+  auto finish = [](const at::Tensor& sums) {
+    return sums.defined() ? sum_of_chunks<double>(sums) : at::empty({0});
+  };
   return {grad_x, finish(input_sums), grad_depthwise, grad_pointwise, tangent_z, finish(tangent_sums)};
 }
 

@@ -3,43 +3,27 @@
 //
 // A pair is one depthwise convolution D [C, 1, k, k] (k odd, padded to keep the size) and the pointwise
 // convolution P [C, C, 1, 1] behind it. A group is U pairs of one stride; their inputs have one shape and
-// often are one tensor. Every tensor is channels-last. The letters are those of separable_kernels.h.
+// often are one tensor. x and tangent are channels-last. The letters are those of separable_kernels.h.
+#include "checks.h"
 #include "separable_rows.h"
 
 namespace ldarts {
-
-struct Shape {
-  int64_t N, C, H, W, stride;
-};
-
-// A pair as it is given.
-template <typename T>
-struct PairArgs {
-  const T *x, *tangent;                    // [N, H, W, C]; tangent: x', null where a is not replaced
-  const T *scale, *shift;                  // [C], s and b; null: 1 and 0
-  const T *scale_tangent, *shift_tangent;  // [C], s' and b'; null: 0
-  const T* depthwise;                      // [C, k, k]
-  const T* pointwise;                      // [C of z, C of y]
-  int64_t kernel_size, dilation;
-};
 
 // What the depthwise convolution of a pair reads: a = relu(s x + b), or with a tangent
 // a' = [s x + b > 0] (s x' + s' x + b').
 template <typename T>
 struct Input {
-  const T *x, *tangent;
+  const T *x, *tangent;  // [N, H, W, C]; tangent: x', null where a is not replaced
   Buffer<T> scale, shift, scale_tangent, shift_tangent;  // patterns
 
-  Input(const PairArgs<T>& args, int64_t pattern, int64_t C) : x(args.x), tangent(args.tangent) {
-    auto make = [&](const T* given, T absent) {
-      Buffer<T> result(pattern, absent);
-      if (given) fill_pattern(result.data(), pattern, given, 1, C);
-      return result;
-    };
-    scale = make(args.scale, 1);
-    shift = make(args.shift, 0);
-    scale_tangent = make(args.scale_tangent, 0);
-    shift_tangent = make(args.shift_tangent, 0);
+  // affine: b, s, b' and s', [2 or 4, C]; null or too few: 0, 1, 0 and 0
+  Input(const T* x, const T* tangent, const T* affine, int64_t rows, int64_t C, int64_t pattern)
+      : x(x), tangent(tangent) {
+    Buffer<T>* const coefficients[] = {&shift, &scale, &shift_tangent, &scale_tangent};
+    for (int64_t row = 0; row < 4; ++row) {
+      coefficients[row]->assign(pattern, T(row == 1));
+      if (affine && row < rows) fill_pattern(coefficients[row]->data(), pattern, affine + row * C, 1, C);
+    }
   }
 
   Vec<T> before_relu(const Vec<T>& xs, int64_t place) const {
@@ -74,27 +58,40 @@ template <typename T>
 struct Group {
   int64_t N, C, in_h, in_w, stride, out_h, out_w;
   int64_t row;                // elements of a row of z
-  int64_t period, pattern;    // of the channels along a row, in vectors and in elements
+  int64_t pattern, period;    // of the channels along a row, in elements and in vectors
   int64_t width;              // of a matrix of C columns: whole vectors
   int64_t halo = 0;           // zeros around an image, in pixels
   int64_t taps = 0;           // of all pairs
   int64_t pitch, grad_pitch;  // from row to row of a padded input, by its parity, and of a padded dy
   std::vector<Pair<T>> pairs;
 
-  Group(const Shape& shape, const std::vector<PairArgs<T>>& args, bool forward, bool backward)
-      : N(shape.N), C(shape.C), in_h(shape.H), in_w(shape.W), stride(shape.stride),
+  // x, tangent: one for each pair or one for all; tangent may be empty. affine: [U, 2 or 4, C] of b and s, then
+  // b' and s'. forward, backward: which of z = P D a and its gradients a pass computes.
+  Group(at::TensorList x, at::TensorList tangent, const std::optional<at::Tensor>& affine,
+        at::TensorList depthwise, at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations,
+        bool forward, bool backward)
+      : N(x[0].size(0)), C(x[0].size(1)), in_h(x[0].size(2)), in_w(x[0].size(3)), stride(stride),
         out_h((in_h - 1) / stride + 1), out_w((in_w - 1) / stride + 1), row(out_w * C),
-        period(pattern_period<T>(C)), pattern(period * kV<T>), width(round_up(C, kV<T>)) {
-    for (const auto& given : args) {
-      const int64_t k = given.kernel_size, padding = k / 2 * given.dilation;
+        pattern(std::lcm(C, kV<T>)), period(pattern / kV<T>), width(round_up(C, kV<T>)) {
+    at::Tensor coefficients;
+    if (affine) coefficients = affine->to(x[0].scalar_type()).contiguous();
+    const int64_t rows = affine ? coefficients.size(1) : 0;
+    auto of_pair = [](at::TensorList tensors, int64_t u) {
+      return tensors.empty() ? nullptr : read<T>(tensors[tensors.size() == 1 ? 0 : u]);
+    };
+    const int64_t U = depthwise.size();
+    for (int64_t u = 0; u < U; ++u) {
+      const int64_t k = depthwise[u].size(2), padding = k / 2 * dilations[u];
       halo = std::max(halo, round_up(padding, 2));  // even, so that the columns of one parity stay together
-      pairs.push_back({Input<T>(given, pattern, C), k, given.dilation, padding, taps});
+      const T* affine_of_pair = affine ? read<T>(coefficients) + u * rows * C : nullptr;
+      const Input<T> input(of_pair(x, u), of_pair(tangent, u), affine_of_pair, rows, C, pattern);
+      pairs.push_back({input, k, dilations[u], padding, taps});
       taps += k * k;
     }
     pitch = (in_w + 2 * halo + stride - 1) / stride * C;
     grad_pitch = (out_w + 2 * halo) * C + kV<T>;  // zeros for the vector that reaches past a row
-    for (size_t u = 0; u < pairs.size(); ++u) {
-      copy_weights(pairs[u], args[u], forward, backward);
+    for (int64_t u = 0; u < U; ++u) {
+      copy_weights(pairs[u], depthwise[u].contiguous(), pointwise[u].contiguous(), forward, backward);
       list_taps(pairs[u]);
     }
   }
@@ -146,17 +143,20 @@ struct Group {
   }
 
  private:
-  void copy_weights(Pair<T>& pair, const PairArgs<T>& given, bool forward, bool backward) const {
+  void copy_weights(Pair<T>& pair, const at::Tensor& depthwise, const at::Tensor& pointwise, bool forward,
+                    bool backward) const {
     const int64_t taps_of_pair = pair.kernel_size * pair.kernel_size;
     pair.depthwise.resize(taps_of_pair * pattern);
     for (int64_t t = 0; t < taps_of_pair; ++t)
-      fill_pattern(pair.depthwise.data() + t * pattern, pattern, given.depthwise + t, taps_of_pair, C);
+      fill_pattern(pair.depthwise.data() + t * pattern, pattern, read<T>(depthwise) + t, taps_of_pair, C);
     pair.pointwise.resize(forward ? C * width : 0);
     pair.transposed.resize(backward ? C * width : 0);
-    for (int64_t out = 0; out < C && forward; ++out)
-      for (int64_t in = 0; in < C; ++in) pair.pointwise[in * width + out] = given.pointwise[out * C + in];
-    for (int64_t out = 0; out < C && backward; ++out)
-      for (int64_t in = 0; in < C; ++in) pair.transposed[out * width + in] = given.pointwise[out * C + in];
+    for (int64_t out = 0; out < C; ++out)
+      for (int64_t in = 0; in < C; ++in) {
+        const T weight = read<T>(pointwise)[out * C + in];
+        if (forward) pair.pointwise[in * width + out] = weight;
+        if (backward) pair.transposed[out * width + in] = weight;
+      }
   }
 
   void list_taps(Pair<T>& pair) const {

@@ -176,7 +176,7 @@ struct Backward {
     const bool with_sums = sums.input_sums != nullptr;
     for (int64_t h = 0; h < group.in_h; ++h) input_row(pair, grads, n, h, with_sums);
     for (int64_t k = 0; k < 3 && with_sums; ++k)
-      add_pattern(sums.input_sums + k * C, input_sums.data() + k * pattern, pattern, C);
+      add_pattern(sums.input_sums + k * C, 1, input_sums.data() + k * pattern, pattern, C);
   }
 
   // dz and dy of some rows of the output, and their share of the gradients by the weights and of z'.
@@ -247,33 +247,17 @@ struct Backward {
   }
 };
 
-// grad_pointwise of a pair [C, C]: the sum over the chunks of partial [C, width], `step` apart.
+// The gradients by the weights of a pair, [C, taps] and [C, C], from the sums of all images, [taps, pattern]
+// and [C, width].
 template <typename T>
-void sum_pointwise(const T* partial, int64_t chunks, int64_t step, int64_t C, int64_t width,
-                   T* grad_pointwise) {
-  std::fill_n(grad_pointwise, C * C, T(0));
+void write_weights(const Group<T>& group, const Pair<T>& pair, const T* depthwise_sums,
+                   const T* pointwise_sums, T* grad_depthwise, T* grad_pointwise) {
+  const int64_t C = group.C, taps = pair.kernel_size * pair.kernel_size;
+  std::fill_n(grad_depthwise, C * taps, T(0));
+  for (int64_t t = 0; t < taps; ++t)
+    add_pattern(grad_depthwise + t, taps, depthwise_sums + t * group.pattern, group.pattern, C);
   for (int64_t row = 0; row < C; ++row)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t c = 0; c < C; ++c)
-        grad_pointwise[row * C + c] += partial[chunk * step + row * width + c];
-}
-
-// grad_depthwise of a pair [C, taps]: the sum over the chunks and the elements of a channel of partial
-// [taps, pattern], `step` apart.
-template <typename T>
-void sum_depthwise(const T* partial, int64_t chunks, int64_t step, int64_t C, int64_t taps, int64_t pattern,
-                   T* grad_depthwise) {
-  Buffer<T> sum(pattern);
-  for (int64_t t = 0; t < taps; ++t) {
-    std::fill(sum.begin(), sum.end(), T(0));
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t i = 0; i < pattern; ++i) sum[i] += partial[chunk * step + t * pattern + i];
-    for (int64_t c = 0; c < C; ++c) {
-      T total = 0;
-      for (int64_t i = c; i < pattern; i += C) total += sum[i];
-      grad_depthwise[c * taps + t] = total;
-    }
-  }
+    std::copy_n(pointwise_sums + row * group.width, C, grad_pointwise + row * C);
 }
 
 }  // namespace ldarts

@@ -20,8 +20,6 @@
 namespace ldarts {
 namespace {
 
-using Tensors = std::vector<at::Tensor>;
-
 // A block of the accumulator stays in the L1 cache while the terms stream past it.
 constexpr int64_t kBlock = 2048;
 // Terms read side by side: enough to hide the accumulator's traffic, few enough for the hardware prefetchers.

@@ -21,8 +21,6 @@
 namespace ldarts {
 namespace {
 
-using Tensors = std::vector<at::Tensor>;
-
 template <typename T> struct OnDevice { using type = T; };
 template <> struct OnDevice<at::BFloat16> { using type = __nv_bfloat16; };
 template <> struct OnDevice<at::Half> { using type = __half; };

@@ -51,21 +51,19 @@ void unrolled(int64_t count, const Run& run) {
   for (int64_t m = head; m < count; m += G) run(m, Constant<G>{});
 }
 
-// Along a channels-last row the channels repeat every C elements, and vectors of them every `period`. A
-// pattern holds a value of each channel for each element of these vectors, [period * kV].
-template <typename T>
-int64_t pattern_period(int64_t C) { return std::lcm(C, kV<T>) / kV<T>; }
-
+// Along a channels-last row the channels repeat every C elements, and vectors of them every lcm(C, kV). A
+// pattern holds a value of each channel for each element of these vectors.
+//
 // pattern[i] = from[channel of i * step]
 template <typename T, typename From>
 void fill_pattern(T* pattern, int64_t size, const From* from, int64_t step, int64_t C) {
   for (int64_t i = 0, c = 0; i < size; ++i, c = c + 1 < C ? c + 1 : 0) pattern[i] = from[c * step];
 }
 
-// sums[c] += the elements of channel c in the pattern.
-template <typename T>
-void add_pattern(double* sums, const T* pattern, int64_t size, int64_t C) {
-  for (int64_t i = 0; i < size; ++i) sums[i % C] += pattern[i];
+// sums[c * step] += the elements of channel c in the pattern
+template <typename Sum, typename T>
+void add_pattern(Sum* sums, int64_t step, const T* pattern, int64_t size, int64_t C) {
+  for (int64_t i = 0; i < size; ++i) sums[i % C * step] += pattern[i];
 }
 
 // To the sums of x and of x y are added those of x (y - shift) and x, or, where x is y, those of `count` x -
