@@ -41,12 +41,10 @@ at::MemoryFormat check_terms(const char* who, at::TensorList terms) {
     check_equal(t.scalar_type() == first.scalar_type(), who, m, "dtype", name(first.scalar_type()),
                 name(t.scalar_type()));
     check_equal(t.device() == first.device(), who, m, "device", first.device(), t.device());
-    const bool is_contiguous = contiguous && t.is_contiguous();
-    const bool is_channels_last = channels_last && t.is_contiguous(at::MemoryFormat::ChannelsLast);
-    TORCH_CHECK_VALUE(is_contiguous || is_channels_last, who, ": term ", m, " has memory format ", layout(t),
+    contiguous = contiguous && t.is_contiguous();
+    channels_last = channels_last && t.is_contiguous(at::MemoryFormat::ChannelsLast);
+    TORCH_CHECK_VALUE(contiguous || channels_last, who, ": term ", m, " has memory format ", layout(t),
                       ", expected ", m == 0 ? "contiguous or channels-last" : layout(first));
-    contiguous = is_contiguous;
-    channels_last = is_channels_last;
   }
   return contiguous ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
 }

@@ -36,18 +36,15 @@ struct Cpu {
 
 TORCH_LIBRARY_FRAGMENT(ldarts, m) {
   m.def("norm_statistics(Tensor z_sums, int[] has_norm, Tensor p, Tensor? beta, int[] z_of_term, int count, "
-        "float eps) -> (Tensor rstd_mean, Tensor moments, Tensor coefficients)");
+        "float eps) -> (Tensor rstd_mean, Tensor moments, Tensor coefficients)",
+        torch::dispatch(at::kCPU, norm_statistics<Cpu>));
   m.def("norm_gradients(Tensor rstd_mean, Tensor p, Tensor? grad_rstd_mean, Tensor grad_sums, "
-        "int[] z_of_term, int[] has_norm, int count) -> (Tensor scale, Tensor of_z, Tensor by_p)");
+        "int[] z_of_term, int[] has_norm, int count) -> (Tensor scale, Tensor of_z, Tensor by_p)",
+        torch::dispatch(at::kCPU, norm_gradients<Cpu>));
   m.def("norm_derivatives(Tensor rstd_mean, Tensor p, Tensor? grad_rstd_mean, Tensor grad_sums, "
         "Tensor? grad_scale, Tensor? grad_of_z, Tensor? grad_p, int[] z_of_term, int[] has_norm, int count) "
-        "-> (Tensor by_rstd_mean, Tensor by_p, Tensor by_grad_rstd_mean, Tensor by_grad_sums)");
-}
-
-TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
-  m.impl("norm_statistics", norm_statistics<Cpu>);
-  m.impl("norm_gradients", norm_gradients<Cpu>);
-  m.impl("norm_derivatives", norm_derivatives<Cpu>);
+        "-> (Tensor by_rstd_mean, Tensor by_p, Tensor by_grad_rstd_mean, Tensor by_grad_sums)",
+        torch::dispatch(at::kCPU, norm_derivatives<Cpu>));
 }
 
 }  // namespace ldarts

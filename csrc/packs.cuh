@@ -87,7 +87,6 @@ __device__ inline void store(T* to, const Acc<T> (&values)[L]) {
 __device__ inline int64_t thread_number() {
   return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
 }
-__device__ inline int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * kThreads; }
 
 template <typename A>
 __device__ inline A warp_sum(A value) {  // the same in every lane

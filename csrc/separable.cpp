@@ -200,17 +200,14 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
 
 TORCH_LIBRARY_FRAGMENT(ldarts, m) {
   m.def("separable_forward(Tensor[] x, Tensor? affine, Tensor[] depthwise, Tensor[] pointwise, "
-        "int stride, int[] dilations) -> (Tensor[] z, Tensor z_sums)");
+        "int stride, int[] dilations) -> (Tensor[] z, Tensor z_sums)",
+        torch::dispatch(at::kCPU, separable_forward));
   m.def("separable_backward(Tensor[] x, Tensor[] tangent, Tensor? affine, Tensor[] depthwise, "
         "Tensor[] pointwise, int stride, int[] dilations, Tensor[] z, Tensor?[] grad_z, Tensor[] grad_terms, "
         "Tensor scale, Tensor of_z, bool need_grad_x, bool need_grad_weights, bool need_tangent_z) -> "
         "(Tensor[] grad_x, Tensor input_sums, Tensor[] grad_depthwise, Tensor[] grad_pointwise, "
-        "Tensor[] tangent_z, Tensor tangent_sums)");
-}
-
-TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
-  m.impl("separable_forward", separable_forward);
-  m.impl("separable_backward", separable_backward);
+        "Tensor[] tangent_z, Tensor tangent_sums)",
+        torch::dispatch(at::kCPU, separable_backward));
 }
 
 }  // namespace ldarts

@@ -217,16 +217,11 @@ at::Tensor mixed_sum(const at::Tensor& weights, at::TensorList terms) {
 
 TORCH_LIBRARY(ldarts, m) {
   m.def("affine_sums(Tensor[] z, Tensor[] scales, Tensor[] shifts, int[] z_of_entry, int[] scale_of_entry, "
-        "int[] shift_of_entry, int[] entries) -> Tensor[]");
-  m.def("channel_sums(Tensor[] x, Tensor[] y) -> Tensor");
-  m.def("mixed_sum(Tensor weights, Tensor[] terms) -> Tensor");
+        "int[] shift_of_entry, int[] entries) -> Tensor[]",
+        torch::dispatch(at::kCPU, affine_sums));
+  m.def("channel_sums(Tensor[] x, Tensor[] y) -> Tensor",
+        torch::dispatch(at::kCPU, channel_sums));
+  m.def("mixed_sum(Tensor weights, Tensor[] terms) -> Tensor", mixed_sum);  // for every device
 }
-
-TORCH_LIBRARY_IMPL(ldarts, CPU, m) {
-  m.impl("affine_sums", affine_sums);
-  m.impl("channel_sums", channel_sums);
-}
-
-TORCH_LIBRARY_IMPL(ldarts, CompositeImplicitAutograd, m) { m.impl("mixed_sum", mixed_sum); }
 
 }  // namespace ldarts

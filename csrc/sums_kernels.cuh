@@ -297,19 +297,14 @@ void SumKernels<T, Launch>::affine_sums(const std::vector<AffineSum<T>>& sums, i
     used = a.sums = 0;
   };
   for (const auto& sum : sums)
-    for (size_t first = 0; first < sum.entries.size();) {
-      if (used == kMaxEntries || a.sums == kMaxSums) flush();
-      const size_t number = std::min<size_t>(sum.entries.size() - first, kMaxEntries - used);
-      if (a.sums == 0) a.goes_on = first > 0;
-      for (size_t m = first; m < first + number; ++m, ++used) {
-        a.term[used] = sum.entries[m].term;
-        a.scale[used] = sum.entries[m].scale;
-        a.shift[used] = sum.entries[m].shift;
-      }
-      a.out[a.sums] = sum.out;
-      a.end[a.sums++] = static_cast<uint8_t>(used);
-      first += number;
-      if (first < sum.entries.size()) flush();
+    for (size_t m = 0; m < sum.entries.size(); ++m) {
+      if (used == kMaxEntries || (m == 0 && a.sums == kMaxSums)) flush();
+      if (a.sums == 0) a.goes_on = m > 0;
+      if (a.sums == 0 || m == 0) a.out[a.sums++] = sum.out;
+      a.term[used] = sum.entries[m].term;
+      a.scale[used] = sum.entries[m].scale;
+      a.shift[used] = sum.entries[m].shift;
+      a.end[a.sums - 1] = static_cast<uint8_t>(++used);
     }
   flush();
 }

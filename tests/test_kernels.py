@@ -52,10 +52,10 @@ MUTATIONS = {
         ("affine_sums", "float32", "term[k][v][l] + shift[k][l]", "term[k][v][l]"),
     "affine sums: scale of the first channels":
         ("affine_sums", "float32", "load<L>(from + c)", "load<L>(from)"),
-    "affine sums: begins anew": ("affine_sums", "float32", "a.goes_on = first > 0", "a.goes_on = false"),
+    "affine sums: begins anew": ("affine_sums", "float32", "a.goes_on = m > 0", "a.goes_on = false"),
     "affine sums: every sum goes on": ("affine_sums", "float32", "a.goes_on && s == 0", "a.goes_on"),
     "affine sums: begins at the first entry": ("affine_sums", "float32", "s ? a.end[s - 1] : 0", "0"),
-    "affine sums: one sum too many": ("affine_sums", "float32", "|| a.sums == kMaxSums", ""),
+    "affine sums: one sum too many": ("affine_sums", "float32", "|| (m == 0 && a.sums == kMaxSums)", ""),
     "affine sums: writes behind the end":
         ("affine_sums", "float32", "      if (inside[v]) store<T, L>", "      store<T, L>"),
     "affine sums: grid not strided":
