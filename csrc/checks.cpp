@@ -61,7 +61,7 @@ void check_weights(const at::Tensor& weights, int64_t count, const at::Tensor& l
 }
 
 // How many rows of `numbers` there are; the first tensor with a row says how many numbers a row has.
-static int64_t count_rows(const char* what, at::TensorList tensors, int64_t& numbers) {
+static int64_t count_rows(const char* what, at::TensorList tensors, at::TensorList terms, int64_t& numbers) {
   int64_t rows = 0;
   for (const auto& t : tensors) {
     const int64_t width = t.dim() == 2 ? t.size(1) : 1;
@@ -70,6 +70,8 @@ static int64_t count_rows(const char* what, at::TensorList tensors, int64_t& num
     if (numbers == 0) numbers = width;
     TORCH_CHECK_VALUE(width == numbers, "affine_sums: ", what, " have ", width, " numbers a row, expected ",
                       numbers);
+    TORCH_CHECK_VALUE(terms.empty() || t.device() == terms[0].device(), "affine_sums: ", what,
+                      " have device ", t.device(), ", expected ", terms[0].device());
     rows += t.size(0);
   }
   return rows;
@@ -79,7 +81,8 @@ Entries::Entries(at::TensorList terms, at::TensorList scales, at::TensorList shi
                  at::IntArrayRef z_of_entry, at::IntArrayRef scale_of_entry, at::IntArrayRef shift_of_entry,
                  at::IntArrayRef entries) {
   int64_t width = 0, count = 0;
-  const int64_t rows = count_rows("scales", scales, width), shift_rows = count_rows("shifts", shifts, width);
+  const int64_t rows = count_rows("scales", scales, terms, width);
+  const int64_t shift_rows = count_rows("shifts", shifts, terms, width);
   for (const int64_t of_sum : entries) {
     TORCH_CHECK_VALUE(of_sum > 0, "affine_sums: a sum has no entry");
     count += of_sum;
@@ -97,10 +100,6 @@ Entries::Entries(at::TensorList terms, at::TensorList scales, at::TensorList shi
                       shift_rows);
   numbers = std::max<int64_t>(1, width);
   const at::Tensor& first = terms[0];
-  for (const auto& rows_of : {scales, shifts})
-    for (const at::Tensor& t : rows_of)
-      TORCH_CHECK_VALUE(t.device() == first.device(), "affine_sums: scales or shifts have device ",
-                        t.device(), ", expected ", first.device());
   if (numbers > 1 && first.dim() == 4 && numbers == first.size(0) * first.size(1)) images = first.size(0);
   for (const auto& t : terms) {
     TORCH_CHECK_VALUE(numbers == 1 || (t.dim() == 4 && t.size(1) * images == numbers),

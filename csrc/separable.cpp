@@ -68,14 +68,12 @@ void check(at::TensorList x, at::TensorList depthwise, at::TensorList pointwise,
   for (size_t u = 0; u < U; ++u) {
     const at::Tensor &d = depthwise[u], &p = pointwise[u];
     const int64_t k = d.size(-1);
-    TORCH_CHECK_VALUE(d.sizes() == at::IntArrayRef({C, 1, k, k}) && k % 2 == 1,
-                      "separable convolutions: depthwise weight ", u, " has shape ", d.sizes(),
-                      ", expected [", C, ", 1, k, k] with an odd k");
-    TORCH_CHECK_VALUE(p.sizes() == at::IntArrayRef({C, C, 1, 1}), "separable convolutions: pointwise weight ",
-                      u, " has shape ", p.sizes(), ", expected [", C, ", ", C, ", 1, 1]");
-    TORCH_CHECK_VALUE(d.scalar_type() == dtype && p.scalar_type() == dtype,
-                      "separable convolutions: the weights ", u, " have another dtype than the inputs, ",
-                      dtype);
+    TORCH_CHECK_VALUE(d.sizes() == at::IntArrayRef({C, 1, k, k}) && k % 2 == 1 && d.scalar_type() == dtype,
+                      "separable convolutions: depthwise weight ", u, " has shape ", d.sizes(), " and dtype ",
+                      d.scalar_type(), ", expected [", C, ", 1, k, k] with an odd k and ", dtype);
+    TORCH_CHECK_VALUE(p.sizes() == at::IntArrayRef({C, C, 1, 1}) && p.scalar_type() == dtype,
+                      "separable convolutions: pointwise weight ", u, " has shape ", p.sizes(), " and dtype ",
+                      p.scalar_type(), ", expected [", C, ", ", C, ", 1, 1] and ", dtype);
   }
 }
 
