@@ -65,8 +65,8 @@ struct Group {
   int64_t pitch, grad_pitch;  // from row to row of a padded input, by its parity, and of a padded dy
   std::vector<Pair<T>> pairs;
 
-  // x, tangent: one for each pair or one for all; tangent may be empty. affine: [U, 2 or 4, C] of b and s, then
-  // b' and s'. forward, backward: which of z = P D a and its gradients a pass computes.
+  // x, tangent: one for each pair or one for all; tangent may be empty. affine: [U, 2 or 4, C] of b and s,
+  // then b' and s'. forward, backward: which of z = P D a and its gradients a pass computes.
   Group(at::TensorList x, at::TensorList tangent, const std::optional<at::Tensor>& affine,
         at::TensorList depthwise, at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations,
         bool forward, bool backward)
