@@ -78,29 +78,27 @@ def mixed_sum_ref(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
 
 def check_terms(weights: Tensor, terms: Sequence[Tensor]) -> None:
     """The checks of csrc/checks.cpp, for the reference."""
-    if len(terms) == 0 or weights.shape != (len(terms),):
-        raise ValueError(f"mixed_sum: weights have shape {list(weights.shape)}, expected [{len(terms)}], one "
-                         "for each term, and at least one term")
-    for name, t in (("weights have", weights), ("term 0 has", terms[0])):
-        if t.dtype not in DTYPES:
-            raise ValueError(f"mixed_sum: {name} dtype {t.dtype}, "
-                             "expected float32, float64, bfloat16 or float16")
-        if t.device != terms[0].device:
-            raise ValueError(f"mixed_sum: {name} device {t.device}, expected {terms[0].device}")
-    if weights.dtype.itemsize < terms[0].dtype.itemsize:
-        raise ValueError(f"mixed_sum: weights have dtype {weights.dtype}, expected {terms[0].dtype} or wider")
+    def expect(holds: bool, what: str, found: Any, expected: Any) -> None:
+        if not holds:
+            raise ValueError(f"mixed_sum: {what} {found}, expected {expected}")
+
+    count = f"[{len(terms)}], one for each term, and at least one term"
+    expect(terms and weights.shape == (len(terms),), "weights have shape", list(weights.shape), count)
+    first = terms[0]
+    for what, t in (("weights have", weights), ("term 0 has", first)):
+        expect(t.dtype in DTYPES, f"{what} dtype", t.dtype, "float32, float64, bfloat16 or float16")
+        expect(t.device == first.device, f"{what} device", t.device, first.device)
+    expect(weights.dtype.itemsize >= first.dtype.itemsize, "weights have dtype", weights.dtype,
+           f"{first.dtype} or wider")
     formats = [torch.contiguous_format, torch.channels_last]
     for m, term in enumerate(terms):
         for name in ("shape", "dtype", "device"):
-            if getattr(term, name) != getattr(terms[0], name):
-                raise ValueError(f"mixed_sum: term {m} has {name} {getattr(term, name)}, "
-                                 f"expected {getattr(terms[0], name)}")
+            expect(getattr(term, name) == getattr(first, name), f"term {m} has {name}", getattr(term, name),
+                   getattr(first, name))
         # Under torch.func a tensor may have no memory format to ask for.
         formats = [f for f in formats if transformed() or term.is_contiguous(memory_format=f)]
-        if not formats:
-            expected = "contiguous or channels-last" if m == 0 else f"that of term 0, {terms[0].stride()}"
-            raise ValueError(f"mixed_sum: term {m} has memory format of strides {term.stride()}, "
-                             f"expected {expected}")
+        expect(formats, f"term {m} has memory format of strides", term.stride(),
+               "contiguous or channels-last" if m == 0 else f"that of term 0, {first.stride()}")
 
 
 def affine_sums(z: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
@@ -135,11 +133,10 @@ def call(operator: Callable, *arguments: Any) -> Any:
         return operator(*arguments)
 
 
-def flat(t: Tensor, dense: torch.memory_format) -> Tensor:
-    """The elements of a dense tensor as [images, channels, pixels, 1] in channels-last, whatever its shape:
-    for sums over all of them."""
-    t = t.contiguous(memory_format=dense)
-    t = t.permute(0, 2, 3, 1) if dense is torch.channels_last else t
+def flat(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """The elements of a tensor of this layout as [images, channels, pixels, 1] in channels-last, whatever its
+    shape: for sums over all of them."""
+    t = t.permute(0, 2, 3, 1) if layout is torch.channels_last else t
     channels = math.gcd(t.numel(), 16)
     images = math.gcd(t.numel() // channels, 8)
     return t.reshape(images, -1, 1, channels).permute(0, 3, 1, 2)
@@ -152,7 +149,7 @@ def dense_format(tensors: Sequence[Tensor]) -> torch.memory_format:
 
 def keep_affine(ctx, inputs, output) -> None:
     z, scales, shifts, *ctx.numbers = inputs
-    ctx.lengths, ctx.dense = [len(z), len(scales), len(shifts)], dense_format(z)
+    ctx.lengths, ctx.layout = [len(z), len(scales), len(shifts)], dense_format(output)
     ctx.save_for_backward(*z, *scales, *shifts)
 
 
@@ -162,9 +159,7 @@ def affine_backward(ctx, grads: list[Tensor]) -> tuple[list[Tensor | None] | Non
     needs_z, needs_scales, needs_shifts = ctx.needs_input_grad[:3]
     z_of_entry, scale_of_entry, shift_of_entry, counts = ctx.numbers
     sum_of_entry = [j for j, count in enumerate(counts) for _ in range(count)]
-    one_number = all(t.shape[1:].numel() == 1 for t in (*scales, *shifts))
-    layout = ctx.dense if one_number else torch.channels_last
-    grads = [grad.contiguous(memory_format=layout) for grad in grads]
+    grads = [grad.contiguous(memory_format=ctx.layout) for grad in grads]
 
     of_z = [[] for _ in z]  # Σ s G
     for j, k, row in zip(sum_of_entry, z_of_entry, scale_of_entry):
@@ -175,8 +170,9 @@ def affine_backward(ctx, grads: list[Tensor]) -> tuple[list[Tensor | None] | Non
     by_scales, by_shifts = [None] * len(scales), [None] * len(shifts)
     if any(needs_scales) or any(needs_shifts):
         x, y = [grads[j] for j in sum_of_entry], [z[k] for k in z_of_entry]
+        one_number = all(t.shape[1:].numel() == 1 for t in (*scales, *shifts))
         if one_number:
-            x, y = [flat(t, layout) for t in x], [flat(t, layout) for t in y]
+            x, y = [flat(t, ctx.layout) for t in x], [flat(t, ctx.layout) for t in y]
         sums = channel_sums(x, y).sum(-1, keepdim=True) if one_number else channel_sums(x, y)
         if any(needs_scales):
             by_scales = by_rows(sums[:, 1], scale_of_entry, scales)
@@ -198,25 +194,20 @@ def by_rows(by_entry: Tensor, row_of_entry: Sequence[int], tensors: Sequence[Ten
 
 def keep_pairs(ctx, inputs, output) -> None:
     x, y = inputs
-    first = {}  # of each tensor its first place among all x and all y
-    ctx.place = [first.setdefault(id(t), i) for i, t in enumerate((*x, *y))]
     ctx.save_for_backward(*x, *y)
 
 
 def channel_backward(ctx, grad: Tensor) -> tuple[list[Tensor | None], ...]:
     """By each x and each y, of A and B, the gradients by Σ x and Σ x y: A + B y and B x."""
-    tensors, pairs = ctx.saved_tensors, len(ctx.saved_tensors) // 2
-    needs = [needed for of_list in ctx.needs_input_grad for needed in of_list]
-    of_tensor = [[] for _ in tensors]
-    for p in range(pairs):
-        a, b = 2 * p, 2 * p + 1  # rows of A and B
-        for place, entry in ((ctx.place[p], (pairs + p, b, a)), (ctx.place[pairs + p], (p, b, -1))):
-            if needs[place]:
-                of_tensor[place].append(entry)
+    pairs = len(grad)
+    needs_x, needs_y = ctx.needs_input_grad
+    # Of pair p the rows 2 p and 2 p + 1 are A and B.
+    of_x = [[(pairs + p, 2 * p + 1, 2 * p)] if needed else [] for p, needed in enumerate(needs_x)]
+    of_y = [[(p, 2 * p + 1, -1)] if needed else [] for p, needed in enumerate(needs_y)]
     rows = [grad.flatten(0, 1)]
-    return tuple(split(affine_sums(tensors, rows, rows, of_tensor), [pairs, pairs]))
+    return tuple(split(affine_sums(ctx.saved_tensors, rows, rows, of_x + of_y), [pairs, pairs]))
 
 
 def split(items: Sequence, lengths: Sequence[int]) -> list[Sequence]:
-    ends = list(itertools.accumulate(lengths))
-    return [items[end - length : end] for end, length in zip(ends, lengths)]
+    remaining = iter(items)
+    return [[*itertools.islice(remaining, length)] for length in lengths]
