@@ -111,14 +111,13 @@ at::Tensor empty_gradient(const at::Tensor& weight) {
 }
 
 // The gradients by x, affine and the weights, from those by z itself (grad_z), by the terms of a node that
-// are made of the last pairs (grad_terms, their scale [terms, C]), and by z_sums. With a tangent, or with a
-// weight replaced by its tangent: the derivatives of these gradients.
+// are made of the last pairs (grad_terms; scale [U, C]), and by z_sums. With a tangent, or with a weight
+// replaced by its tangent: the derivatives of these gradients.
 //
-// -> grad_x, as many as x, if need_grad_x; input_sums [U, 3, C] of h, h x and h x', of which the first two
-// are the gradient by affine, if there is one (else empty); grad_depthwise and grad_pointwise, if
-// need_grad_weights; if need_tangent_z, which needs them: tangent_z = P D a and tangent_sums [U, 3, C] of z',
-// z' z and z' G.
-std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable_backward(
+// -> lists, empty where not asked for: if need_grad_x, grad_x, as many as x, and, if there is an affine,
+// grad_affine, one [U, 2, C]; if need_grad_weights, grad_depthwise and grad_pointwise; if need_tangent_z,
+// which needs them, tangent_z = P D a and tangent_sums, one [U, 3, C] of z', z' z and z' G.
+std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> separable_backward(
     at::TensorList x, at::TensorList tangent, const std::optional<at::Tensor>& affine,
     at::TensorList depthwise, at::TensorList pointwise, int64_t stride, at::IntArrayRef dilations,
     at::TensorList z, const c10::List<std::optional<at::Tensor>>& grad_z, at::TensorList grad_terms,
@@ -142,7 +141,7 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
     at::Tensor depthwise_sums, pointwise_sums;  // of each chunk
     if (need_grad_x) {
       for (const auto& t : xs) grad_x.push_back(at::empty_like(t));
-      if (affine) input_sums = zero_sums({chunks, U, 3, C});
+      if (affine) input_sums = zero_sums({chunks, U, 2, C});
     }
     if (need_grad_weights) {
       pointwise_sums = at::zeros({chunks, U, C, group.width}, x[0].options());
@@ -154,11 +153,11 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
     }
     std::vector<PairGrads<T>> of_pair(U);
     for (int64_t u = 0; u < U; ++u) {
-      const bool is_term = u >= first_term, shared = grad_x.size() == 1;
+      const bool shared = grad_x.size() == 1;
       of_pair[u].z = read<T>(zs[u]);
       of_pair[u].grad_z = read<T>(grad_zs[u]);
-      of_pair[u].grad_term = is_term ? read<T>(grads[u - first_term]) : nullptr;
-      of_pair[u].scale = is_term ? read<T>(scales) + (u - first_term) * C : nullptr;
+      of_pair[u].grad_term = u >= first_term ? read<T>(grads[u - first_term]) : nullptr;
+      of_pair[u].scale = read<T>(scales) + u * C;
       of_pair[u].of_z = read<T>(by_sums) + 2 * u * C;
       of_pair[u].grad_x = need_grad_x ? write<T>(grad_x[shared ? 0 : u]) : nullptr;
       of_pair[u].add = shared && u > 0;
@@ -188,8 +187,9 @@ std::tuple<Tensors, at::Tensor, Tensors, Tensors, Tensors, at::Tensor> separable
       }
     }
   });
-  auto finish = [](const at::Tensor& sums) {
-    return sums.defined() ? sum_of_chunks<double>(sums) : at::empty({0});
+  auto finish = [](const at::Tensor& sums) -> Tensors {
+    if (!sums.defined()) return {};
+    return {sum_of_chunks<double>(sums)};
   };
   return {grad_x, finish(input_sums), grad_depthwise, grad_pointwise, tangent_z, finish(tangent_sums)};
 }
@@ -203,8 +203,8 @@ TORCH_LIBRARY_FRAGMENT(ldarts, m) {
   m.def("separable_backward(Tensor[] x, Tensor[] tangent, Tensor? affine, Tensor[] depthwise, "
         "Tensor[] pointwise, int stride, int[] dilations, Tensor[] z, Tensor?[] grad_z, Tensor[] grad_terms, "
         "Tensor scale, Tensor of_z, bool need_grad_x, bool need_grad_weights, bool need_tangent_z) -> "
-        "(Tensor[] grad_x, Tensor input_sums, Tensor[] grad_depthwise, Tensor[] grad_pointwise, "
-        "Tensor[] tangent_z, Tensor tangent_sums)",
+        "(Tensor[] grad_x, Tensor[] grad_affine, Tensor[] grad_depthwise, Tensor[] grad_pointwise, "
+        "Tensor[] tangent_z, Tensor[] tangent_sums)",
         torch::dispatch(at::kCPU, separable_backward));
 }
 

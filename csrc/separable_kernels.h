@@ -124,7 +124,7 @@ struct PairGrads {
 // What the images add to; null: not asked for.
 template <typename T>
 struct GradSums {
-  double* input_sums;                  // [U, 3, C]: Σ h, Σ h x, Σ h x'
+  double* input_sums;                  // [U, 2, C]: Σ h, Σ h x; with a tangent 0, Σ h x'
   T *grad_depthwise, *grad_pointwise;  // [taps of all pairs, pattern], [U, C of z, width]; both or none
   double* tangent_sums;                // [U, 3, C]: Σ z', Σ z' z, Σ z' G
 };
@@ -147,12 +147,12 @@ struct Backward {
   Buffer<T> dy = Buffer<T>((group.out_h + 2 * group.halo) * group.grad_pitch + 2 * kV<T>);  // padded
   Buffer<T> da = Buffer<T>(group.stride * da_pitch);
   Buffer<T> by_sum = Buffer<T>(pattern), by_square = by_sum, scale = by_sum;
-  Buffer<T> input_sums = Buffer<T>(3 * pattern), part = Buffer<T>(4 * group.width);
+  Buffer<T> input_sums = Buffer<T>(2 * pattern), part = Buffer<T>(4 * group.width);
 
   void image(int64_t n, const GradSums<T>& sums) {
     for (size_t u = 0; u < group.pairs.size(); ++u) {
       const GradSums<T> of_pair = {
-          sums.input_sums ? sums.input_sums + u * 3 * C : nullptr,
+          sums.input_sums ? sums.input_sums + u * 2 * C : nullptr,
           sums.grad_depthwise ? sums.grad_depthwise + group.pairs[u].first_tap * pattern : nullptr,
           sums.grad_pointwise ? sums.grad_pointwise + u * C * group.width : nullptr,
           sums.tangent_sums ? sums.tangent_sums + u * 3 * C : nullptr};
@@ -175,7 +175,7 @@ struct Backward {
     std::fill(input_sums.begin(), input_sums.end(), T(0));
     const bool with_sums = sums.input_sums != nullptr;
     for (int64_t h = 0; h < group.in_h; ++h) input_row(pair, grads, n, h, with_sums);
-    for (int64_t k = 0; k < 3 && with_sums; ++k)
+    for (int64_t k = 0; k < 2 && with_sums; ++k)
       add_pattern(sums.input_sums + k * C, 1, input_sums.data() + k * pattern, pattern, C);
   }
 
@@ -223,7 +223,7 @@ struct Backward {
       const T *from = da.data() + w % group.stride * da_pitch + w / group.stride * C, *x = input.x + begin;
       T* dx = grads.grad_x + begin;
       for (int64_t place = 0; place < pattern; place += kV<T>) {
-        Vec<T> sum(0), by_x(0), by_tangent(0);
+        Vec<T> sum(0), product(0);
         for (int64_t i = place; i < size; i += pattern) {
           const int64_t count = std::min(kV<T>, size - i);
           const auto xs = load(x + i, count);
@@ -232,13 +232,11 @@ struct Backward {
           const auto before = grads.add ? load(dx + i, count) : Vec<T>(0);
           store(dx + i, at::vec::fmadd(Vec<T>::loadu(scale_of_h + place), h, before), count);
           if (!with_sums) continue;
-          sum = sum + h;
-          by_x = at::vec::fmadd(h, xs, by_x);
-          if (input.tangent)
-            by_tangent = at::vec::fmadd(h, load(input.tangent + begin + i, count), by_tangent);
+          if (!input.tangent) sum = sum + h;
+          product = at::vec::fmadd(h, input.tangent ? load(input.tangent + begin + i, count) : xs, product);
         }
-        const Vec<T> found[] = {sum, by_x, by_tangent};
-        for (int64_t k = 0; k < 3; ++k) {
+        const Vec<T> found[] = {sum, product};
+        for (int64_t k = 0; k < 2; ++k) {
           T* to = input_sums.data() + k * pattern + place;
           (found[k] + Vec<T>::loadu(to)).store(to);
         }

@@ -22,7 +22,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .norms import NO_THIRD, Norms, ones
+from .norms import Norms, ones
 from .sums import affine_sums, channel_sums, split
 
 
@@ -184,8 +184,6 @@ class TermGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_p, grad_beta, *w):
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_THIRD)
         norms, (sums, scale, of_z, *inputs) = ctx.norms, ctx.saved_tensors
         inputs, tensors = inputs[:4], inputs[4:]
         K = len(w)
@@ -219,10 +217,10 @@ def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):
 
         by z: of_z[1] w + Σ B G     by G: Σ scale w + A + B z     over the terms; A, B: by_grad_sums
     """
-    E, K, M = len(grads), len(zs), len(norms.z_of_term)
+    E, K, M = len(grads), len(zs), len(scale)
     by_z: list[list] = [[(E + K + k, M + 2 * k + 1, -1)] if w else [] for k in range(K)]
     by_grads: list[list] = [[] for _ in grads]
-    for m, (k, e) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
+    for m, (k, e) in enumerate(zip(norms.z_of_term, norms.edge_of_term), norms.inner):
         row = M + 2 * K + 2 * m + 1
         by_z[k].append((e, row, -1))
         by_grads[e] += [(E + k, row, 2 * m), *([(E + K + k, m, -1)] if w else [])]

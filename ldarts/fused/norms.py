@@ -9,8 +9,6 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-NO_THIRD = "ldarts: the engine has no third derivatives; LDARTS_FUSED=off in the environment has them"
-
 
 @functools.cache
 @torch.inference_mode(False)  # also for training
@@ -62,6 +60,9 @@ class Norms:
     def derivatives(self, inputs: Sequence[Tensor | None],
                     grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients by the inputs of `gradients`, of those by its results (None: 0), once."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("ldarts: the engine has no third derivatives; LDARTS_FUSED=off in the "
+                               "environment has them")
         rstd_mean, p, beta, grad_rstd_mean, sums = inputs
         by_scale, by_of_z, by_p, by_beta = grads
         by_rstd_mean, by_weights, by_grad, by_sums = torch.ops.ldarts.norm_derivatives(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .normalised_sum import (Terms, channels_last, derivatives, move_statistics, no_sums, pixels,
                              scale_shift_of)
-from .norms import NO_THIRD, Norms
+from .norms import Norms
 from .recognise import is_1x1
 from .sums import channel_sums, split
 
@@ -71,7 +71,7 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
     norms = [norm for _, _, norm in pairs]
     weights = [pair[k].weight for k in (0, 1) for pair in pairs]  # depthwise ones, pointwise ones
     inner, _, moments, coefficients, *tensors = SeparableConvolutions.apply(
-        (stride, dilations), norms[0].eps, widths, affine, *scale_shift_of(norms, p), *x, *weights)
+        (stride, dilations), norms[0].eps, widths, *scale_shift_of(norms, p), affine, *x, *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
     move_statistics(norms, range(len(norms)), moments, pixels(z[0]))
     terms = map(Terms, placeholders, split(z[len(inner) :], widths), coefficients.split(widths))
@@ -81,11 +81,11 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
 class SeparableConvolutions(torch.autograd.Function):
     """forward: x, depthwise and pointwise weights -> coefficients of the inner norms; 1/σ and μ, mean and
     variance of all; coefficients of the terms; z of each pair; a placeholder for each edge. backward: the
-    gradients by those -> by affine, p, beta, x and the weights that are asked for. Differentiable again
+    gradients by those -> by p, beta, affine, x and the weights that are asked for. Differentiable again
     through SeparableConvolutionsGrad."""
 
     @staticmethod
-    def forward(ctx, geometry, eps, widths, affine, p, beta, *tensors):
+    def forward(ctx, geometry, eps, widths, p, beta, affine, *tensors):
         count = len(geometry[1])
         x, depthwise, pointwise = split(tensors, [len(tensors) - 2 * count, count, count])
         zs, sums = torch.ops.ldarts.separable_forward(x, affine, depthwise, pointwise, *geometry)
@@ -94,26 +94,23 @@ class SeparableConvolutions(torch.autograd.Function):
         rstd_mean, moments, coefficients = norms.statistics(sums, p, beta, eps)
         of_inner, of_terms = coefficients.split([inner, count - inner])
         ctx.geometry, ctx.norms = geometry, norms
-        ctx.save_for_backward(affine, p, beta, rstd_mean, *tensors, *zs)
+        ctx.save_for_backward(p, beta, affine, rstd_mean, *tensors, *zs)
         ctx.mark_non_differentiable(moments, of_terms)
         ctx.set_materialize_grads(False)
         return of_inner, rstd_mean, moments, of_terms, *zs, *(zs[-1].view_as(zs[-1]) for _ in widths)
 
     @staticmethod
     def backward(ctx, grad_inner, grad_rstd_mean, _moments, _of_terms, *grads):
-        affine, p, beta, rstd_mean, *saved = ctx.saved_tensors
+        p, beta, affine, rstd_mean, *saved = ctx.saved_tensors
         count = len(ctx.geometry[1])
-        nodes = [node for node, _ in ctx.next_functions]  # of the tensors among the arguments
-        by_weights = any(asked_for(node) for node in nodes[-2 * count :])
-        x_count = len(saved) - 3 * count
-        in_front = nodes[: affine is not None] + nodes[-2 * count - x_count : -2 * count]  # affine and x
-        by_inputs = any(asked_for(node) for node in in_front)
+        nodes = [node for node, _ in ctx.next_functions][1 + (beta is not None) :]  # of affine, x, weights
+        asked = [any(map(asked_for, part)) for part in (nodes[: -2 * count], nodes[-2 * count :])]
         grad_z, grad_edges = grads[:count], channels_last(grads[count:], saved[-1])
         if grad_inner is None:
             grad_inner = no_sums(saved[-1], ctx.norms.inner)
         return None, None, None, *SeparableConvolutionsGrad.apply(
-            ctx.geometry, ctx.norms, (by_inputs, by_weights), affine, rstd_mean, p, beta, grad_rstd_mean,
-            grad_inner, *saved, *grad_z, *grad_edges)
+            ctx.geometry, ctx.norms, asked, rstd_mean, p, beta, grad_rstd_mean, affine, grad_inner,
+            *saved, *grad_z, *grad_edges)
 
 
 def asked_for(node: torch.autograd.graph.Node | None) -> bool:
@@ -125,73 +122,63 @@ def asked_for(node: torch.autograd.graph.Node | None) -> bool:
 
 
 class SeparableConvolutionsGrad(torch.autograd.Function):
-    """forward: backward of SeparableConvolutions: gradients by affine, p, beta, each x and each weight of
+    """forward: backward of SeparableConvolutions: gradients by p, beta, affine, each x and each weight of
     both kinds, from those by 1/σ and μ, the inner norms' coefficients, each z (or None) and each edge's G.
     backward: its derivatives, once."""
 
     @staticmethod
-    def forward(ctx, geometry, norms, asked, affine, rstd_mean, p, beta, grad_rstd_mean, grad_inner,
+    def forward(ctx, geometry, norms, asked, rstd_mean, p, beta, grad_rstd_mean, affine, grad_inner,
                 *tensors):
-        """asked: by x and affine, by the weights"""
+        """asked: by affine and x, by the weights"""
         x, depthwise, pointwise, zs, grad_z, grads = parts(geometry, norms, tensors)
         grad_terms, z_of_terms = norms.terms_of(grads, zs)
         grad_sums = torch.cat([grad_inner, channel_sums(grad_terms, z_of_terms)]) if grads else grad_inner
-        scale, of_z, by_p, by_beta = norms.gradients(rstd_mean, p, beta, grad_rstd_mean, grad_sums)
-        by_x, sums, by_depthwise, by_pointwise, _, _ = torch.ops.ldarts.separable_backward(
-            x, [], affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, scale[norms.inner :],
-            of_z, *asked, False)
-        by_affine = sums[:, :2] if affine is not None and asked[0] else None
+        inputs = rstd_mean, p, beta, grad_rstd_mean, grad_sums
+        scale, of_z, by_p, by_beta = norms.gradients(*inputs)
+        by_x, by_affine, by_depthwise, by_pointwise, _, _ = torch.ops.ldarts.separable_backward(
+            x, [], affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, scale, of_z,
+            *asked, False)
         ctx.geometry, ctx.norms = geometry, norms
-        ctx.save_for_backward(affine, rstd_mean, p, beta, grad_rstd_mean, grad_sums, *tensors)
+        ctx.save_for_backward(affine, *inputs, *tensors)
         ctx.set_materialize_grads(False)
         nothing = [None] * len(zs)
-        return (by_affine, by_p, by_beta, *(by_x or [None] * len(x)), *(by_depthwise or nothing),
-                *(by_pointwise or nothing))
+        return (by_p, by_beta, *(by_affine or [None]), *(by_x or [None] * len(x)),
+                *(by_depthwise or nothing), *(by_pointwise or nothing))
 
     @staticmethod
-    def backward(ctx, v_affine, v_p, v_beta, *v):
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_THIRD)
+    def backward(ctx, v_p, v_beta, v_affine, *v):
         affine, *inputs = ctx.saved_tensors[:6]
         geometry, norms, tensors = ctx.geometry, ctx.norms, ctx.saved_tensors[6:]
         x, depthwise, pointwise, zs, grad_z, grads = parts(geometry, norms, tensors)
         grad_terms, _ = norms.terms_of(grads, zs)
         scale, of_z, *_ = norms.gradients(*inputs)
-        of_terms = scale[norms.inner :]
         v_x, v_depthwise, v_pointwise = split(v, [len(x), len(zs), len(zs)])
 
         def derive(tangent, affine, depthwise, pointwise, with_input=True):
-            """By x, input sums, by D, by P, w and sums of w, of one summand of z'."""
+            """By x, affine, D and P, w and sums of w, of one summand of z'."""
             return torch.ops.ldarts.separable_backward(
-                x, tangent, affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, of_terms, of_z,
+                x, tangent, affine, depthwise, pointwise, *geometry, zs, grad_z, grad_terms, scale, of_z,
                 with_input, True, True)
 
-        # By x, affine, D, P; w and sums of w: added up over the summands, a, D or P replaced by its tangent
+        # Added up over the summands, a, D or P replaced by its tangent, by which itself there is no gradient.
         total = [[]] * 6
-        has_affine = affine is not None
-        if v_affine is not None or any(t is not None for t in v_x):
+        if v_affine is not None or any_given(v_x):
             tangents = affine if v_affine is None else torch.cat([affine, v_affine], 1)
-            by_x, sums, *by_weights, w, w_sums = derive(zeros_for_none(v_x, x), tangents, depthwise,
-                                                        pointwise, has_affine)
-            by_affine = [torch.stack([torch.zeros_like(sums[:, 2]), sums[:, 2]], 1)] if has_affine else []
-            total = add_up(total, (by_x, by_affine, *by_weights, w, [w_sums]))
-        for replaced, v_weights in enumerate((v_depthwise, v_pointwise)):
-            if any(t is not None for t in v_weights):
-                weights = [depthwise, pointwise]
-                weights[replaced] = zeros_for_none(v_weights, weights[replaced])
-                by_x, sums, *by_weights, w, w_sums = derive([], affine, *weights)
-                by_weights[replaced] = []
-                by_affine = [sums[:, :2]] if has_affine else []
-                total = add_up(total, (by_x, by_affine, *by_weights, w, [w_sums]))
+            total = derive(zeros_for_none(v_x, x), tangents, depthwise, pointwise, affine is not None)
+        if any_given(v_depthwise):
+            new = [*derive([], affine, zeros_for_none(v_depthwise, depthwise), pointwise)]
+            total = add_up(total, [*new[:2], [], *new[3:]])
+        if any_given(v_pointwise):
+            new = [*derive([], affine, depthwise, zeros_for_none(v_pointwise, pointwise))]
+            total = add_up(total, [*new[:3], [], *new[4:]])
         by_x, by_affine, by_depthwise, by_pointwise, w, w_sums = total
         # By what csrc/norms.h computes: scale by Σ w G, of_z by Σ w and Σ w z, by_p by v_p.
         by_scale, by_of_z = (w_sums[0][:, 2], w_sums[0][:, :2]) if w else (None, None)
         *by_inputs, by_sums = norms.derivatives(inputs, (by_scale, by_of_z, v_p, v_beta))
-        by_inner, by_grad_sums = by_sums.split([norms.inner, len(zs) - norms.inner])
-        by_z, by_grads = derivatives(norms, zs, grads, w, of_terms, of_z, by_grad_sums)
+        by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_sums)
         nothing = [None] * len(zs)
         by_grad_z = [None if g is None else by for g, by in zip(grad_z, w or nothing)]
-        return (None, None, None, *(by_affine or [None]), *by_inputs, by_inner,
+        return (None, None, None, *by_inputs, *(by_affine or [None]), by_sums[: norms.inner],
                 *(by_x or [None] * len(x)), *(by_depthwise or nothing), *(by_pointwise or nothing),
                 *by_z, *by_grad_z, *by_grads)
 
@@ -200,6 +187,10 @@ def parts(geometry, norms, tensors):
     """-> x, depthwise and pointwise weights, z, the gradients by z, G of each edge"""
     count, edges = len(geometry[1]), len(norms.edges)
     return split(tensors, [len(tensors) - 4 * count - edges, *[count] * 4, edges])
+
+
+def any_given(tensors):
+    return any(t is not None for t in tensors)
 
 
 def zeros_for_none(tensors, like):
