@@ -91,23 +91,14 @@ def move_statistics(norms: Sequence[nn.BatchNorm2d | None], places: Sequence[int
     if count == 1 and any(norm is not None for norm in norms):
         raise ValueError("Expected more than 1 value per channel when training: one image of one pixel")
     of_all = moments.flatten(0, 1).unbind()
-    by_momentum: dict[float, list[tuple[nn.BatchNorm2d, Tensor, Tensor]]] = {}
-    for norm, k in zip(norms, places):
-        if norm is not None and norm.track_running_stats and norm.running_mean is not None:
-            mean, variance = (t.to(norm.running_mean.dtype).view_as(norm.running_mean)
-                              for t in of_all[2 * k : 2 * k + 2])
-            by_momentum.setdefault(norm.momentum, []).append((norm, mean, variance))
-    for momentum, tracked in by_momentum.items():
-        tracking, mean, variance = zip(*tracked)
-        torch._foreach_lerp_([norm.running_mean for norm in tracking], mean, momentum)
-        torch._foreach_lerp_([norm.running_var for norm in tracking], variance, momentum)
-        if counts := [norm.num_batches_tracked for norm in tracking if norm.num_batches_tracked is not None]:
-            torch._foreach_add_(counts, 1)
-
-
-def pixels(z: Tensor) -> int:
-    """How many there are of each channel."""
-    return z.numel() // z.shape[1]
+    tracked = [(norm, k) for norm, k in zip(norms, places)
+               if norm is not None and norm.track_running_stats and norm.running_mean is not None]
+    for row, name in enumerate(("running_mean", "running_var") if tracked else ()):
+        running = [getattr(norm, name) for norm, _ in tracked]
+        new = [of_all[2 * k + row].to(own.dtype).view_as(own) for own, (_, k) in zip(running, tracked)]
+        torch._foreach_lerp_(running, new, [norm.momentum for norm, _ in tracked])
+    if counts := [norm.num_batches_tracked for norm, _ in tracked if norm.num_batches_tracked is not None]:
+        torch._foreach_add_(counts, 1)
 
 
 class NodeSum(torch.autograd.Function):
