@@ -164,42 +164,34 @@ class NormalisedTerms(torch.autograd.Function):
 
 
 class TermGradients(torch.autograd.Function):
-    """forward: term_gradients. backward: autograd's, but in one pass over the tensors."""
+    """forward: backward of NormalisedTerms: channel sums of G and z, arithmetic, an affine sum. backward:
+    autograd's, but in one pass over the tensors."""
 
     @staticmethod
-    def forward(ctx, norms, *inputs):
-        results, between = term_gradients(norms, *inputs)
+    def forward(ctx, norms, rstd_mean, p, beta, grad_rstd_mean, *tensors):
+        K, M = len(norms.has_norm), len(norms.z_of_term)
+        sums = channel_sums(*norms.terms_of(tensors[K:], tensors[:K]))
+        inputs = rstd_mean, p, beta, grad_rstd_mean, sums
+        scale, of_z, by_p, by_beta = norms.gradients(*inputs)
         ctx.norms = norms
-        ctx.save_for_backward(*between, *inputs)
-        return results
+        ctx.save_for_backward(scale, of_z, *inputs, *tensors)
+        # By a z: Σ scale G over its terms + of_z[0] + of_z[1] z
+        entries = [[(k, M + 2 * k + 1, 2 * k)] if has else [] for k, has in enumerate(norms.has_norm)]
+        for m, (k, edge) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
+            entries[k].append((K + edge, m, -1))
+        rows = of_z.flatten(0, 1)
+        return by_p, by_beta, *affine_sums(tensors, [scale, rows], [rows], entries)
 
     @staticmethod
     def backward(ctx, grad_p, grad_beta, *w):
-        norms, (sums, scale, of_z, *inputs) = ctx.norms, ctx.saved_tensors
-        inputs, tensors = inputs[:4], inputs[4:]
-        K = len(w)
-        zs, grads, w = tensors[:K], tensors[K:], channels_last(w, tensors[0])
+        norms, K, (scale, of_z, *saved) = ctx.norms, len(w), ctx.saved_tensors
+        inputs, zs, grads = saved[:5], saved[5 : 5 + K], saved[5 + K :]
+        w = channels_last(w, zs[0])
         grads_of_terms, w_of_terms = norms.terms_of(grads, w)
         of_w = channel_sums([*w, *grads_of_terms], [*zs, *w_of_terms])
-        by_results = of_w[K:, 1], of_w[:K], grad_p, grad_beta
-        *by_inputs, by_sums = norms.derivatives((*inputs, sums), by_results)
+        *by_inputs, by_sums = norms.derivatives(inputs, (of_w[K:, 1], of_w[:K], grad_p, grad_beta))
         by_z, by_grads = derivatives(norms, zs, grads, w, scale, of_z, by_sums)
         return None, *by_inputs, *by_z, *by_grads
-
-
-def term_gradients(norms, rstd_mean, p, beta, grad_rstd_mean, *tensors):
-    """The gradient by 1/σ and μ (None: 0), each z and G of each edge -> (by p, by beta, by each z): channel
-    sums of G and z, arithmetic, an affine sum; (the sums, what the arithmetic gives for the affine sum)."""
-    zs, grads = tensors[: len(norms.has_norm)], tensors[len(norms.has_norm) :]
-    sums = channel_sums(*norms.terms_of(grads, zs))
-    scale, of_z, by_p, by_beta = norms.gradients(rstd_mean, p, beta, grad_rstd_mean, sums)
-    # By a z: Σ scale G over its terms + of_z[0] + of_z[1] z
-    K, M = len(zs), len(norms.z_of_term)
-    entries = [[(k, M + 2 * k + 1, 2 * k)] if has else [] for k, has in enumerate(norms.has_norm)]
-    for m, (k, edge) in enumerate(zip(norms.z_of_term, norms.edge_of_term)):
-        entries[k].append((K + edge, m, -1))
-    rows = of_z.flatten(0, 1)
-    return (by_p, by_beta, *affine_sums(tensors, [scale, rows], [rows], entries)), (sums, scale, of_z)
 
 
 def derivatives(norms, zs, grads, w, scale, of_z, by_grad_sums):
