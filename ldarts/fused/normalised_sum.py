@@ -46,16 +46,12 @@ def normalised_terms(edges: Sequence[Sequence[tuple[Tensor, nn.BatchNorm2d | Non
     place_of_term = [places.setdefault((id(z), norm is None), len(places)) for z, norm in terms]
     zs = [*dict(zip(place_of_term, (z for z, _ in terms))).values()]
     widths = [len(edge) for edge in edges]
-    behind = Norms(split(place_of_term, widths), [not plain for _, plain in places], pixels(zs[0]))
+    behind = Norms(split(place_of_term, widths), [not plain for _, plain in places], zs[0])
     eps = next((norm.eps for norm in norms if norm is not None), 0.0)
     _, moments, coefficients, *placeholders = NormalisedTerms.apply(
         behind, eps, *scale_shift_of(norms, p), *zs)
-    move_statistics(norms, place_of_term, moments, behind.count)
+    move_statistics(norms, place_of_term, moments, zs[0])
     return [*map(Terms, placeholders, [[z for z, _ in edge] for edge in edges], coefficients.split(widths))]
-
-
-def no_sums(z: Tensor, rows: int = 0) -> Tensor:
-    return z.new_zeros(rows, 2, z.shape[1], dtype=torch.float64)
 
 
 def node_sum(terms: Sequence[Terms], factors: Sequence[Tensor] | None = None) -> Tensor:
@@ -73,22 +69,21 @@ def normalise(z: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d]) -> list[Tens
 def scale_shift_of(norms: Sequence[nn.BatchNorm2d | None], p: Tensor) -> tuple[Tensor, Tensor | None]:
     """The scale and shift of terms behind their norms: p [terms] and None; with an affine norm among them
     [terms, C] both, γ and β of those that are affine, p and 0 of the others."""
-    affine = next((norm for norm in norms if norm is not None and norm.affine), None)
-    if affine is None:
+    affine = [norm for norm in norms if norm is not None and norm.affine]
+    if not affine:
         return p, None
-    zero = torch.zeros_like(affine.bias)
-    pairs = [(norm.weight, norm.bias) if norm is not None and norm.affine else (p[m].expand_as(zero), zero)
+    zero = torch.zeros_like(affine[0].bias)
+    pairs = [(norm.weight, norm.bias) if norm in affine else (p[m].expand_as(zero), zero)
              for m, norm in enumerate(norms)]
-    scale, shift = (torch.stack(of_all) for of_all in zip(*pairs))
-    return scale, shift
+    return tuple(map(torch.stack, zip(*pairs)))
 
 
 @torch.no_grad()
 def move_statistics(norms: Sequence[nn.BatchNorm2d | None], places: Sequence[int], moments: Tensor,
-                    count: int) -> None:
+                    z: Tensor) -> None:
     """Running statistics after a batch. places: of the z in front of each norm; moments: mean and unbiased
-    variance of each z, [z, 2, C], over `count` pixels; ValueError if that is one, as PyTorch's"""
-    if count == 1 and any(norm is not None for norm in norms):
+    variance of each z, [z, 2, C]; z: one of them; ValueError if it has one pixel, as PyTorch's"""
+    if z.numel() == z.shape[1] and any(norm is not None for norm in norms):
         raise ValueError("Expected more than 1 value per channel when training: one image of one pixel")
     of_all = moments.flatten(0, 1).unbind()
     tracked = [(norm, k) for norm, k in zip(norms, places)
@@ -148,7 +143,8 @@ class NormalisedTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, norms, eps, p, beta, *zs):
         normed = [z for z, has in zip(zs, norms.has_norm) if has]
-        sums = channel_sums(normed, normed) if normed else no_sums(zs[0])
+        sums = (channel_sums(normed, normed) if normed else
+                zs[0].new_zeros(0, 2, zs[0].shape[1], dtype=torch.float64))
         rstd_mean, moments, coefficients = norms.statistics(sums, p, beta, eps)
         ctx.norms = norms
         ctx.save_for_backward(p, beta, rstd_mean, *zs)

@@ -28,16 +28,16 @@ class Norms:
     Term m is shift_m + scale_m z, with its coefficients (shift, scale) as [terms, 2, C]; the gradient by them
     is ΣG and ΣG z.
 
-    edges: for each the numbers of the z of its terms; has_norm: which z have one; count: pixels of a channel;
+    edges: for each the numbers of the z of its terms; has_norm: which z have one; z: any of them [N, C, H, W];
     inner: the first `inner` z are terms of no edge; convolutions read their shift + scale z
     """
 
-    def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], count: int, inner: int = 0):
-        self.edges, self.has_norm = edges, [int(has) for has in has_norm]
-        self.count, self.inner = count, inner
+    def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], z: Tensor, inner: int = 0):
+        self.edges, self.has_norm, self.inner = edges, has_norm, inner
         self.z_of_term = [k for edge in edges for k in edge]
         self.edge_of_term = [e for e, edge in enumerate(edges) for _ in edge]
-        self.numbers = [*range(inner), *self.z_of_term], self.has_norm, count
+        pixels = z.numel() // z.shape[1]
+        self.numbers = [*range(inner), *self.z_of_term], has_norm, pixels
 
     def statistics(self, sums: Tensor, p: Tensor, beta: Tensor | None,
                    eps: float) -> tuple[Tensor, Tensor, Tensor]:

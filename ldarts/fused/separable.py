@@ -21,8 +21,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .normalised_sum import (Terms, channels_last, derivatives, move_statistics, no_sums, pixels,
-                             scale_shift_of)
+from .normalised_sum import Terms, channels_last, derivatives, move_statistics, scale_shift_of
 from .norms import Norms
 from .recognise import is_1x1
 from .sums import channel_sums, split
@@ -73,7 +72,7 @@ def separable_convolutions(x: Sequence[Tensor], affine: Tensor | None, pairs: Se
     inner, _, moments, coefficients, *tensors = SeparableConvolutions.apply(
         (stride, dilations), norms[0].eps, widths, *scale_shift_of(norms, p), affine, *x, *weights)
     z, placeholders = tensors[: len(pairs)], tensors[len(pairs) :]
-    move_statistics(norms, range(len(norms)), moments, pixels(z[0]))
+    move_statistics(norms, range(len(norms)), moments, z[0])
     terms = map(Terms, placeholders, split(z[len(inner) :], widths), coefficients.split(widths))
     return z, inner, dict(zip(counts, terms))
 
@@ -90,7 +89,7 @@ class SeparableConvolutions(torch.autograd.Function):
         x, depthwise, pointwise = split(tensors, [len(tensors) - 2 * count, count, count])
         zs, sums = torch.ops.ldarts.separable_forward(x, affine, depthwise, pointwise, *geometry)
         inner = count - sum(widths)
-        norms = Norms(split(range(inner, count), widths), [True] * count, pixels(zs[0]), inner)
+        norms = Norms(split(range(inner, count), widths), [True] * count, zs[0], inner)
         rstd_mean, moments, coefficients = norms.statistics(sums, p, beta, eps)
         of_inner, of_terms = coefficients.split([inner, count - inner])
         ctx.geometry, ctx.norms = geometry, norms
@@ -107,7 +106,7 @@ class SeparableConvolutions(torch.autograd.Function):
         asked = [any(map(asked_for, part)) for part in (nodes[: -2 * count], nodes[-2 * count :])]
         grad_z, grad_edges = grads[:count], channels_last(grads[count:], saved[-1])
         if grad_inner is None:
-            grad_inner = no_sums(saved[-1], ctx.norms.inner)
+            grad_inner = rstd_mean.new_zeros(ctx.norms.inner, *rstd_mean.shape[1:])
         return None, None, None, *SeparableConvolutionsGrad.apply(
             ctx.geometry, ctx.norms, asked, rstd_mean, p, beta, grad_rstd_mean, affine, grad_inner,
             *saved, *grad_z, *grad_edges)
