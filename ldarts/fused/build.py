@@ -34,6 +34,8 @@ OFF = ("off", "0", "false", "no")
 # PyTorch compiles its own kernels with these flags, so a processor that runs its level of at::vec runs ours.
 LEVELS = {"DEFAULT": [], "AVX2": ["-mavx2", "-mfma", "-mf16c"],
           "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]}
+# The files of csrc/ that a part depends on.
+SOURCES = {"cpu": r".*\.h|.*(?<!_cuda)\.cpp", "cuda": r".*\.(h|cuh|cu)|(.*_cuda|checks)\.cpp"}
 PACKAGES = ("cuda-nvcc", "cuda-cccl", "cuda-crt", "nvvm")  # pip's compiler for CUDA
 USUAL_HOME = "/usr/local/cuda"
 
@@ -90,13 +92,8 @@ def cache() -> Path:
 
 
 def sources(part: str) -> list[Path]:
-    """The files of csrc/ that a part depends on. Headers and checks.cpp belong to both."""
     csrc = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
-
-    def belongs(path: Path) -> bool:
-        for_cuda = path.suffix != ".cpp" or path.stem.endswith("_cuda")
-        return path.suffix == ".h" or path.name == "checks.cpp" or for_cuda == (part == "cuda")
-    return [path for path in sorted(csrc.glob("*.*")) if belongs(path)]
+    return [path for path in sorted(csrc.glob("*.*")) if re.fullmatch(SOURCES[part], path.name)]
 
 
 def compile_flags(part: str) -> list[str]:
@@ -104,12 +101,11 @@ def compile_flags(part: str) -> list[str]:
     level = torch.backends.cpu.get_cpu_capability()
     level = level if level in LEVELS else "DEFAULT"
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    host = ["-fPIC", *LEVELS[level], f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}", *openmp,
-            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    if part == "cpu":
-        return ["-O3", "-std=c++20", *host]
-    return ["-O3", "-std=c++20", "--expt-relaxed-constexpr", *architecture_flags(),
-            "-Xcompiler", ",".join(host)]
+    flags = ["-fPIC", *LEVELS[level], f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}", *openmp,
+             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    if part == "cuda":
+        flags = ["--expt-relaxed-constexpr", *architecture_flags(), "-Xcompiler", ",".join(flags)]
+    return ["-O3", "-std=c++20", *flags]
 
 
 def file_name(part: str) -> str:
@@ -189,8 +185,8 @@ def diagnosis(output: str, log: Path) -> tuple[str, str]:
 
 def cxx() -> list[str]:
     """The command of the C++ compiler: CXX from the environment, else the first of c++, g++ and clang++."""
-    usual = [name for name in ("c++", "g++", "clang++") if shutil.which(name)] or ["c++"]
-    command = shlex.split(os.environ.get("CXX", "")) or usual[:1]
+    usual = next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    command = shlex.split(os.environ.get("CXX", "")) or [usual]
     if not shutil.which(command[0]):
         raise BuildError(f"no compiler {command[0]!r}", "Install g++ 11 or later, or name a compiler in CXX")
     return command
