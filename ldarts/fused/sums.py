@@ -46,7 +46,8 @@ def _loaded() -> bool:
         return x[0].new_empty(len(x), 2, x[0].shape[1], dtype=torch.float64)
 
     torch.library.register_autograd("ldarts::affine_sums", affine_backward, setup_context=keep_affine)
-    torch.library.register_autograd("ldarts::channel_sums", channel_backward, setup_context=keep_pairs)
+    torch.library.register_autograd("ldarts::channel_sums", channel_backward, setup_context=(
+        lambda ctx, inputs, output: ctx.save_for_backward(*inputs[0], *inputs[1])))
     return True
 
 
@@ -190,11 +191,6 @@ def by_rows(by_entry: Tensor, row_of_entry: Sequence[int], tensors: Sequence[Ten
         by_entry = torch.stack([sum((by_entry[e] for e, its_row in enumerate(row_of_entry) if its_row == row),
                                     zero) for row in rows])
     return [by.to(t.dtype).view(t.shape) for by, t in zip(by_entry.split(lengths), tensors)]
-
-
-def keep_pairs(ctx, inputs, output) -> None:
-    x, y = inputs
-    ctx.save_for_backward(*x, *y)
 
 
 def channel_backward(ctx, grad: Tensor) -> tuple[list[Tensor | None], ...]:
