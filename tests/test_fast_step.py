@@ -9,8 +9,7 @@ import torch.nn.functional as F
 import ldarts
 from ldarts import bench, fused, genotypes
 from ldarts.fused import compiled_for
-from ldarts.fused import norms
-from ldarts.fused.normalised_sum import node_sum, normalised_terms
+from ldarts.fused.normalised_sum import constant, node_sum, normalised_terms
 from ldarts.fused.separable import separable_convolutions
 from ldarts.fused.sums import affine_sums
 from ldarts.operations import DilConv, SepConv
@@ -348,7 +347,7 @@ def test_rows_of_the_sum_are_printed_with_their_ratios(monkeypatch, capsys):
 def test_a_pass_in_inference_mode_leaves_nothing_that_training_cannot_read(space, layers):
     net = ldarts.SearchNetwork(4, 10, layers, space).to(memory_format=torch.channels_last)
     x = images(4, 3, 16, 16, dtype=torch.float32)
-    norms.constant.cache_clear()
+    constant.cache_clear()
     with torch.inference_mode():
         net(x)
     F.cross_entropy(net(x), torch.arange(4)).backward()

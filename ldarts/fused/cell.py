@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .leaving import Leaving, Operation, State, concat, groups_separable, run_chains
-from .normalised_sum import Terms, node_sum
-from .norms import constant, ones
+from .normalised_sum import Terms, constant, node_sum, ones
 from .recognise import KNOWN, Link, Reader, Unrecognised, drop_path_of, meaning
 from .separable import pairs_of
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalised_sum import Copies, Terms, normalise, normalised_terms
-from .norms import ones
+from .normalised_sum import Copies, Terms, normalise, normalised_terms, ones
 from .recognise import SETTINGS, Halves, Link, is_1x1
 from .separable import Pair, separable_convolutions
 

@@ -5,8 +5,8 @@ A pair is a depthwise and a pointwise convolution and the norm behind them. Of e
     z_u = P_u D_u a_u,   a_u = relu(s_u x_u + b_u)          x_u [N, C, H, W]; s_u, b_u per channel
 
 and the sums of z_u and z_u² that its norm needs are computed; s and b are the coefficients of the norm in
-front of it (norms.py; none: s = 1, b = 0). csrc/separable.cpp goes through them an image at a time and keeps
-only z: the outputs of norm and ReLU are never stored; the backward pass computes them again.
+front of it (none: s = 1, b = 0). csrc/separable.cpp goes through them an image at a time and keeps only z:
+the outputs of norm and ReLU are never stored; the backward pass computes them again.
 With Z = ∂L/∂z, which is made of the G of the nodes that z is a term of (see normalised_sum) and of what reads
 z otherwise,
 
@@ -21,8 +21,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
-from .normalised_sum import Terms, channels_last, derivatives, move_statistics, scale_shift_of
-from .norms import Norms
+from .normalised_sum import Norms, Terms, channels_last, derivatives, move_statistics, scale_shift_of
 from .recognise import is_1x1
 from .sums import channel_sums, split
 
