@@ -45,24 +45,24 @@ class Norms:
     Term m is shift_m + scale_m z, with its coefficients (shift, scale) as [terms, 2, C]; the gradient by them
     is ΣG and ΣG z.
 
-    edges: for each the numbers of the z of its terms; has_norm: which z have one; z: any of them [N, C, H, W];
-    inner: the first `inner` z are terms of no edge; convolutions read their shift + scale z
+    edges: for each the numbers of the z of its terms; has_norm: which z have one; eps: of all norms; z: any
+    of them [N, C, H, W]; inner: the first `inner` z are terms of no edge; convolutions read their shift + scale z
     """
 
-    def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], z: Tensor, inner: int = 0):
-        self.edges, self.has_norm, self.inner = edges, has_norm, inner
+    def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], eps: float, z: Tensor,
+                 inner: int = 0):
+        self.edges, self.has_norm, self.eps, self.inner = edges, has_norm, eps, inner
         self.z_of_term = [k for edge in edges for k in edge]
         self.edge_of_term = [e for e, edge in enumerate(edges) for _ in edge]
         pixels = z.numel() // z.shape[1]
         self.numbers = [*range(inner), *self.z_of_term], has_norm, pixels
 
-    def statistics(self, sums: Tensor, p: Tensor, beta: Tensor | None,
-                   eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(self, sums: Tensor, p: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """sums: Σz, Σz² of each z with a norm, [norms, 2, C]; p: of each term one number or, as γ, one for
         each channel; beta: [terms, C] or None, 0 -> of each z 1/σ and μ, mean and unbiased variance
         [z, 2, C]; of each term its coefficients. Not differentiable."""
         z_of_term, has_norm, count = self.numbers
-        return torch.ops.ldarts.norm_statistics(sums, has_norm, p, beta, z_of_term, count, eps)
+        return torch.ops.ldarts.norm_statistics(sums, has_norm, p, beta, z_of_term, count, self.eps)
 
     def gradients(self, rstd_mean: Tensor, p: Tensor, beta: Tensor | None, grad_rstd_mean: Tensor | None,
                   sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -113,10 +113,9 @@ def normalised_terms(edges: Sequence[Sequence[tuple[Tensor, nn.BatchNorm2d | Non
     place_of_term = [places.setdefault((id(z), norm is None), len(places)) for z, norm in terms]
     zs = [*dict(zip(place_of_term, (z for z, _ in terms))).values()]
     widths = [len(edge) for edge in edges]
-    behind = Norms(split(place_of_term, widths), [not plain for _, plain in places], zs[0])
     eps = next((norm.eps for norm in norms if norm is not None), 0.0)
-    _, moments, coefficients, *placeholders = NormalisedTerms.apply(
-        behind, eps, *scale_shift_of(norms, p), *zs)
+    behind = Norms(split(place_of_term, widths), [not plain for _, plain in places], eps, zs[0])
+    _, moments, coefficients, *placeholders = NormalisedTerms.apply(behind, *scale_shift_of(norms, p), *zs)
     move_statistics(norms, place_of_term, moments, zs[0])
     return [*map(Terms, placeholders, [[z for z, _ in edge] for edge in edges], coefficients.split(widths))]
 
@@ -208,11 +207,11 @@ class NormalisedTerms(torch.autograd.Function):
     and each z."""
 
     @staticmethod
-    def forward(ctx, norms, eps, p, beta, *zs):
+    def forward(ctx, norms, p, beta, *zs):
         normed = [z for z, has in zip(zs, norms.has_norm) if has]
         sums = (channel_sums(normed, normed) if normed else
                 zs[0].new_zeros(0, 2, zs[0].shape[1], dtype=torch.float64))
-        rstd_mean, moments, coefficients = norms.statistics(sums, p, beta, eps)
+        rstd_mean, moments, coefficients = norms.statistics(sums, p, beta)
         ctx.norms = norms
         ctx.save_for_backward(p, beta, rstd_mean, *zs)
         ctx.mark_non_differentiable(moments, coefficients)
@@ -222,8 +221,8 @@ class NormalisedTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_rstd_mean, _moments, _coefficients, *grads):
         p, beta, rstd_mean, *zs = ctx.saved_tensors
-        return None, None, *TermGradients.apply(ctx.norms, rstd_mean, p, beta, grad_rstd_mean, *zs,
-                                                *channels_last(grads, zs[0]))
+        return None, *TermGradients.apply(ctx.norms, rstd_mean, p, beta, grad_rstd_mean, *zs,
+                                          *channels_last(grads, zs[0]))
 
 
 class TermGradients(torch.autograd.Function):

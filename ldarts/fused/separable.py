@@ -88,8 +88,8 @@ class SeparableConvolutions(torch.autograd.Function):
         x, depthwise, pointwise = split(tensors, [len(tensors) - 2 * count, count, count])
         zs, sums = torch.ops.ldarts.separable_forward(x, affine, depthwise, pointwise, *geometry)
         inner = count - sum(widths)
-        norms = Norms(split(range(inner, count), widths), [True] * count, zs[0], inner)
-        rstd_mean, moments, coefficients = norms.statistics(sums, p, beta, eps)
+        norms = Norms(split(range(inner, count), widths), [True] * count, eps, zs[0], inner)
+        rstd_mean, moments, coefficients = norms.statistics(sums, p, beta)
         of_inner, of_terms = coefficients.split([inner, count - inner])
         ctx.geometry, ctx.norms = geometry, norms
         ctx.save_for_backward(p, beta, affine, rstd_mean, *tensors, *zs)
