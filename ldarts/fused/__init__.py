@@ -1,4 +1,5 @@
 """The engine: what `model_search` defines, computed faster. Its door is `Engine.runner`.
+
 Reading order: build, recognise, sums, normalised_sum, separable, leaving, cell.
 
 "The gradient by x", in code `by_x`, is that with respect to x. LDARTS_FUSED=off in the environment shuts the
