@@ -65,8 +65,10 @@ def groups_separable(x: Tensor) -> bool:
 
 
 def terms_of_others(state: Tensor, operations: Sequence[Operation], p: Tensor) -> Iterator[dict[int, Terms]]:
-    """The terms of each edge, for each shape and dtype of results: several in some forks. operations, p: those
-    of an edge side by side"""
+    """The terms of each edge, for each shape and dtype of results: several in some forks.
+
+    operations, p: those of an edge side by side
+    """
     chains = [op.chain for op in operations]
     readers = sum(type(chain[0]) is nn.ReLU for chain in chains if chain) + 2  # two for the pixels
     results = run_chains([State(state, readers)] * len(chains), chains)

@@ -46,7 +46,8 @@ class Norms:
     is ΣG and ΣG z.
 
     edges: for each the numbers of the z of its terms; has_norm: which z have one; eps: of all norms; z: any
-    of them [N, C, H, W]; inner: the first `inner` z are terms of no edge; convolutions read their shift + scale z
+    of them [N, C, H, W]; inner: the first `inner` z are terms of no edge, convolutions read their
+    shift + scale z
     """
 
     def __init__(self, edges: Sequence[Sequence[int]], has_norm: Sequence[bool], eps: float, z: Tensor,
