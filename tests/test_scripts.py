@@ -205,7 +205,8 @@ def assert_refused(script, args, named, folder, monkeypatch, capsys, before=()):
 
 def test_an_existing_run_is_not_written_over(searched, monkeypatch, capsys):
     monkeypatch.chdir(searched[0])
-    assert "runs/one exists" in refusal(capsys, train_search, *TINY, "--epochs", 2, "--save", "one")
+    for name in ("one", "one/log.txt"):  # a folder, a file
+        assert f"runs/{name} exists" in refusal(capsys, train_search, *TINY, "--epochs", 2, "--save", name)
 
 
 def test_a_checkpoint_is_a_plain_dictionary_of_the_network(searched):

@@ -185,12 +185,12 @@ class Run:
         """Lock the folder until the end; make it first unless the run is continued."""
         with writing(self.path / "lock", self.path):
             if not self.args.resume:
-                self.path.mkdir(parents=True, exist_ok=True)
-                # A start that was killed, or a full disk, left no more than this.
-                if {*os.listdir(self.path)} - {"lock", ".config.json.partial"}:
+                left = {"lock", ".config.json.partial"}  # by a start that was killed, or by a full disk
+                if self.path.is_file() or self.path.is_dir() and {*os.listdir(self.path)} - left:
                     is_run = (self.path / "config.json").exists()
                     or_resume = f", or continue it with {resume_flag(self.path)}" if is_run else ""
                     raise InputError(f"{self.path} exists already: give another name with --save{or_resume}")
+                self.path.mkdir(parents=True, exist_ok=True)
             at_end.enter_context(locked(self.path / "lock", wait=False))
 
     def _note_signal(self, number: int, frame) -> None:
