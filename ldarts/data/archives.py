@@ -182,7 +182,7 @@ def read_cifar(path: Path) -> tuple[np.ndarray, list[int]]:
         raise ValueError("the labels are not a list of integers")
     _, shape, dtype, in_fortran_order, content = by_name["data"].state
     if dtype.arguments[0] not in ("u1", b"u1") or shape != (len(labels), 3072):
-        raise ValueError(f"{dtype.arguments[0]} {shape} for {len(labels)} labels, not u1 (labels, 3072)")
+        raise ValueError(f"images of {dtype.arguments[0]} {shape} for {len(labels)} labels, not u1 (…, 3072)")
     images = np.frombuffer(content, np.uint8).reshape(shape, order="F" if in_fortran_order else "C")
     return images.reshape(-1, 3, 32, 32), labels
 

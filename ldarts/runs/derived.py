@@ -86,7 +86,8 @@ def check_images(height: int, width: int, images: int, auxiliary: bool = False) 
     elif images * (1 if auxiliary else height * width // 16) < 2:
         remedy = "two images a process or more, because batch norms need two values"
     if remedy:
-        raise InputError(f"{images} images of {height}x{width} pixels a process do not pass; use {remedy}")
+        raise InputError(f"{images} images of {height}x{width} pixels a process do not pass the network; use "
+                         f"{remedy}")
 
 
 def safe_layout(name: str, device: torch.device, C: int, height: int,
