@@ -277,11 +277,13 @@ def resize_a_node(net, channels, stride, concat):
     cell.sources[7], cell.concat = 0, concat
 
 
-def even_kernels(net):
-    """Of 9x9 pixels between."""
+def other_paddings(net):
+    """Even kernels, and 1x1 ones with a border: of 9x9 and 10x10 pixels between."""
     net.cells[0]._ops[0] = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 2, padding=1, groups=4, bias=False),
                                          nn.Conv2d(4, 4, 2, bias=False), nn.BatchNorm2d(4)).double()
     net.cells[0]._ops[1] = nn.Sequential(nn.MaxPool2d(2, 1, 1), nn.AvgPool2d(2, 1), nn.BatchNorm2d(4)).double()
+    net.cells[0]._ops[2] = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1, padding=1, bias=False),
+                                         nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)).double()
 
 
 def random_norms(net):
@@ -392,7 +394,7 @@ DERIVED_CHANGES = {  # of a derived network -> the cell, the change
     "other outputs": ("DARTS", lambda net: set_all(net.cells, concat=(5, 4, 3, 2))),
     "a node of more channels": ("DARTS", lambda net: resize_a_node(net, 8, 1, (2, 3, 4))),
     "a node of half the size": ("DARTS", lambda net: resize_a_node(net, 4, 2, (3, 4, 5, 3))),
-    "even kernels": ("DARTS", even_kernels),
+    "other paddings": ("DARTS", other_paddings),
     "an operation of one channel": ("DARTS", lambda net: net.cells[0]._ops.__setitem__(
         0, of_one_channel(net))),
     "another stem": ("DARTS", lambda net: net.stem.append(nn.Hardtanh())),
