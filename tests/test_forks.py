@@ -320,6 +320,8 @@ CHANGES = {  # what a fork does -> the space, the change
     "another momentum in some": ("s1", lambda net: set_all(
         some(every(net, nn.BatchNorm2d)), momentum=0.5)),
     "momentum None": ("s3", lambda net: set_all(some(every(net, nn.BatchNorm2d)), momentum=None)),
+    "momenta as tensors": ("s3", lambda net: set_all(
+        some(every(net, nn.BatchNorm2d)), momentum=torch.tensor(0.5))),
     "untracked norms": ("s3", track_nothing),
     "norms in eval()": ("s3", lambda net: [m.eval() for m in some(every(net, nn.BatchNorm2d))]),
     "a subclass of SepConv": ("s3", lambda net: as_class(net, SepConv, GatedSepConv)),

@@ -158,7 +158,7 @@ def move_statistics(norms: Sequence[nn.BatchNorm2d | None], places: Sequence[int
     for row, name in enumerate(("running_mean", "running_var") if tracked else ()):
         running = [getattr(norm, name) for norm, _ in tracked]
         new = [of_all[2 * k + row].to(own.dtype).view_as(own) for own, (_, k) in zip(running, tracked)]
-        torch._foreach_lerp_(running, new, [norm.momentum for norm, _ in tracked])
+        torch._foreach_lerp_(running, new, [float(norm.momentum) for norm, _ in tracked])
     if counts := [norm.num_batches_tracked for norm, _ in tracked if norm.num_batches_tracked is not None]:
         torch._foreach_add_(counts, 1)
 
