@@ -286,6 +286,11 @@ def other_paddings(net):
                                          nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)).double()
 
 
+def register_again(net):
+    for cell in net.cells:
+        cell._ops.add_module("3", cell._ops._modules.pop("3"))  # now the last of the dict
+
+
 def random_norms(net):
     """γ and β as after some training."""
     for norm in every(net, nn.BatchNorm2d):
@@ -359,6 +364,7 @@ CHANGES = {  # what a fork does -> the space, the change
         2, of_one_channel(net))),
     "fewer nodes": ("s3", lambda net: set_all(net.cells[:1], _steps=3)),
     "integers as settings": ("s3", lambda net: set_all([op.op[5] for op in every(net, SepConv)], stride=1)),
+    "an edge registered again": ("s3", register_again),
     "another edge": ("s2", replace_an_edge),
     "another operation": ("s2", replace_an_operation),
     "edges of another sum": ("s3", lambda net: as_class(net, model_search.MixedOp, EdgeOfAnotherSum)),

@@ -220,7 +220,8 @@ def make_plan(module: nn.Module, reader: Reader) -> Plan:
     kind, children = reader.kind(module), module.__dict__["_modules"]
     if kind in ("cell", "derived_cell"):
         blocks = [children["preprocess0"], children["preprocess1"]]
-        edges = [*reader.members(children["_ops"]).values()]
+        by_name = reader.members(children["_ops"])
+        edges = [by_name[str(k)] for k in range(len(by_name))]  # in whatever order they were registered
     if kind == "cell":
         sources = [range(2 + i) for i in range(module._steps)]
         return CellPlan(reader, blocks, edges, sources, range(2 + module._steps)[-module._multiplier :])
