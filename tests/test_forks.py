@@ -291,6 +291,27 @@ def register_again(net):
         cell._ops.add_module("3", cell._ops._modules.pop("3"))  # now the last of the dict
 
 
+def outputs_as_tensors(net):
+    for outputs in ((2, 3, 4, 5), (5, 4, 3, 2)):
+        set_all(net.cells, concat=torch.tensor(outputs))
+        net(images(1))
+
+
+class CellOfAProperty(model.Cell):
+    outputs = 2, 3, 4, 5
+    concat = property(lambda self: self.outputs, lambda self, value: None)
+
+
+def outputs_by_a_property(net):
+    for cell in net.cells:
+        del cell.concat
+    as_class(net, model.Cell, CellOfAProperty)
+    net(images(1))
+    set_all(net.cells, outputs=(5, 4, 3, 2))
+    net(images(1))
+    set_all(net.cells, outputs=(4, 3, 5, 2))
+
+
 def random_norms(net):
     """γ and β as after some training."""
     for norm in every(net, nn.BatchNorm2d):
@@ -400,6 +421,8 @@ DERIVED_CHANGES = {  # of a derived network -> the cell, the change
     "other sources": ("DARTS", lambda net: [cell.sources.__setitem__(3, 0) for cell in net.cells[:1]]),
     "a source from the end": ("DARTS", lambda net: net.cells[0].sources.__setitem__(3, -1)),
     "other outputs": ("DARTS", lambda net: set_all(net.cells, concat=(5, 4, 3, 2))),
+    "outputs as tensors": ("DARTS", outputs_as_tensors),
+    "outputs by a property": ("DARTS", outputs_by_a_property),
     "a node of more channels": ("DARTS", lambda net: resize_a_node(net, 8, 1, (2, 3, 4))),
     "a node of half the size": ("DARTS", lambda net: resize_a_node(net, 4, 2, (3, 4, 5, 3))),
     "other paddings": ("DARTS", other_paddings),

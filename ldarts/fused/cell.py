@@ -217,21 +217,21 @@ def add_up(terms: Sequence[Terms], others: Sequence[Tensor], factors: Sequence[T
 
 def make_plan(module: nn.Module, reader: Reader) -> Plan:
     """Raises Unrecognised where the module has to run as it is."""
-    kind, children = reader.kind(module), module.__dict__["_modules"]
+    kind, own, children = reader.kind(module), module.__dict__, module.__dict__["_modules"]
     if kind in ("cell", "derived_cell"):
         blocks = [children["preprocess0"], children["preprocess1"]]
         by_name = reader.members(children["_ops"])
         edges = [by_name[str(k)] for k in range(len(by_name))]  # in whatever order they were registered
     if kind == "cell":
-        sources = [range(2 + i) for i in range(module._steps)]
-        return CellPlan(reader, blocks, edges, sources, range(2 + module._steps)[-module._multiplier :])
+        sources = [range(2 + i) for i in range(own["_steps"])]
+        return CellPlan(reader, blocks, edges, sources, range(2 + own["_steps"])[-own["_multiplier"] :])
     if kind == "derived_cell":
-        sources = [module.sources[k : k + 2] for k in range(0, len(edges), 2)]
-        return CellPlan(reader, blocks, edges, sources, module.concat, True, drop_path_of(type(module)))
+        sources = [own["sources"][k : k + 2] for k in range(0, len(edges), 2)]
+        return CellPlan(reader, blocks, edges, sources, own["concat"], True, drop_path_of(type(module)))
     if kind == "nas201_cell":
-        by_name, sources = reader.members(children["edges"]), [range(i) for i in range(1, module.max_nodes)]
+        by_name, sources = reader.members(children["edges"]), [range(i) for i in range(1, own["max_nodes"])]
         edges = [by_name[f"{i}<-{j}"] for i, of_node in enumerate(sources, 1) for j in of_node]
-        return CellPlan(reader, [], edges, sources, [module.max_nodes - 1])
+        return CellPlan(reader, [], edges, sources, [own["max_nodes"] - 1])
     if kind == "derived_nas201_cell":
         edges = [*reader.members(module).values()]
         return CellPlan(reader, [], edges, [range(i) for i in (1, 2, 3)], [3], derived=True)

@@ -233,7 +233,7 @@ def contents(module: nn.Module) -> tuple[Any, ...]:
         return of_type, len(own), "forward" in own, is_hooked(own), shapes, SETTINGS[of_type](own)
     functions = of_type.forward, getattr(of_type, "_edge", None), drop_path_of(of_type)
     code = [getattr(function, "__code__", None) for function in functions]
-    wiring = [tuple(value) if isinstance(value, list) else value for value in map(own.get, WIRING)]
+    wiring = [str(own.get(name)) for name in WIRING]
     return (of_type, functions, code, len(own), "forward" in own, own["training"], is_hooked(own),
             tuple(own["_modules"].items()), shapes, wiring)
 
