@@ -507,7 +507,9 @@ def test_a_fork_computes_what_its_modules_say(space, change, request, monkeypatc
 @needs_build
 @pytest.mark.parametrize("owner, name", [(model_search.MixedOp, "forward"), (model_search.Cell, "forward"),
                                          (SepConv, "forward"), (nn.ReLU, "forward"),
-                                         (nn.Conv2d, "__call__")], ids=str)
+                                         (nn.Conv2d, "__call__"), (nn.Conv2d, "_call_impl"),
+                                         (nn.Sequential, "__call__"), (SepConv, "__call__"),
+                                         (torch, "relu"), (torch, "batch_norm")], ids=str)
 def test_an_edited_class_runs_as_it_is_written(owner, name, monkeypatch):
     net = changed_network("s3", lambda net: None)
     x, original = images(3), getattr(owner, name)

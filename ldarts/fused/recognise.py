@@ -32,9 +32,11 @@ CALLING = "__call__", "_call_impl", "__getattr__", "__getattribute__"  # how mod
 
 def pytorch() -> list[Callable]:
     """What PyTorch calls in a pass, as it is now: somebody may have replaced a part of it."""
-    return [nn.Module.__call__, nn.Module._call_impl, nn.Sequential.forward, nn.Conv2d._conv_forward,
-            *(function for of_type in SETTINGS for function in (of_type.__call__, of_type.forward)),
-            F.relu, F.conv2d, F.batch_norm, F.avg_pool2d, F.max_pool2d, torch.cat]
+    return [nn.Module.__call__, nn.Module._call_impl, nn.Conv2d._conv_forward,
+            *(function for of_type in (*SETTINGS, nn.Sequential)
+              for function in (of_type.__call__, of_type._call_impl, of_type.forward)),
+            F.relu, F.conv2d, F.batch_norm, F.avg_pool2d, F.max_pool2d, torch.cat, torch.relu,
+            torch.batch_norm]
 
 
 def is_pytorchs(function: Callable) -> bool:
@@ -234,8 +236,8 @@ def contents(module: nn.Module) -> tuple[Any, ...]:
     functions = of_type.forward, getattr(of_type, "_edge", None), drop_path_of(of_type)
     code = [getattr(function, "__code__", None) for function in functions]
     wiring = [str(own.get(name)) for name in WIRING]
-    return (of_type, functions, code, len(own), "forward" in own, own["training"], is_hooked(own),
-            tuple(own["_modules"].items()), shapes, wiring)
+    return (of_type, of_type.__call__, functions, code, len(own), "forward" in own, own["training"],
+            is_hooked(own), tuple(own["_modules"].items()), shapes, wiring)
 
 
 def is_hooked(attributes: dict[str, Any]) -> bool:
