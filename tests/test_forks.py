@@ -312,6 +312,14 @@ def outputs_by_a_property(net):
     set_all(net.cells, outputs=(4, 3, 5, 2))
 
 
+def global_pools(net):
+    """On the edges into the second node, beside `none`, which gives it its size."""
+    for cell, size in zip(net.searched_cells(), (8, 4, 2)):
+        for edge in (cell.edges["2<-0"], cell.edges["2<-1"]):
+            for k in range(1, len(edge)):
+                edge[k] = nn.AvgPool2d(size)
+
+
 def random_norms(net):
     """γ and β as after some training."""
     for norm in every(net, nn.BatchNorm2d):
@@ -386,6 +394,7 @@ CHANGES = {  # what a fork does -> the space, the change
     "fewer nodes": ("s3", lambda net: set_all(net.cells[:1], _steps=3)),
     "integers as settings": ("s3", lambda net: set_all([op.op[5] for op in every(net, SepConv)], stride=1)),
     "an edge registered again": ("s3", register_again),
+    "`none` beside global pools": ("nasbench201", global_pools),
     "another edge": ("s2", replace_an_edge),
     "another operation": ("s2", replace_an_operation),
     "edges of another sum": ("s3", lambda net: as_class(net, model_search.MixedOp, EdgeOfAnotherSum)),

@@ -23,6 +23,7 @@ class Edge(NamedTuple):
     source: int  # a state
     operations: list[Operation]  # that the engine computes
     modules: list[tuple[int | None, nn.Module]]  # the others, by number; None: the edge, which weighs its own
+    zeros: list[nn.Module]  # `none`, which is left out of the sum
     identity: bool  # whose path is never dropped
 
 
@@ -111,7 +112,7 @@ class CellPlan(Plan):
             return [lambda x: block(x)]
 
     def _edge(self, source: int, number: int, module: nn.Module) -> Edge:
-        edge = Edge(number, source, [], [], isinstance(module, nn.Identity))
+        edge = Edge(number, source, [], [], [], isinstance(module, nn.Identity))
         try:
             modules = [module] if self.derived else self._candidates(module)
         except Unrecognised as reason:
@@ -127,6 +128,8 @@ class CellPlan(Plan):
                 if kind == "zero":
                     if self.derived:
                         edge.modules.append((k, op))
+                    else:
+                        edge.zeros.append(op)
                     continue
                 chain, norm = self.reader.chain(op, kind), None
                 is_normed = chain and type(chain[-1]) is nn.BatchNorm2d
@@ -199,9 +202,18 @@ class CellPlan(Plan):
                     factor = x.new_ones(len(x), 1, 1, 1)
                     factors.append((self.drop_path(factor, *more) if dropped else factor).flatten())
             node_output = add_up(terms, others, factors)
+            shapes = [shape_of_zero(zero, states[edge.source]) for edge in node for zero in edge.zeros]
+            if any(shape != node_output.shape for shape in shapes):  # `none` broadcasts the others
+                node_output = node_output.expand(torch.broadcast_shapes(node_output.shape, *shapes))
             states.append(node_output.contiguous(memory_format=torch.channels_last))
         states = [states[j] for j in self.outputs]
         return states[0] if len(states) == 1 else concat(*states)
+
+
+def shape_of_zero(zero: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Of zero(x), which is not computed."""
+    N, C, *sides = x.shape
+    return N, C, *(len(range(0, side, zero.stride)) for side in sides)
 
 
 def add_up(terms: Sequence[Terms], others: Sequence[Tensor], factors: Sequence[Tensor] = ()) -> Tensor:
