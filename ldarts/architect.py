@@ -68,6 +68,7 @@ class Architect:
 
     @property
     def alphas(self) -> list[nn.Parameter]:
+        """α: those of net.arch_parameters() that require a gradient."""
         return [alpha for alpha in self.net.arch_parameters() if alpha.requires_grad]
 
     def step(self, grads: Tensors) -> None:
